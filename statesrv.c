@@ -1,0 +1,7434 @@
+/*
+ * statesrv - keeps the states of Terraform and OpenTofu in plain files.
+ *
+ *	cc -O2 -pthread -o statesrv statesrv.c && ./statesrv
+ *
+ * serves ./states on 127.0.0.1:8080; README says the rest.
+ *
+ * On disk:
+ *
+ *	states/demo.tfstate	the state, byte for byte as the client sent it
+ *	states/demo.lock	present = locked; the lock info, byte for byte
+ *	states/demo.log		what happened to it, a JSON line an event
+ *	states/team/prod.tfstate	a name with slashes is a path
+ *	states/.history/demo/	earlier versions, hard links, newest N kept
+ *	states/.tmp/		uploads in flight, swept at start
+ *	states/.guard		its bytes are locked by servers that share it
+ *
+ * Promises, each tested under its number by test.sh:
+ *
+ *	1. What was answered 200 is on disk: data, name and lock.
+ *	2. A reader gets one whole version; 404 never means "could not look".
+ *	3. A lock has one holder, across processes and machines.
+ *	4. A write lands only under the lock's own ID, or with none when
+ *	   nothing is locked, checked in the same breath as it lands.
+ *	5. The bytes are kept; a large body never lives in memory whole.
+ *	6. Repeating a request whose answer was lost does no harm.
+ *	7. Nothing is thrown away in silence: there is the history.
+ *	8. Bad input is told what was wrong and stalls nobody else.
+ *	9. Secrets stay in: files 0600, loopback, nothing secret in a log.
+ *
+ * What it does not do: TLS (put a front before it), encryption at rest
+ * (OpenTofu encrypts before it sends), workspaces (no client speaks them
+ * over http), replication (share the directory).
+ *
+ * The map; each section knows only those above it:
+ *
+ *	limits and config
+ *	types
+ *	small helpers
+ *	digests
+ *	JSON
+ *	HTTP parser
+ *	names
+ *	storage
+ *	locks
+ *	users
+ *	jobs
+ *	commits
+ *	methods
+ *	pages
+ *	connections
+ *	start and stop
+ *	main
+ *
+ * Copyright (c) 2026 the statesrv authors
+ *
+ * Permission to use, copy, modify, and distribute this software for any
+ * purpose with or without fee is hereby granted, provided that the above
+ * copyright notice and this permission notice appear in all copies.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
+ * WITH REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF
+ * MERCHANTABILITY AND FITNESS. IN NO EVENT SHALL THE AUTHOR BE LIABLE FOR
+ * ANY SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES
+ * WHATSOEVER RESULTING FROM LOSS OF USE, DATA OR PROFITS, WHETHER IN AN
+ * ACTION OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF
+ * OR IN CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
+ */
+
+#ifdef __linux__
+#define _GNU_SOURCE
+#elif defined(__APPLE__)
+#define _DARWIN_C_SOURCE
+#elif defined(__OpenBSD__)
+#define _BSD_SOURCE
+#else
+#define _POSIX_C_SOURCE 200809L
+#endif
+#define _FILE_OFFSET_BITS 64
+
+#include <sys/types.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <arpa/inet.h>
+
+#include <assert.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sys/prctl.h>
+#include <sys/sendfile.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
+/* ==== limits and config ==================================================
+ *
+ * Every number of the program, each to be overridden with -DNAME=VALUE, and
+ * the options, which main fills in and all others only read.
+ *
+ * What one connection may cost: 200 bytes while it is idle; HEAD_MAX and a
+ * struct request while it speaks; SPOOL more while it uploads. Descriptors:
+ * its own, and one while a large state is sent or received.
+ */
+#define VERSION "1.0"
+
+#ifndef HEAD_MAX		/* bytes: request line and fields */
+#define HEAD_MAX 16384
+#endif
+#ifndef TARGET_MAX		/* bytes: request target */
+#define TARGET_MAX 8192
+#endif
+#ifndef FIELDS_MAX		/* header fields, and trailer fields */
+#define FIELDS_MAX 100
+#endif
+#ifndef BLANKS_MAX		/* empty lines before a request line */
+#define BLANKS_MAX 8
+#endif
+#ifndef CHUNK_LINE_MAX		/* bytes: a chunk's size and extensions */
+#define CHUNK_LINE_MAX 1024
+#endif
+#define SEGMENTS_MAX 8		/* of a name */
+#define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
+#define NAME_LEN_MAX 1000	/* bytes: a name */
+#define ID_MAX 256		/* bytes: a lock's ID */
+#ifndef LOCK_INFO_MAX		/* bytes: the body of LOCK and UNLOCK */
+#define LOCK_INFO_MAX 65536
+#endif
+#ifndef BODY_MEM		/* bytes: a state up to this waits in memory */
+#define BODY_MEM 65536
+#endif
+#ifndef SPOOL			/* bytes: a larger one is written by pieces */
+#define SPOOL 262144
+#endif
+#ifndef HASH_MAX		/* bytes: MD5 is logged up to this, even unasked */
+#define HASH_MAX 65536
+#endif
+#ifndef JSON_DEPTH		/* nested arrays and objects */
+#define JSON_DEPTH 1000
+#endif
+#ifndef META_MAX		/* bytes searched for serial and lineage */
+#define META_MAX 1048576
+#endif
+#ifndef LIST_MAX		/* bytes: a larger state is not counted */
+#define LIST_MAX 16777216
+#endif
+#ifndef CACHE_FILE		/* bytes: states that are kept in memory */
+#define CACHE_FILE 16384
+#endif
+#ifndef CACHE_SLOTS		/* how many: 16 MiB in all */
+#define CACHE_SLOTS 1024
+#endif
+#ifndef SLOTS_MAX		/* connections, and at most half of ulimit -n */
+#define SLOTS_MAX 16384
+#endif
+#ifndef THREADS_MAX		/* commits side by side; PERF: 64 is best */
+#define THREADS_MAX 64
+#endif
+#ifndef THREAD_STACK		/* bytes, touched only as far as used */
+#define THREAD_STACK 262144
+#endif
+#ifndef SEND_MAX		/* bytes sent to one client in one turn */
+#define SEND_MAX 1048576
+#endif
+#ifndef FLAT			/* up to so many are simply all polled */
+#define FLAT 64
+#endif
+#define HOT_MS 5		/* a connection silent so long is not hot */
+#ifndef IDLE_MS			/* Go's client gives up its own after 90 s */
+#define IDLE_MS 120000
+#endif
+#ifndef HEAD_MS			/* to send the head, from its first byte */
+#define HEAD_MS 20000
+#endif
+#ifndef BODY_MS			/* to send the body, and a second more */
+#define BODY_MS 20000		/* for every RATE bytes that came */
+#endif
+#ifndef REPLY_MS		/* to take the answer, likewise */
+#define REPLY_MS 20000
+#endif
+#define RATE 1024		/* bytes a second, at the least */
+#ifndef DRAIN_MS		/* to finish sending what was refused */
+#define DRAIN_MS 10000
+#endif
+#ifndef DENY_MS			/* a wrong secret is answered after this */
+#define DENY_MS 1000
+#endif
+#ifndef STOP_MS			/* to finish what is in progress at the end */
+#define STOP_MS 10000
+#endif
+/*
+ * Kept free for locks and unlocks, which need a block each, and for the log
+ * lines that tell of the refusals: a thousand locks' worth. Of a very small
+ * file system a sixteenth will do.
+ */
+#ifndef RESERVE
+#define RESERVE 4194304
+#endif
+
+static struct config {
+	const char *dir;		/* -d */
+	const char *listen[16];		/* -l, as given */
+	size_t listeners;
+	const char *users;		/* -u */
+	unsigned keep;			/* -k: versions */
+	unsigned break_hours;		/* -b: 0 is never */
+	int64_t body_max;		/* -m: bytes */
+	bool strict;			/* -s */
+	bool open;			/* -n */
+	bool verbose;			/* -v */
+	bool check;			/* -c */
+	char **command;			/* of the wrapper, or NULL */
+	const char *command_name;	/* its state */
+} conf = {
+	.dir = "./states",
+	.keep = 30,
+	.body_max = (int64_t)256 << 20,
+};
+
+/* ==== types ==============================================================
+ *
+ * Bytes, and the request, which travels: the loop parses it, a commit thread
+ * works on it as a job, the loop answers it. At any time one of the two owns
+ * it, and whoever owns it may write to it.
+ */
+struct span {				/* bytes that belong to another */
+	const char *ptr;
+	size_t len;
+};
+
+struct buf {				/* bytes that grow; zero is empty */
+	char *data;
+	size_t len, cap;
+	bool failed;			/* memory ran out: contents are cut */
+};
+
+enum method {
+	M_GET, M_HEAD, M_POST, M_PUT, M_DELETE, M_LOCK, M_UNLOCK, M_OPTIONS,
+	M_COUNT
+};
+
+static const char *const method_names[M_COUNT] = {
+	"GET", "HEAD", "POST", "PUT", "DELETE", "LOCK", "UNLOCK", "OPTIONS"
+};
+
+/* What a parsed head says; the spans point into the connection's buffer. */
+struct head {
+	enum method method;
+	int minor;			/* of HTTP/1.x: 0 or 1 */
+	struct span target;		/* in origin form, or "*" */
+	struct span host;
+	struct span authorization;
+	struct span md5;		/* Content-MD5 */
+	struct span forwarded;		/* X-Forwarded-For */
+	int64_t length;			/* Content-Length, or -1 */
+	bool chunked;
+	bool keep;			/* the client would stay connected */
+	bool expects;			/* 100-continue */
+	bool origin;			/* sent by a web page */
+	bool html, json;		/* what Accept mentions */
+	bool seen_host, seen_coding;
+};
+
+/* Where a chunked body is, between two bytes of it; zero is its beginning. */
+struct chunks {
+	enum { CH_SIZE, CH_EXT, CH_QUOTE, CH_ESC, CH_SIZE_LF, CH_DATA, CH_CR,
+	    CH_LF, CH_TRAILER, CH_FIELD, CH_VALUE, CH_TRAILER_LF, CH_END_LF,
+	    CH_DONE } state;
+	uint64_t left;			/* of the chunk */
+	unsigned digits, line, fields, trailer;
+};
+
+struct md5 {
+	uint32_t state[4];
+	uint64_t len;
+	unsigned char block[64];
+};
+
+/* Keys that someone wants to know the values of; matched as Go's clients
+ * do, whatever their case. */
+enum word {
+	W_NONE, W_ID, W_OPERATION, W_INFO, W_WHO, W_CREATED, W_SERIAL,
+	W_LINEAGE, W_TERRAFORM_VERSION, W_RESOURCES, W_MODULE, W_MODE, W_TYPE,
+	W_NAME, W_INSTANCES, W_INDEX_KEY, W_COUNT
+};
+
+#define JSON_WATCH 5		/* resources, [, {, instances, [, { */
+#define JSON_TEXT 512		/* bytes of a value that are kept */
+
+struct json {
+	void (*on)(struct json *, char);	/* see json_tell; may be NULL */
+	void *to;			/* whose business it is */
+	const char *why;		/* it is not JSON, or NULL */
+	uint64_t at;			/* bytes taken so far */
+	int state;
+	unsigned depth;
+	bool key;			/* the string is a key */
+	bool stop;			/* set by on(): has seen enough */
+	unsigned char low, high, more;	/* of a UTF-8 sequence */
+	unsigned hex, digits;		/* of a \u escape */
+	unsigned surrogate;		/* its first half, or 0 */
+	const char *literal;		/* what is left of true, false, null */
+	enum word word[JSON_WATCH + 1];	/* the last key at each depth */
+	size_t len;			/* of text, and more if it was cut */
+	char text[JSON_TEXT];		/* the string or number being read */
+	unsigned char nest[JSON_DEPTH / 8 + 1];	/* a bit: is an array */
+};
+
+/* What is told about a state without understanding it. */
+struct meta {
+	bool known;			/* serial was found */
+	uint64_t serial;
+	char lineage[128];
+	char version[32];		/* terraform_version */
+	unsigned resources;
+};
+
+struct lock {
+	bool held;
+	bool foreign;			/* made by hand: not lock info */
+	time_t since;			/* the file's mtime */
+	char id[ID_MAX + 1];
+	char operation[64], info[256], who[128], created[64];
+	char *raw;			/* the file's bytes, malloced */
+	size_t len;
+};
+
+/* What a URL names. */
+enum kind {
+	K_STAR, K_STATE, K_LOCK, K_ROOT, K_VERSIONS, K_VERSION, K_CHANGES,
+	K_LOG, K_HEALTHY, K_READY, K_METRICS
+};
+
+enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
+
+/* An upload: check and write go together, piece by piece. */
+struct upload {
+	struct md5 md5;
+	struct json json;
+	struct meta meta;
+	bool hash;			/* MD5 is wanted */
+	int fd;				/* the temporary file, or -1 */
+	char tmp[48];			/* its name in .tmp */
+	int64_t size;
+	unsigned char digest[16];
+};
+
+struct after;
+
+struct request {
+	struct request *next;		/* in whichever queue it stands */
+	void (*run)(struct request *, struct after *);
+	struct conn *conn;		/* NULL: nobody waits for it */
+	struct lane *lane;		/* those of its name, or NULL */
+	struct users *users;		/* as they were when it came */
+	int64_t start;			/* microseconds, monotonic */
+
+	/* what was asked */
+	enum method method;
+	enum kind kind;
+	enum right right;		/* on that name */
+	bool keep, http10, html, json;
+	bool fronted;			/* came by a unix socket */
+	bool has_id, has_md5, force;
+	int64_t length;			/* of the body, or -1: chunked */
+	char name[NAME_LEN_MAX + 1];	/* of the state, or the path */
+	char version[40];		/* an earlier version's ID */
+	char query[64];			/* ?q= of the listing */
+	char id[ID_MAX + 1];		/* lock ID: from ?ID= or the body */
+	char host[128];			/* as the client calls us */
+	char client[64];		/* its address */
+	char user[64];
+	unsigned char secret[32];	/* SHA-256 of what it showed */
+	unsigned char md5[16];
+
+	/* the body, or the piece of it that is at hand */
+	char *body;
+	size_t len, cap;
+	struct upload *up;
+
+	/* what the commit found, for the log */
+	struct meta old;
+	struct lock lock;		/* the lock that stood in the way */
+	struct lock asked;		/* the lock info that was sent */
+
+	/* the answer */
+	int status;
+	const char *type;
+	struct span data;		/* text, or what is sent at once */
+	struct buf text;
+	int file;			/* or -1 */
+	off_t off, left;		/* of the file */
+	int64_t sent;			/* bytes of the answer's body */
+	char why[200];			/* of a refusal */
+};
+
+/* ==== small helpers ======================================================
+ *
+ * Complain and die in the err(3) manner, bytes that grow, clocks.
+ */
+
+/* Says what is wrong on stderr; the server goes on. */
+__attribute__((format(printf, 1, 2)))
+static void
+complain(const char *fmt, ...)
+{
+	char line[2048];
+	va_list ap;
+
+	va_start(ap, fmt);
+	(void)vsnprintf(line, sizeof(line), fmt, ap);
+	va_end(ap);
+	(void)fprintf(stderr, "statesrv: %s\n", line);
+}
+
+/* Ends the program: status 2 for the user's mistakes, 1 for the system's. */
+__attribute__((format(printf, 2, 3), noreturn))
+static void
+die(int status, const char *fmt, ...)
+{
+	va_list ap;
+
+	(void)fputs("statesrv: ", stderr);
+	va_start(ap, fmt);
+	(void)vfprintf(stderr, fmt, ap);
+	va_end(ap);
+	(void)fputc('\n', stderr);
+	exit(status);
+}
+
+static struct span
+span(const char *s)
+{
+	return (struct span){ s, strlen(s) };
+}
+
+/* Compares without regard to the case of ASCII letters. */
+static bool
+span_is(struct span s, const char *word)
+{
+	return s.len == strlen(word) && strncasecmp(s.ptr, word, s.len) == 0;
+}
+
+/* Copies as a string, cut to what fits. */
+static void
+span_copy(char *to, size_t size, struct span s)
+{
+	size_t n = s.len < size ? s.len : size - 1;
+
+	if (n > 0)
+		memcpy(to, s.ptr, n);
+	to[n] = '\0';
+}
+
+/* Takes the next element of a comma-separated list off its front. */
+static bool
+span_next(struct span *list, struct span *item)
+{
+	const char *end = list->ptr + list->len, *p = list->ptr, *q;
+
+	if (list->len == 0)
+		return false;
+	for (q = p; q < end && *q != ','; q++)
+		continue;
+	*list = (struct span){ q < end ? q + 1 : q, 0 };
+	list->len = (size_t)(end - list->ptr);
+	while (p < q && (*p == ' ' || *p == '\t'))
+		p++;
+	while (q > p && (q[-1] == ' ' || q[-1] == '\t'))
+		q--;
+	*item = (struct span){ p, (size_t)(q - p) };
+	return true;
+}
+
+/* Makes room for n more bytes; false, and failed is set, if there is none. */
+static bool
+buf_room(struct buf *b, size_t n)
+{
+	size_t cap = b->cap ? b->cap : 256;
+	char *data;
+
+	if (b->failed || n > SIZE_MAX / 4 - b->len) {
+		b->failed = true;
+		return false;
+	}
+	while (cap < b->len + n + 1)
+		cap *= 2;
+	if (cap == b->cap)
+		return true;
+	if ((data = realloc(b->data, cap)) == NULL) {
+		b->failed = true;
+		return false;
+	}
+	b->data = data;
+	b->cap = cap;
+	return true;
+}
+
+static void
+buf_add(struct buf *b, const void *data, size_t n)
+{
+	if (n == 0 || !buf_room(b, n))
+		return;
+	memcpy(b->data + b->len, data, n);
+	b->len += n;
+	b->data[b->len] = '\0';
+}
+
+static void
+buf_str(struct buf *b, const char *s)
+{
+	buf_add(b, s, strlen(s));
+}
+
+__attribute__((format(printf, 2, 3)))
+static void
+buf_fmt(struct buf *b, const char *fmt, ...)
+{
+	va_list ap, again;
+	int n;
+
+	va_start(ap, fmt);
+	va_copy(again, ap);
+	n = vsnprintf(NULL, 0, fmt, ap);
+	va_end(ap);
+	if (n > 0 && buf_room(b, (size_t)n)) {
+		(void)vsnprintf(b->data + b->len, (size_t)n + 1, fmt, again);
+		b->len += (size_t)n;
+	}
+	va_end(again);
+}
+
+static void
+buf_free(struct buf *b)
+{
+	free(b->data);
+	*b = (struct buf){ 0 };
+}
+
+/* Appends s as a JSON string. Names and lock info are valid UTF-8. */
+static void
+buf_json(struct buf *b, const char *s)
+{
+	buf_str(b, "\"");
+	for (; *s != '\0'; s++) {
+		if (*s == '"' || *s == '\\')
+			buf_fmt(b, "\\%c", *s);
+		else if ((unsigned char)*s < 0x20 || *s == 0x7f)
+			buf_fmt(b, "\\u%04x", (unsigned)*s);
+		else
+			buf_add(b, s, 1);
+	}
+	buf_str(b, "\"");
+}
+
+/* Appends s so that it means itself in HTML, in attributes too. */
+static void
+buf_html(struct buf *b, const char *s)
+{
+	for (; *s != '\0'; s++) {
+		if (strchr("<>&\"'", *s) != NULL || (unsigned char)*s < 0x20)
+			buf_fmt(b, "&#%u;", (unsigned char)*s);
+		else
+			buf_add(b, s, 1);
+	}
+}
+
+/* Appends a name as part of a URL. */
+static void
+buf_url(struct buf *b, const char *s)
+{
+	static const char plain[] = "abcdefghijklmnopqrstuvwxyz"
+	    "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/";
+
+	for (; *s != '\0'; s++) {
+		if (strchr(plain, *s) != NULL)
+			buf_add(b, s, 1);
+		else
+			buf_fmt(b, "%%%02X", (unsigned char)*s);
+	}
+}
+
+static int64_t
+clock_us(clockid_t id)
+{
+	struct timespec t;
+
+	(void)clock_gettime(id, &t);	/* cannot fail for these clocks */
+	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+/* Writes RFC 3339 in UTC with milliseconds, or in basic format, without
+ * separators, as it stands in the names of versions. */
+static void
+time_text(char out[32], int64_t ms, bool basic)
+{
+	time_t t = (time_t)(ms / 1000);
+	struct tm tm;
+	size_t n;
+
+	(void)gmtime_r(&t, &tm);
+	n = strftime(out, 24, basic ? "%Y%m%dT%H%M%S" : "%Y-%m-%dT%H:%M:%S",
+	    &tm);
+	(void)snprintf(out + n, 32 - n, ".%03dZ", (int)(ms % 1000));
+}
+
+/* "3 days" and the like: how long ago. */
+static void
+age_text(char out[32], int64_t seconds)
+{
+	static const struct { int64_t s; const char *unit; } units[] = {
+		{ 86400, "day" }, { 3600, "hour" }, { 60, "minute" },
+		{ 1, "second" }
+	};
+	size_t i = 0;
+	int64_t n;
+
+	if (seconds < 0)
+		seconds = 0;
+	while (i < 3 && seconds < units[i].s)
+		i++;
+	n = seconds / units[i].s;
+	(void)snprintf(out, 32, "%lld %s%s", (long long)n, units[i].unit,
+	    n == 1 ? "" : "s");
+}
+
+static int
+hex_value(unsigned char c)
+{
+	return c >= '0' && c <= '9' ? c - '0' :
+	    (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+}
+
+/* Writes all of it, whatever the interruptions; -1 with errno. */
+static int
+write_all(int fd, const void *data, size_t len)
+{
+	const char *p = data;
+	ssize_t n;
+
+	while (len > 0) {
+		if ((n = write(fd, p, len)) == -1) {
+			if (errno == EINTR)
+				continue;
+			return -1;
+		}
+		p += n;
+		len -= (size_t)n;
+	}
+	return 0;
+}
+
+/* Closes, and leaves errno alone: for the ways out of an error. */
+static void
+close_quietly(int fd)
+{
+	int saved = errno;
+
+	if (fd != -1)
+		(void)close(fd);
+	errno = saved;
+}
+
+/* Waits until it is on the disk, not in the disk's cache. */
+static int
+sync_fd(int fd)
+{
+#ifdef __APPLE__
+	if (fcntl(fd, F_FULLFSYNC) != -1)
+		return 0;
+#endif
+	return fsync(fd);
+}
+
+/* ==== digests ============================================================
+ *
+ * MD5 (RFC 1321) because terraform sends Content-MD5, SHA-256 (FIPS 180-4)
+ * for secrets and names, base64 (RFC 4648) for both. Pure functions.
+ */
+static const struct md5 md5_start = {
+	{ 0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476 }, 0, { 0 }
+};
+
+static inline uint32_t
+load32(const unsigned char *p)
+{
+	return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 |
+	    (uint32_t)p[3] << 24;
+}
+
+static inline uint32_t
+rotl(uint32_t x, int n)
+{
+	return x << n | x >> (32 - n);
+}
+
+/*
+ * The time goes into one long chain of dependent additions: each step needs
+ * the one before. So everything that does not need it is added first, and
+ * the second function is a sum of two disjoint halves rather than an "or":
+ * its first half is ready before the chain arrives.
+ */
+#define F1(x, y, z) ((z) ^ ((x) & ((y) ^ (z))))
+#define F2(x, y, z) (((x) & (z)) + ((y) & ~(z)))
+#define F3(x, y, z) ((x) ^ ((y) ^ (z)))
+#define F4(x, y, z) ((y) ^ ((x) | ~(z)))
+#define STEP(f, a, b, c, d, k, s, t) \
+	(a) += load32(p + 4 * (k)) + (t); \
+	(a) += f(b, c, d); \
+	(a) = rotl(a, s) + (b)
+#define FOUR(f, k0, k1, k2, k3, s0, s1, s2, s3, t0, t1, t2, t3) \
+	STEP(f, a, b, c, d, k0, s0, t0); STEP(f, d, a, b, c, k1, s1, t1); \
+	STEP(f, c, d, a, b, k2, s2, t2); STEP(f, b, c, d, a, k3, s3, t3)
+
+static void
+md5_blocks(uint32_t state[4], const unsigned char *p, size_t blocks)
+{
+	uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
+
+	for (; blocks > 0; blocks--, p += 64) {
+		uint32_t a0 = a, b0 = b, c0 = c, d0 = d;
+
+		FOUR(F1, 0, 1, 2, 3, 7, 12, 17, 22,
+		    0xd76aa478, 0xe8c7b756, 0x242070db, 0xc1bdceee);
+		FOUR(F1, 4, 5, 6, 7, 7, 12, 17, 22,
+		    0xf57c0faf, 0x4787c62a, 0xa8304613, 0xfd469501);
+		FOUR(F1, 8, 9, 10, 11, 7, 12, 17, 22,
+		    0x698098d8, 0x8b44f7af, 0xffff5bb1, 0x895cd7be);
+		FOUR(F1, 12, 13, 14, 15, 7, 12, 17, 22,
+		    0x6b901122, 0xfd987193, 0xa679438e, 0x49b40821);
+		FOUR(F2, 1, 6, 11, 0, 5, 9, 14, 20,
+		    0xf61e2562, 0xc040b340, 0x265e5a51, 0xe9b6c7aa);
+		FOUR(F2, 5, 10, 15, 4, 5, 9, 14, 20,
+		    0xd62f105d, 0x02441453, 0xd8a1e681, 0xe7d3fbc8);
+		FOUR(F2, 9, 14, 3, 8, 5, 9, 14, 20,
+		    0x21e1cde6, 0xc33707d6, 0xf4d50d87, 0x455a14ed);
+		FOUR(F2, 13, 2, 7, 12, 5, 9, 14, 20,
+		    0xa9e3e905, 0xfcefa3f8, 0x676f02d9, 0x8d2a4c8a);
+		FOUR(F3, 5, 8, 11, 14, 4, 11, 16, 23,
+		    0xfffa3942, 0x8771f681, 0x6d9d6122, 0xfde5380c);
+		FOUR(F3, 1, 4, 7, 10, 4, 11, 16, 23,
+		    0xa4beea44, 0x4bdecfa9, 0xf6bb4b60, 0xbebfbc70);
+		FOUR(F3, 13, 0, 3, 6, 4, 11, 16, 23,
+		    0x289b7ec6, 0xeaa127fa, 0xd4ef3085, 0x04881d05);
+		FOUR(F3, 9, 12, 15, 2, 4, 11, 16, 23,
+		    0xd9d4d039, 0xe6db99e5, 0x1fa27cf8, 0xc4ac5665);
+		FOUR(F4, 0, 7, 14, 5, 6, 10, 15, 21,
+		    0xf4292244, 0x432aff97, 0xab9423a7, 0xfc93a039);
+		FOUR(F4, 12, 3, 10, 1, 6, 10, 15, 21,
+		    0x655b59c3, 0x8f0ccc92, 0xffeff47d, 0x85845dd1);
+		FOUR(F4, 8, 15, 6, 13, 6, 10, 15, 21,
+		    0x6fa87e4f, 0xfe2ce6e0, 0xa3014314, 0x4e0811a1);
+		FOUR(F4, 4, 11, 2, 9, 6, 10, 15, 21,
+		    0xf7537e82, 0xbd3af235, 0x2ad7d2bb, 0xeb86d391);
+		a += a0;
+		b += b0;
+		c += c0;
+		d += d0;
+	}
+	state[0] = a;
+	state[1] = b;
+	state[2] = c;
+	state[3] = d;
+}
+
+static void
+md5_add(struct md5 *m, const void *data, size_t n)
+{
+	const unsigned char *p = data;
+	size_t have = (size_t)(m->len % 64), take;
+
+	m->len += n;
+	if (have > 0) {
+		take = n < 64 - have ? n : 64 - have;
+		memcpy(m->block + have, p, take);
+		if (have + take < 64)
+			return;
+		md5_blocks(m->state, m->block, 1);
+		p += take;
+		n -= take;
+	}
+	md5_blocks(m->state, p, n / 64);
+	if (n % 64 > 0)
+		memcpy(m->block, p + n / 64 * 64, n % 64);
+}
+
+static void
+md5_end(struct md5 *m, unsigned char out[16])
+{
+	static const unsigned char pad[64] = { 0x80 };
+	uint64_t bits = m->len * 8;
+	unsigned char size[8];
+	unsigned i;
+
+	for (i = 0; i < 8; i++)
+		size[i] = (unsigned char)(bits >> 8 * i);
+	md5_add(m, pad, 1 + (119 - m->len % 64) % 64);
+	md5_add(m, size, 8);
+	for (i = 0; i < 16; i++)
+		out[i] = (unsigned char)(m->state[i / 4] >> i % 4 * 8);
+}
+
+static void
+sha256_block(uint32_t h[8], const unsigned char *p)
+{
+	static const uint32_t k[64] = {
+		0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b,
+		0x59f111f1, 0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01,
+		0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7,
+		0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc,
+		0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152,
+		0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
+		0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
+		0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+		0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819,
+		0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08,
+		0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f,
+		0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
+		0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
+	};
+	uint32_t w[64], s[8], x, y;
+	int i;
+
+	for (i = 0; i < 16; i++)
+		w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
+		    (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
+	for (; i < 64; i++) {
+		x = rotl(w[i - 15], 25) ^ rotl(w[i - 15], 14) ^ w[i - 15] >> 3;
+		y = rotl(w[i - 2], 15) ^ rotl(w[i - 2], 13) ^ w[i - 2] >> 10;
+		w[i] = w[i - 16] + x + w[i - 7] + y;
+	}
+	memcpy(s, h, sizeof(s));
+	for (i = 0; i < 64; i++) {
+		x = s[7] + (rotl(s[4], 26) ^ rotl(s[4], 21) ^ rotl(s[4], 7)) +
+		    ((s[4] & s[5]) ^ (~s[4] & s[6])) + k[i] + w[i];
+		y = (rotl(s[0], 30) ^ rotl(s[0], 19) ^ rotl(s[0], 10)) +
+		    ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+		memmove(s + 1, s, 7 * sizeof(*s));
+		s[4] += x;
+		s[0] = x + y;
+	}
+	for (i = 0; i < 8; i++)
+		h[i] += s[i];
+}
+
+static void
+sha256(const void *data, size_t n, unsigned char out[32])
+{
+	uint32_t h[8] = { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
+	    0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19 };
+	const unsigned char *p = data;
+	unsigned char tail[128] = { 0 };
+	uint64_t bits = (uint64_t)n * 8;
+	size_t i, rest = n % 64, end = rest < 56 ? 64 : 128;
+
+	for (i = 0; i < n / 64; i++)
+		sha256_block(h, p + 64 * i);
+	if (rest > 0)
+		memcpy(tail, p + n - rest, rest);
+	tail[rest] = 0x80;
+	for (i = 0; i < 8; i++)
+		tail[end - 1 - i] = (unsigned char)(bits >> 8 * i);
+	for (i = 0; i < end; i += 64)
+		sha256_block(h, tail + i);
+	for (i = 0; i < 32; i++)
+		out[i] = (unsigned char)(h[i / 4] >> (24 - i % 4 * 8));
+}
+
+static const char base64_digits[] =
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+/* Decodes into at most size bytes; -1 if it is not whole, padded base64. */
+static ssize_t
+base64_decode(struct span s, void *out, size_t size)
+{
+	unsigned char *to = out;
+	const char *digit;
+	uint32_t bits = 0;
+	size_t i, n = 0, pad = 0;
+
+	if (s.len % 4 != 0)
+		return -1;
+	while (pad < 2 && pad < s.len && s.ptr[s.len - 1 - pad] == '=')
+		pad++;
+	for (i = 0; i < s.len - pad; i++) {
+		digit = memchr(base64_digits, s.ptr[i], 64);
+		if (digit == NULL)
+			return -1;
+		bits = bits << 6 | (uint32_t)(digit - base64_digits);
+		if (i % 4 == 0)
+			continue;
+		if (n == size)
+			return -1;
+		to[n++] = (unsigned char)(bits >> (6 - 2 * (i % 4)));
+	}
+	/* Bits left over must be zero, or two texts would mean one thing. */
+	if (pad > 0 && (bits & (pad == 1 ? 3 : 15)) != 0)
+		return -1;
+	return (ssize_t)n;
+}
+
+static void
+base64_encode(const unsigned char *p, size_t n, char *out)
+{
+	uint32_t bits;
+	size_t i;
+
+	for (i = 0; i < n; i += 3) {
+		bits = (uint32_t)p[i] << 16 |
+		    (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) |
+		    (i + 2 < n ? p[i + 2] : 0);
+		*out++ = base64_digits[bits >> 18];
+		*out++ = base64_digits[bits >> 12 & 63];
+		*out++ = i + 1 < n ? base64_digits[bits >> 6 & 63] : '=';
+		*out++ = i + 2 < n ? base64_digits[bits & 63] : '=';
+	}
+	*out = '\0';
+}
+
+static void
+hex(const unsigned char *p, size_t n, char *out)
+{
+	static const char digits[] = "0123456789abcdef";
+
+	for (; n > 0; n--, p++) {
+		*out++ = digits[*p >> 4];
+		*out++ = digits[*p & 15];
+	}
+	*out = '\0';
+}
+
+/* ==== JSON ===============================================================
+ *
+ * A check that takes the text in pieces of any size and accepts exactly one
+ * RFC 8259 object: no recursion, no allocation, one byte at a time but for
+ * the insides of strings. What it reads on the way down to JSON_WATCH it
+ * tells to on(), so that serials, lock IDs and resources are found without a
+ * second pass. It never changes or keeps the text.
+ */
+enum {
+	JS_START, JS_FIRST_KEY, JS_KEY, JS_COLON, JS_VALUE, JS_FIRST_VALUE,
+	JS_NEXT, JS_STRING, JS_ESCAPE, JS_HEX, JS_UTF8, JS_MINUS, JS_ZERO,
+	JS_INT, JS_POINT, JS_FRACTION, JS_E, JS_E_SIGN, JS_EXPONENT,
+	JS_LITERAL, JS_END
+};
+
+static const char *const json_words[W_COUNT] = {
+	[W_ID] = "id", [W_OPERATION] = "operation", [W_INFO] = "info",
+	[W_WHO] = "who", [W_CREATED] = "created", [W_SERIAL] = "serial",
+	[W_LINEAGE] = "lineage", [W_TERRAFORM_VERSION] = "terraform_version",
+	[W_RESOURCES] = "resources", [W_MODULE] = "module", [W_MODE] = "mode",
+	[W_TYPE] = "type", [W_NAME] = "name", [W_INSTANCES] = "instances",
+	[W_INDEX_KEY] = "index_key"
+};
+
+/* Sets why and returns false: this is not JSON. */
+static bool
+json_wrong(struct json *j, const char *why)
+{
+	j->why = why;
+	return false;
+}
+
+static bool
+json_watched(const struct json *j)
+{
+	return j->on != NULL && j->depth <= JSON_WATCH;
+}
+
+static void
+json_text(struct json *j, const void *data, size_t n)
+{
+	size_t room = j->len < JSON_TEXT - 1 ? JSON_TEXT - 1 - j->len : 0;
+
+	if (n < room)
+		room = n;
+	if (room > 0)
+		memcpy(j->text + j->len, data, room);
+	j->len += n;
+}
+
+/* Appends a code point in UTF-8. */
+static void
+json_code(struct json *j, unsigned c)
+{
+	char s[4];
+	size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
+
+	for (i = n - 1; i > 0; i--, c >>= 6)
+		s[i] = (char)(0x80 | (c & 0x3f));
+	s[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
+	json_text(j, s, n);
+}
+
+/*
+ * Tells on() of '{' '}' '[' ']', 's' a string, 'n' a number, 'l' another
+ * literal, each at the depth that it stands in, the text in j->text. The
+ * word of a value is j->word[j->depth], W_NONE in an array.
+ */
+static void
+json_tell(struct json *j, char what)
+{
+	if (!json_watched(j))
+		return;
+	j->text[j->len < JSON_TEXT ? j->len : JSON_TEXT - 1] = '\0';
+	j->on(j, what);
+}
+
+static bool
+json_in_array(const struct json *j)
+{
+	return (j->nest[j->depth / 8] >> j->depth % 8 & 1) != 0;
+}
+
+static bool
+json_open(struct json *j, unsigned char c)
+{
+	unsigned bit;
+
+	if (j->depth + 1 >= JSON_DEPTH)
+		return json_wrong(j, "is nested too deeply");
+	j->len = 0;
+	json_tell(j, (char)c);
+	j->depth++;
+	bit = 1u << j->depth % 8;
+	if (c == '[')
+		j->nest[j->depth / 8] |= (unsigned char)bit;
+	else
+		j->nest[j->depth / 8] &= (unsigned char)~bit;
+	if (j->depth <= JSON_WATCH)
+		j->word[j->depth] = W_NONE;
+	j->state = c == '[' ? JS_FIRST_VALUE : JS_FIRST_KEY;
+	return true;
+}
+
+static bool
+json_close(struct json *j, unsigned char c)
+{
+	if (json_in_array(j) != (c == ']'))
+		return json_wrong(j, "closes what is not open");
+	j->depth--;
+	j->len = 0;
+	json_tell(j, (char)c);
+	j->state = j->depth == 0 ? JS_END : JS_NEXT;
+	return true;
+}
+
+static bool
+json_value(struct json *j, unsigned char c)
+{
+	j->len = 0;
+	j->state = JS_LITERAL;
+	if (c == '{' || c == '[')
+		return json_open(j, c);
+	if (c == '"') {
+		j->key = false;
+		j->state = JS_STRING;
+	} else if (c == '-' || (c >= '0' && c <= '9')) {
+		j->state = c == '-' ? JS_MINUS : c == '0' ? JS_ZERO : JS_INT;
+		json_text(j, &c, 1);
+	} else if (c == 't')
+		j->literal = "rue";
+	else if (c == 'f')
+		j->literal = "alse";
+	else if (c == 'n')
+		j->literal = "ull";
+	else
+		return json_wrong(j, "has no value where one is due");
+	return true;
+}
+
+/* The string is complete: a key, or a value. */
+static void
+json_string_end(struct json *j)
+{
+	enum word w = W_NONE;
+
+	if (!j->key) {
+		json_tell(j, 's');
+		j->state = JS_NEXT;
+		return;
+	}
+	j->state = JS_COLON;
+	if (!json_watched(j))
+		return;
+	for (w = 1; w < W_COUNT; w++)
+		if (span_is((struct span){ j->text, j->len < JSON_TEXT ?
+		    j->len : 0 }, json_words[w]))
+			break;
+	j->word[j->depth] = w == W_COUNT ? W_NONE : w;
+}
+
+/* A byte of a string that is not plain ASCII: a quote, an escape, UTF-8. */
+static bool
+json_string(struct json *j, unsigned char c)
+{
+	if (c < 0x20)
+		return json_wrong(j, "has a control character in a string");
+	if (c == '"') {
+		json_string_end(j);
+		return true;
+	}
+	if (c == '\\') {
+		j->state = JS_ESCAPE;
+		return true;
+	}
+	/* RFC 3629: no overlong forms, no surrogates, nothing past 10FFFF. */
+	j->low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+	j->high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+	if (c >= 0xc2 && c <= 0xdf)
+		j->more = 1;
+	else if (c >= 0xe0 && c <= 0xef)
+		j->more = 2;
+	else if (c >= 0xf0 && c <= 0xf4)
+		j->more = 3;
+	else
+		return json_wrong(j, "has a string that is not UTF-8");
+	j->state = JS_UTF8;
+	json_text(j, &c, 1);
+	return true;
+}
+
+static bool
+json_utf8(struct json *j, unsigned char c)
+{
+	if (c < j->low || c > j->high)
+		return json_wrong(j, "has a string that is not UTF-8");
+	j->low = 0x80;
+	j->high = 0xbf;
+	json_text(j, &c, 1);
+	if (--j->more == 0)
+		j->state = JS_STRING;
+	return true;
+}
+
+static bool
+json_escape(struct json *j, unsigned char c)
+{
+	static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+	const char *p = c == '\0' ? NULL : strchr(from, c);
+
+	if (c == 'u') {
+		j->state = JS_HEX;
+		j->hex = j->digits = 0;
+		return true;
+	}
+	if (p == NULL)
+		return json_wrong(j, "has an unknown escape in a string");
+	json_text(j, to + (p - from), 1);
+	j->state = JS_STRING;
+	return true;
+}
+
+/* RFC 8259 lets half a surrogate pair pass; as text it is U+FFFD. */
+static bool
+json_hex(struct json *j, unsigned char c)
+{
+	int v = hex_value(c);
+
+	if (v == -1)
+		return json_wrong(j, "has a bad \\u escape in a string");
+	j->hex = j->hex << 4 | (unsigned)v;
+	if (++j->digits < 4)
+		return true;
+	j->state = JS_STRING;
+	if (j->hex >= 0xdc00 && j->hex <= 0xdfff && j->surrogate != 0) {
+		j->len -= 3;		/* the U+FFFD that held its place */
+		json_code(j, 0x10000 + ((j->surrogate & 0x3ff) << 10) +
+		    (j->hex & 0x3ff));
+		j->surrogate = 0;
+		return true;
+	}
+	j->surrogate = j->hex >= 0xd800 && j->hex <= 0xdbff ? j->hex : 0;
+	json_code(j, (j->hex & 0xf800) == 0xd800 ? 0xfffd : j->hex);
+	return true;
+}
+
+/* A byte of a number; what ends it is looked at again as what follows. */
+static bool
+json_number(struct json *j, unsigned char c)
+{
+	bool digit = c >= '0' && c <= '9';
+	int s = j->state, to = -1;
+
+	if (digit && s != JS_ZERO)
+		to = s == JS_MINUS ? (c == '0' ? JS_ZERO : JS_INT) :
+		    s == JS_POINT ? JS_FRACTION :
+		    s == JS_E || s == JS_E_SIGN ? JS_EXPONENT : s;
+	else if (c == '.' && (s == JS_ZERO || s == JS_INT))
+		to = JS_POINT;
+	else if ((c | 32) == 'e' &&
+	    (s == JS_ZERO || s == JS_INT || s == JS_FRACTION))
+		to = JS_E;
+	else if ((c == '+' || c == '-') && s == JS_E)
+		to = JS_E_SIGN;
+	if (to != -1) {
+		j->state = to;
+		json_text(j, &c, 1);
+		return true;
+	}
+	if (digit || s == JS_MINUS || s == JS_POINT || s == JS_E ||
+	    s == JS_E_SIGN)
+		return json_wrong(j, "has a malformed number");
+	json_tell(j, 'n');
+	j->state = JS_NEXT;
+	return true;
+}
+
+/* A byte between values: structure. White space has been skipped. */
+static bool
+json_between(struct json *j, unsigned char c)
+{
+	switch (j->state) {
+	case JS_START:
+		return c == '{' ? json_open(j, c) :
+		    json_wrong(j, "is not a JSON object");
+	case JS_FIRST_KEY:
+	case JS_KEY:
+		if (c == '}' && j->state == JS_FIRST_KEY)
+			return json_close(j, c);
+		if (c != '"')
+			return json_wrong(j, "has no key where one is due");
+		j->key = true;
+		j->len = 0;
+		j->state = JS_STRING;
+		return true;
+	case JS_COLON:
+		j->state = JS_VALUE;
+		return c == ':' || json_wrong(j, "has no colon after a key");
+	case JS_FIRST_VALUE:
+		return c == ']' ? json_close(j, c) : json_value(j, c);
+	case JS_VALUE:
+		return json_value(j, c);
+	case JS_NEXT:
+		if (c == '}' || c == ']')
+			return json_close(j, c);
+		j->state = json_in_array(j) ? JS_VALUE : JS_KEY;
+		return c == ',' || json_wrong(j, "has no comma or end where "
+		    "one is due");
+	default:
+		return json_wrong(j, "goes on after its end");
+	}
+}
+
+static bool
+json_byte(struct json *j, unsigned char c)
+{
+	switch (j->state) {
+	case JS_STRING:
+		j->surrogate = c == '\\' ? j->surrogate : 0;
+		return json_string(j, c);
+	case JS_ESCAPE:
+		j->surrogate = c == 'u' ? j->surrogate : 0;
+		return json_escape(j, c);
+	case JS_HEX:
+		return json_hex(j, c);
+	case JS_UTF8:
+		return json_utf8(j, c);
+	case JS_LITERAL:
+		if (c != (unsigned char)*j->literal)
+			return json_wrong(j, "has no value where one is due");
+		if (*++j->literal == '\0') {
+			json_tell(j, 'l');
+			j->state = JS_NEXT;
+		}
+		return true;
+	case JS_MINUS: case JS_ZERO: case JS_INT: case JS_POINT:
+	case JS_FRACTION: case JS_E: case JS_E_SIGN: case JS_EXPONENT:
+		if (!json_number(j, c))
+			return false;
+		if (j->state != JS_NEXT)
+			return true;
+		break;
+	default:
+		break;
+	}
+	if (c == ' ' || c == '\n' || c == '\t' || c == '\r')
+		return true;
+	return json_between(j, c);
+}
+
+/* The length of the run of plain bytes that a string goes on with: eight at
+ * a time, by the old trick that finds a byte below n or above 127. */
+static size_t
+json_plain(const unsigned char *p, size_t n)
+{
+	const uint64_t ones = UINT64_MAX / 255, high = ones << 7;
+	size_t i = 0;
+	uint64_t v, quote, slash;
+
+	for (; i + 8 <= n; i += 8) {
+		memcpy(&v, p + i, 8);
+		quote = v ^ ones * '"';
+		slash = v ^ ones * '\\';
+		if (((v | (v - ones * 0x20) | (quote - ones) |
+		    (slash - ones)) & high) != 0)
+			break;
+	}
+	while (i < n && p[i] >= 0x20 && p[i] < 0x80 && p[i] != '"' &&
+	    p[i] != '\\')
+		i++;
+	return i;
+}
+
+/* Takes the next piece; false if the text is wrong, at byte j->at. */
+static bool
+json_feed(struct json *j, const void *data, size_t n)
+{
+	const unsigned char *p = data;
+	size_t i = 0, run;
+
+	while (i < n && !j->stop) {
+		if (j->state == JS_STRING) {
+			run = json_plain(p + i, n - i);
+			if (run > 0) {
+				j->surrogate = 0;
+				if (json_watched(j))
+					json_text(j, p + i, run);
+				j->at += run;
+				i += run;
+				continue;
+			}
+		}
+		if (!json_byte(j, p[i]))
+			return false;
+		j->at++;
+		i++;
+	}
+	return true;
+}
+
+/* True if the text was one whole object; else why is set. */
+static bool
+json_done(struct json *j)
+{
+	if (j->why == NULL && j->state != JS_END)
+		j->why = j->at == 0 ? "is empty" : "ends too early";
+	return j->why == NULL;
+}
+
+static void
+json_keep(char *to, size_t size, const struct json *j)
+{
+	span_copy(to, size, (struct span){ j->text,
+	    j->len < JSON_TEXT ? j->len : JSON_TEXT - 1 });
+}
+
+/* Fills a struct meta from a state. */
+static void
+meta_on(struct json *j, char what)
+{
+	struct meta *m = j->to;
+	enum word w = j->word[j->depth];
+	char *end;
+
+	if (j->depth == 2 && what == '{' && j->word[1] == W_RESOURCES &&
+	    json_in_array(j))
+		m->resources++;
+	if (j->depth != 1)
+		return;
+	if (w == W_SERIAL && what == 'n') {
+		errno = 0;
+		m->serial = strtoull(j->text, &end, 10);
+		m->known = *end == '\0' && errno == 0 && *j->text != '-';
+	} else if (w == W_LINEAGE && what == 's')
+		json_keep(m->lineage, sizeof(m->lineage), j);
+	else if (w == W_TERRAFORM_VERSION && what == 's')
+		json_keep(m->version, sizeof(m->version), j);
+}
+
+/* As meta_on, but has seen enough with the serial and the lineage. */
+static void
+meta_on_brief(struct json *j, char what)
+{
+	struct meta *m = j->to;
+
+	meta_on(j, what);
+	j->stop = m->known && m->lineage[0] != '\0';
+}
+
+/* Fills a struct lock from lock info. An ID that is too long is none, and
+ * so is one with a NUL, which would end it early. */
+static void
+lock_on(struct json *j, char what)
+{
+	struct lock *l = j->to;
+
+	if (j->depth != 1 || what != 's')
+		return;
+	if (j->word[1] == W_ID) {
+		l->id[0] = '\0';
+		if (j->len <= ID_MAX && memchr(j->text, 0, j->len) == NULL)
+			json_keep(l->id, sizeof(l->id), j);
+	} else if (j->word[1] == W_OPERATION)
+		json_keep(l->operation, sizeof(l->operation), j);
+	else if (j->word[1] == W_INFO)
+		json_keep(l->info, sizeof(l->info), j);
+	else if (j->word[1] == W_WHO)
+		json_keep(l->who, sizeof(l->who), j);
+	else if (j->word[1] == W_CREATED)
+		json_keep(l->created, sizeof(l->created), j);
+}
+
+/* ==== HTTP parser ========================================================
+ *
+ * Bytes in, spans out; no I/O, no allocation. RFC 9112 as a server, read
+ * strictly: whatever two parsers could understand differently is refused,
+ * and so is every bare CR or LF. A status returned negative ends the
+ * connection, for nobody knows where the next request would begin.
+ */
+static bool
+is_token(unsigned char c)		/* RFC 9110, 5.6.2: tchar */
+{
+	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+	    (c >= '0' && c <= '9') ||
+	    (c != '\0' && strchr("!#$%&'*+-.^_`|~", c) != NULL);
+}
+
+static bool
+is_value(unsigned char c)		/* RFC 9110, 5.5: no CTL but HTAB */
+{
+	return c == '\t' || (c >= 0x20 && c != 0x7f);
+}
+
+/* RFC 9110, 4.2: host [":" port]; the host a name, IPv4, or [IPv6]. */
+static bool
+http_host_ok(struct span h)
+{
+	const char *p = h.ptr, *end = p + h.len, *close;
+	unsigned port = 0;
+
+	if (h.len == 0)
+		return false;
+	if (*p == '[') {
+		if ((close = memchr(p, ']', h.len)) == NULL || close == p + 1)
+			return false;
+		for (p++; p < close; p++)
+			if (hex_value((unsigned char)*p) == -1 &&
+			    *p != ':' && *p != '.')
+				return false;
+		p++;
+	} else {
+		for (; p < end && *p != ':'; p++)
+			if (!is_token((unsigned char)*p) &&
+			    strchr("();=,", *p) == NULL)
+				return false;
+		if (p == h.ptr)
+			return false;
+	}
+	if (p == end)
+		return true;
+	if (*p != ':' || end - p > 6)
+		return false;
+	for (p++; p < end; p++) {
+		if (*p < '0' || *p > '9')
+			return false;
+		port = port * 10 + (unsigned)(*p - '0');
+	}
+	return port <= 65535;
+}
+
+static int
+on_host(struct head *h, struct span v)
+{
+	if (h->seen_host || !http_host_ok(v))
+		return -400;
+	h->seen_host = true;
+	if (h->host.len == 0)		/* absolute form goes first */
+		h->host = v;
+	return 0;
+}
+
+static int
+on_length(struct head *h, struct span v)
+{
+	size_t i;
+
+	if (h->length != -1 || v.len == 0)
+		return -400;
+	h->length = 0;
+	for (i = 0; i < v.len; i++) {
+		if (v.ptr[i] < '0' || v.ptr[i] > '9')
+			return -400;
+		if (h->length > INT64_MAX / 10 - 1)
+			h->length = INT64_MAX / 10;	/* 413 will follow */
+		h->length = h->length * 10 + (v.ptr[i] - '0');
+	}
+	return 0;
+}
+
+/* RFC 9112, 6.1 and 6.3: chunked, once and last; we know no other coding. */
+static int
+on_coding(struct head *h, struct span v)
+{
+	struct span item = { NULL, 0 };
+	unsigned items = 0, chunked = 0;
+
+	if (h->seen_coding)
+		return -400;
+	h->seen_coding = true;
+	while (span_next(&v, &item)) {
+		items++;
+		chunked += span_is(item, "chunked");
+	}
+	if (chunked != 1 || !span_is(item, "chunked"))
+		return -400;
+	h->chunked = true;
+	return items == 1 ? 0 : -501;
+}
+
+static int
+on_connection(struct head *h, struct span v)
+{
+	struct span item;
+
+	while (span_next(&v, &item)) {
+		if (span_is(item, "close"))
+			h->keep = false;
+		else if (span_is(item, "keep-alive") && h->minor == 0)
+			h->keep = true;
+	}
+	return 0;
+}
+
+static int
+on_expect(struct head *h, struct span v)
+{
+	if (h->minor == 0)		/* RFC 9110, 10.1.1 */
+		return 0;
+	h->expects = true;
+	return span_is(v, "100-continue") ? 0 : -417;
+}
+
+static int
+on_authorization(struct head *h, struct span v)
+{
+	if (h->authorization.ptr != NULL)
+		return -400;		/* which of them is meant? */
+	h->authorization = v;
+	return 0;
+}
+
+static int
+on_md5(struct head *h, struct span v)
+{
+	if (h->md5.ptr != NULL)
+		return -400;
+	h->md5 = v;
+	return 0;
+}
+
+static int
+on_accept(struct head *h, struct span v)
+{
+	struct span item;
+	const char *semi;
+
+	while (span_next(&v, &item)) {
+		if ((semi = memchr(item.ptr, ';', item.len)) != NULL)
+			item.len = (size_t)(semi - item.ptr);
+		h->html |= span_is(item, "text/html");
+		h->json |= span_is(item, "application/json");
+	}
+	return 0;
+}
+
+static int
+on_origin(struct head *h, struct span v)
+{
+	(void)v;			/* whatever it says, it is a page */
+	h->origin = true;
+	return 0;
+}
+
+static int
+on_forwarded(struct head *h, struct span v)
+{
+	h->forwarded = v;		/* the last one: our own front's */
+	return 0;
+}
+
+static const struct {
+	const char *name;
+	int (*on)(struct head *, struct span);
+} http_fields[] = {
+	{ "host", on_host },
+	{ "content-length", on_length },
+	{ "transfer-encoding", on_coding },
+	{ "connection", on_connection },
+	{ "expect", on_expect },
+	{ "authorization", on_authorization },
+	{ "content-md5", on_md5 },
+	{ "accept", on_accept },
+	{ "origin", on_origin },
+	{ "x-forwarded-for", on_forwarded },
+};
+
+/* One field line, without its CRLF. */
+static int
+http_field(struct head *h, const char *p, const char *end)
+{
+	struct span name = { p, 0 }, value;
+	size_t i;
+
+	while (p < end && is_token((unsigned char)*p))
+		p++;
+	name.len = (size_t)(p - name.ptr);
+	if (name.len == 0 || p == end || *p != ':')
+		return -400;		/* obs-fold and "Name :" end here */
+	for (p++; p < end && (*p == ' ' || *p == '\t'); p++)
+		continue;
+	while (end > p && (end[-1] == ' ' || end[-1] == '\t'))
+		end--;
+	value = (struct span){ p, (size_t)(end - p) };
+	for (; p < end; p++)
+		if (!is_value((unsigned char)*p))
+			return -400;
+	for (i = 0; i < sizeof(http_fields) / sizeof(*http_fields); i++)
+		if (span_is(name, http_fields[i].name))
+			return http_fields[i].on(h, value);
+	return 0;
+}
+
+/* Cuts scheme and authority off an absolute-form target (RFC 9112, 3.2.2):
+ * its host is the one that counts. */
+static int
+http_absolute(struct head *h)
+{
+	const char *p = h->target.ptr, *end = p + h->target.len, *host;
+	size_t scheme = h->target.len > 8 &&
+	    strncasecmp(p, "https://", 8) == 0 ? 8 : 7;
+
+	if (h->target.len <= scheme || (scheme == 7 &&
+	    strncasecmp(p, "http://", 7) != 0))
+		return -400;
+	host = p += scheme;
+	while (p < end && *p != '/' && *p != '?')
+		p++;
+	h->host = (struct span){ host, (size_t)(p - host) };
+	if (!http_host_ok(h->host))
+		return -400;
+	if (p < end && *p == '?')
+		return -400;		/* no path: names nothing here */
+	h->target = p < end ? (struct span){ p, (size_t)(end - p) } :
+	    (struct span){ "/", 1 };
+	return 0;
+}
+
+/* method SP target SP HTTP/1.x, with nothing else between. */
+static int
+http_request_line(struct head *h, const char *p, const char *end)
+{
+	const char *word = p;
+	size_t m;
+	int status = 0;
+
+	while (p < end && is_token((unsigned char)*p))
+		p++;
+	if (p == word || p == end || *p != ' ')
+		return -400;
+	for (m = 0; m < M_COUNT; m++)
+		if (strlen(method_names[m]) == (size_t)(p - word) &&
+		    memcmp(word, method_names[m], (size_t)(p - word)) == 0)
+			break;
+	h->method = (enum method)m;
+	for (word = ++p; p < end && *p > 0x20 && *p < 0x7f && *p != '#'; p++)
+		continue;
+	h->target = (struct span){ word, (size_t)(p - word) };
+	if (h->target.len == 0 || end - p != 9 ||
+	    memcmp(p, " HTTP/", 6) != 0 || p[6] < '0' || p[6] > '9' ||
+	    p[7] != '.' || p[8] < '0' || p[8] > '9')
+		return -400;
+	if (p[6] != '1')
+		return -505;
+	h->minor = p[8] == '0' ? 0 : 1;
+	h->keep = h->minor == 1;
+	if (h->target.len > TARGET_MAX)
+		return -414;
+	if (m == M_COUNT)
+		return -501;
+	if (h->target.len == 1 && *word == '*')
+		status = m == M_OPTIONS ? 0 : -400;
+	else if (*word != '/')
+		status = http_absolute(h);
+	return status;
+}
+
+/* The rules that need the whole head: RFC 9112, 3.2, 6.1, 6.3. */
+static int
+http_whole(const struct head *h)
+{
+	if (h->minor == 1 && !h->seen_host)
+		return -400;
+	if (h->chunked && (h->length != -1 || h->minor == 0))
+		return -400;
+	return 0;
+}
+
+/*
+ * Parses a request's head, from its first line to the empty one. Returns the
+ * bytes it took, 0 if there must be more, or minus a status. *seen is how far
+ * an earlier call came, so that a head sent byte by byte is not read anew
+ * each time; the head must begin with its request line.
+ */
+static int
+http_parse(const char *data, size_t len, size_t *seen, struct head *h)
+{
+	const char *end = NULL, *p, *line, *lf;
+	unsigned fields = 0;
+	int status;
+
+	for (p = data + *seen; (lf = memchr(p, '\n',
+	    (size_t)(data + len - p))) != NULL; p = lf + 1) {
+		if (lf == data || lf[-1] != '\r')
+			return -400;
+		if (lf - data >= 3 && lf[-2] == '\n') {
+			end = lf + 1;
+			break;
+		}
+	}
+	*seen = len;
+	if (end == NULL && len < HEAD_MAX)
+		return 0;
+	*h = (struct head){ .length = -1, .minor = 1, .keep = true };
+	if ((lf = memchr(data, '\n', len)) == NULL)
+		return -414;
+	status = http_request_line(h, data, lf - 1);
+	if (status != 0)
+		return status;
+	if (end == NULL || end - data > HEAD_MAX)
+		return -431;
+	for (line = lf + 1; line < end - 2; line = lf + 1) {
+		lf = memchr(line, '\n', (size_t)(end - line));
+		if (++fields > FIELDS_MAX)
+			return -431;
+		if ((status = http_field(h, line, lf - 1)) != 0)
+			return status;
+	}
+	status = http_whole(h);
+	return status != 0 ? status : (int)(end - data);
+}
+
+/* One byte of a chunk's first line, between its size and its LF. */
+static int
+chunk_size(struct chunks *c, unsigned char b)
+{
+	int v;
+
+	if (++c->line > CHUNK_LINE_MAX)
+		return -400;
+	if (c->state == CH_QUOTE || c->state == CH_ESC) {
+		if (!is_value(b))
+			return -400;
+		c->state = c->state == CH_ESC || (b != '"' && b != '\\') ?
+		    CH_QUOTE : b == '"' ? CH_EXT : CH_ESC;
+		return 0;
+	}
+	if (b == '\r') {
+		c->state = CH_SIZE_LF;
+		return c->digits > 0 ? 0 : -400;
+	}
+	if (c->state == CH_EXT) {
+		c->state = b == '"' ? CH_QUOTE : CH_EXT;
+		return is_value(b) ? 0 : -400;
+	}
+	if ((v = hex_value(b)) != -1) {
+		c->left = c->left << 4 | (unsigned)v;
+		return ++c->digits <= 15 ? 0 : -413;
+	}
+	c->state = CH_EXT;		/* RFC 9112, 7.1.1: only by ";" */
+	return b == ';' && c->digits > 0 ? 0 : -400;
+}
+
+/* One byte of the trailer section: fields of the head's form, all dropped. */
+static int
+chunk_trailer(struct chunks *c, unsigned char b)
+{
+	if (++c->trailer > HEAD_MAX)
+		return -431;
+	switch (c->state) {
+	case CH_TRAILER:
+		if (b == '\r') {
+			c->state = CH_END_LF;
+			return 0;
+		}
+		if (++c->fields > FIELDS_MAX)
+			return -431;
+		c->state = CH_FIELD;
+		return is_token(b) ? 0 : -400;
+	case CH_FIELD:
+		c->state = b == ':' ? CH_VALUE : CH_FIELD;
+		return b == ':' || is_token(b) ? 0 : -400;
+	case CH_VALUE:
+		c->state = b == '\r' ? CH_TRAILER_LF : CH_VALUE;
+		return b == '\r' || is_value(b) ? 0 : -400;
+	case CH_TRAILER_LF:
+		c->state = CH_TRAILER;
+		return b == '\n' ? 0 : -400;
+	default:
+		c->state = CH_DONE;
+		return b == '\n' ? 0 : -400;
+	}
+}
+
+/*
+ * Decodes a chunked body: takes from in what it can, appends the data to out
+ * until that is full. Sets *used to the bytes taken; returns 0 or minus a
+ * status. Whether the body is over, c->state tells: CH_DONE.
+ */
+static int
+chunk_decode(struct chunks *c, struct span in, size_t *used, char *out,
+    size_t *len, size_t cap)
+{
+	int status = 0;
+	size_t n, i = 0;
+
+	while (i < in.len && status == 0 && c->state != CH_DONE) {
+		unsigned char b = (unsigned char)in.ptr[i];
+
+		switch (c->state) {
+		case CH_DATA:
+			n = in.len - i < cap - *len ? in.len - i : cap - *len;
+			n = n < c->left ? n : (size_t)c->left;
+			if (n == 0)
+				goto full;
+			memcpy(out + *len, in.ptr + i, n);
+			*len += n;
+			i += n;
+			if ((c->left -= n) == 0)
+				c->state = CH_CR;
+			continue;
+		case CH_CR:
+			c->state = CH_LF;
+			status = b == '\r' ? 0 : -400;
+			break;
+		case CH_LF:
+			c->state = CH_SIZE;
+			c->digits = c->line = 0;
+			status = b == '\n' ? 0 : -400;
+			break;
+		case CH_SIZE_LF:
+			c->state = c->left > 0 ? CH_DATA : CH_TRAILER;
+			status = b == '\n' ? 0 : -400;
+			break;
+		case CH_SIZE: case CH_EXT: case CH_QUOTE: case CH_ESC:
+			status = chunk_size(c, b);
+			break;
+		default:
+			status = chunk_trailer(c, b);
+		}
+		i++;
+	}
+full:
+	*used = i;
+	return status;
+}
+
+/* ==== names ==============================================================
+ *
+ * From a URL to what it names: decoded once, then read. All rules about
+ * names are in name_wrong, and nothing reaches the disk that did not pass it.
+ */
+
+/* Length of the UTF-8 sequence that s begins with, or 0 (RFC 3629). */
+static size_t
+utf8_length(const char *s)
+{
+	const unsigned char *p = (const unsigned char *)s;
+	unsigned char low = *p == 0xe0 ? 0xa0 : *p == 0xf0 ? 0x90 : 0x80;
+	unsigned char high = *p == 0xed ? 0x9f : *p == 0xf4 ? 0x8f : 0xbf;
+	size_t n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 :
+	    *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
+
+	for (i = 1; i < n; i++, low = 0x80, high = 0xbf)
+		if (p[i] < low || p[i] > high)
+			return 0;
+	return n;
+}
+
+static bool
+ends_in(const char *s, size_t len, const char *end)
+{
+	size_t n = strlen(end);
+
+	return len >= n && memcmp(s + len - n, end, n) == 0;
+}
+
+/* Rules 3 to 6, for the len bytes of one segment; NULL, or what is wrong. */
+static const char *
+segment_wrong(const char *s, size_t len)
+{
+	if (len == 0)
+		return "a state name has no empty segment";
+	if (len > SEGMENT_MAX)
+		return "a segment of a state name has 200 bytes at most";
+	if (*s == '.' || *s == '-')
+		return "no segment of a state name begins with '.' or '-'";
+	if (ends_in(s, len, ".lock") || ends_in(s, len, ".log") ||
+	    ends_in(s, len, ".tfstate"))
+		return "no segment of a state name ends in .lock, .log or "
+		    ".tfstate";
+	return NULL;
+}
+
+/*
+ * NULL if name may be a state's, else what is wrong with it:
+ * 1. at most 1,000 bytes; 2. UTF-8 without control characters, without
+ * backslash; 3. 1 to 8 segments of 1 to 200 bytes; 4. none begins with '.'
+ * or '-': so there is no "..", nothing hidden, nothing like an option;
+ * 5. none ends like our own files, so no state's file is another's lock;
+ * 6. the last is not "lock", which is the lock's URL.
+ */
+static const char *
+name_wrong(const char *name)
+{
+	const char *p, *segment = name, *wrong;
+	unsigned segments = 0;
+	size_t n;
+
+	if (strlen(name) > NAME_LEN_MAX)
+		return "a state name has 1000 bytes at most";
+	for (p = name;; p += n) {
+		if (*p == '/' || *p == '\0') {
+			wrong = segment_wrong(segment, (size_t)(p - segment));
+			if (wrong != NULL)
+				return wrong;
+			if (++segments > SEGMENTS_MAX)
+				return "a state name has 8 segments at most";
+			if (*p == '\0')
+				break;
+			segment = p + 1;
+		}
+		n = utf8_length(p);
+		if (n == 0 || (unsigned char)*p < 0x20 || *p == 0x7f ||
+		    *p == '\\' || (n == 2 && (unsigned char)*p == 0xc2 &&
+		    (unsigned char)p[1] < 0xa0))
+			return "a state name is UTF-8 without control "
+			    "characters or backslashes";
+	}
+	return strcmp(segment, "lock") == 0 ?
+	    "no state is called lock: that is a lock's URL" : NULL;
+}
+
+/* Undoes percent-encoding once. The length, or -1 for a bad escape, a NUL,
+ * or what does not fit. */
+static ssize_t
+url_decode(struct span s, char *out, size_t size, bool query)
+{
+	size_t i, n = 0;
+	int high, low;
+
+	for (i = 0; i < s.len; i++, n++) {
+		if (n + 1 >= size)
+			return -1;
+		out[n] = s.ptr[i];
+		if (query && out[n] == '+')
+			out[n] = ' ';
+		if (s.ptr[i] != '%')
+			continue;
+		if (s.len - i < 3 ||
+		    (high = hex_value((unsigned char)s.ptr[i + 1])) == -1 ||
+		    (low = hex_value((unsigned char)s.ptr[i + 2])) == -1 ||
+		    (high | low) == 0)
+			return -1;
+		out[n] = (char)(high << 4 | low);
+		i += 2;
+	}
+	out[n] = '\0';
+	return (ssize_t)n;
+}
+
+/* YYYYMMDDTHHMMSS.mmmZ-SERIAL: the ID of an earlier version. */
+static bool
+is_version(const char *s)
+{
+	static const char form[] = "ddddddddTdddddd.dddZ-";
+	size_t i;
+
+	for (i = 0; i < sizeof(form) - 1; i++)
+		if (form[i] == 'd' ? s[i] < '0' || s[i] > '9' :
+		    s[i] != form[i])
+			return false;
+	i = strspn(s + sizeof(form) - 1, "0123456789");
+	return i >= 1 && i <= 20 && s[sizeof(form) - 1 + i] == '\0';
+}
+
+/* If s begins with prefix, removes that and returns true. */
+static bool
+cut_prefix(char *s, const char *prefix)
+{
+	size_t n = strlen(prefix);
+
+	if (strncmp(s, prefix, n) != 0)
+		return false;
+	memmove(s, s + n, strlen(s + n) + 1);
+	return true;
+}
+
+static bool
+cut_suffix(char *s, const char *suffix)
+{
+	size_t len = strlen(s);
+
+	if (!ends_in(s, len, suffix))
+		return false;
+	s[len - strlen(suffix)] = '\0';
+	return true;
+}
+
+/* What /-/... is; the name, if it has one, is left in path. False: nothing. */
+static bool
+page_kind(char *path, struct request *r)
+{
+	static const struct { const char *path; enum kind kind; } pages[] = {
+		{ "healthy", K_HEALTHY }, { "ready", K_READY },
+		{ "metrics", K_METRICS }
+	};
+	size_t i;
+	char *last;
+
+	for (i = 0; i < sizeof(pages) / sizeof(*pages); i++)
+		if (strcmp(path, pages[i].path) == 0) {
+			r->kind = pages[i].kind;
+			return true;
+		}
+	if (cut_prefix(path, "versions/"))
+		r->kind = K_VERSIONS;
+	else if (cut_prefix(path, "changes/"))
+		r->kind = K_CHANGES;
+	else if (cut_prefix(path, "log/"))
+		r->kind = K_LOG;
+	else
+		return false;
+	(void)cut_suffix(path, ".tfstate");
+	last = strrchr(path, '/');
+	if (r->kind != K_LOG && last != NULL && is_version(last + 1)) {
+		(void)snprintf(r->version, sizeof(r->version), "%s", last + 1);
+		*last = '\0';
+		if (r->kind == K_VERSIONS)
+			r->kind = K_VERSION;
+		(void)cut_suffix(path, ".tfstate");
+	}
+	return true;
+}
+
+/*
+ * Fills kind, name and version from a target's path. NULL, or what is wrong
+ * with a name; *found is false if there is no such page.
+ */
+static const char *
+name_route(struct span target, struct request *r, bool *found)
+{
+	char path[NAME_LEN_MAX + 64];
+
+	*found = true;
+	if (url_decode(target, path, sizeof(path), false) == -1) {
+		if (target.len >= 3 * sizeof(path) ||
+		    memchr(target.ptr, '%', target.len) == NULL)
+			return "a state name has 1000 bytes at most";
+		return "the URL has a bad escape, a NUL, or is too long";
+	}
+	span_copy(r->name, sizeof(r->name), span(path));
+	r->kind = strcmp(path, "/") == 0 ? K_ROOT :
+	    strcmp(path, "*") == 0 ? K_STAR : K_STATE;
+	if (r->kind != K_STATE)
+		return NULL;
+	if (cut_prefix(path, "/-/")) {
+		*found = page_kind(path, r);
+		if (!*found || r->kind >= K_HEALTHY)
+			return NULL;
+	} else if (cut_prefix(path, "/terraform_lock/"))
+		r->kind = K_LOCK;
+	else if (!cut_prefix(path, "/terraform_state/"))
+		(void)cut_prefix(path, "/");
+	if (r->kind == K_STATE && strrchr(path, '/') != NULL &&
+	    cut_suffix(path, "/lock"))
+		r->kind = K_LOCK;
+	if (r->kind == K_STATE || r->kind == K_LOCK)
+		(void)cut_suffix(path, ".tfstate");
+	if (name_wrong(path) != NULL)
+		return name_wrong(path);
+	(void)snprintf(r->name, sizeof(r->name), "%s", path);
+	return NULL;
+}
+
+/* Takes what we know from a target's query: ID, and q. */
+static int
+name_query(struct span query, struct request *r)
+{
+	const char *end = query.ptr + query.len, *amp, *eq;
+	struct span key, value;
+
+	for (; query.ptr < end; query.ptr = amp + 1) {
+		amp = memchr(query.ptr, '&', (size_t)(end - query.ptr));
+		if (amp == NULL)
+			amp = end;
+		eq = memchr(query.ptr, '=', (size_t)(amp - query.ptr));
+		key = (struct span){ query.ptr,
+		    (size_t)((eq != NULL ? eq : amp) - query.ptr) };
+		value = (struct span){ eq != NULL ? eq + 1 : amp,
+		    eq != NULL ? (size_t)(amp - eq - 1) : 0 };
+		if (key.len == 1 && *key.ptr == 'q')
+			(void)url_decode(value, r->query, sizeof(r->query),
+			    true);
+		if (key.len != 2 || memcmp(key.ptr, "ID", 2) != 0)
+			continue;
+		/* Two IDs, or one cut short, could open what is locked. */
+		if (r->has_id || url_decode(value, r->id, sizeof(r->id),
+		    true) == -1)
+			return -1;
+		r->has_id = true;
+	}
+	return 0;
+}
+
+/* ==== storage ============================================================
+ *
+ * A name's files lie in one directory, its place; everything is opened
+ * relative to a descriptor, segment by segment, and no symbolic link is
+ * followed. A safe write, in order, with what each step is for:
+ *
+ *	.tmp/T		written whole, synced	a crash leaves a hidden file
+ *	.history/N/V	linked to N.tfstate	the old version has two names
+ *	N.tfstate	.tmp/T renamed over it	readers see the old or the new
+ *	directory	synced			the new name is on the disk too
+ *
+ * Functions return 0 or -1 with errno, like the calls that they wrap.
+ */
+#define STATE ".tfstate"
+#define LOCK ".lock"
+#define LOG ".log"
+#define LEAF (SEGMENT_MAX + 16)
+
+static struct {
+	int root;			/* the directory */
+	int guard;			/* .guard */
+	uint64_t token;			/* ours, in the names of uploads */
+	pthread_mutex_t mutex;		/* for what follows */
+	uint64_t uploads;
+	bool low;			/* below the reserve */
+} store = { .root = -1, .guard = -1, .mutex = PTHREAD_MUTEX_INITIALIZER };
+
+struct place {
+	int dir;
+	const char *leaf;		/* points into the name */
+};
+
+static void
+dir_leave(int dir)
+{
+	if (dir != store.root)
+		close_quietly(dir);
+}
+
+/* Opens one directory in another; -1 with errno. A missing one is made, if
+ * so wanted, and on disk before anything in it can be. */
+static int
+dir_step(int dir, const char *part, bool create)
+{
+	const int how = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+	int next;
+
+	if (!create)
+		return openat(dir, part, how);
+	/* One at a time: nobody may use one whose maker has not synced it. */
+	(void)pthread_mutex_lock(&store.mutex);
+	next = openat(dir, part, how);
+	if (next == -1 && errno == ENOENT &&
+	    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST) &&
+	    sync_fd(dir) == 0)
+		next = openat(dir, part, how);
+	(void)pthread_mutex_unlock(&store.mutex);
+	return next;
+}
+
+/* Opens the directory that the first len bytes of path name, below base,
+ * which is left if it is not the root. Left by dir_leave. */
+static int
+dir_enter(int base, const char *path, size_t len, bool create)
+{
+	char part[SEGMENT_MAX + 1];
+	int dir = base, next;
+	size_t n;
+
+	while (len > 0) {
+		for (n = 0; n < len && path[n] != '/'; n++)
+			continue;
+		span_copy(part, sizeof(part), (struct span){ path, n });
+		next = dir_step(dir, part, create);
+		dir_leave(dir);
+		if ((dir = next) == -1)
+			return -1;
+		n += n < len;
+		path += n;
+		len -= n;
+	}
+	return dir;
+}
+
+/* Has the directory been removed under us? Then nothing can be looked up in
+ * it, and ENOENT must not be read as "no such state". */
+static bool
+store_gone(void)
+{
+	struct stat st;
+
+	return fstat(store.root, &st) == -1 || st.st_nlink == 0;
+}
+
+/* Finds where a name's files lie. Left by dir_leave(p->dir). */
+static int
+place_open(const char *name, bool create, struct place *p)
+{
+	const char *slash = strrchr(name, '/');
+
+	p->leaf = slash == NULL ? name : slash + 1;
+	p->dir = dir_enter(store.root, name,
+	    slash == NULL ? 0 : (size_t)(slash - name), create);
+	if ((p->dir == -1 && errno == ENOENT) || p->dir == store.root) {
+		if (store_gone()) {
+			p->dir = -1;
+			errno = ESTALE;
+		} else if (p->dir == -1)
+			errno = ENOENT;
+	}
+	return p->dir == -1 ? -1 : 0;
+}
+
+static const char *
+leaf_name(char out[LEAF], const struct place *p, const char *suffix)
+{
+	(void)snprintf(out, LEAF, "%s%s", p->leaf, suffix);
+	return out;
+}
+
+/* Opens an ordinary file, and nothing else: a FIFO would block, a link lead
+ * elsewhere. st may be NULL. */
+static int
+file_open(int dir, const char *name, int how, struct stat *st)
+{
+	struct stat mine;
+	int fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY |
+	    O_CLOEXEC, 0600);
+
+	if (st == NULL)
+		st = &mine;
+	if (fd == -1)
+		return -1;
+	if (fstat(fd, st) == 0) {
+		if (S_ISREG(st->st_mode))
+			return fd;
+		errno = EISDIR;
+	}
+	close_quietly(fd);
+	return -1;
+}
+
+static int
+place_file(const struct place *p, const char *suffix, int how,
+    struct stat *st)
+{
+	char leaf[LEAF];
+
+	return file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
+}
+
+/* Opens a state for reading; -1 with errno, ENOENT only if there is none. */
+static int
+state_open(const char *name, struct stat *st)
+{
+	struct place p;
+	int fd;
+
+	if (place_open(name, false, &p) == -1)
+		return -1;
+	fd = place_file(&p, STATE, O_RDONLY, st);
+	dir_leave(p.dir);
+	return fd;
+}
+
+/* Reads up to size bytes from an offset on; how many there were, or -1. */
+static ssize_t
+read_at(int fd, void *data, size_t size, off_t at)
+{
+	size_t len = 0;
+	ssize_t n;
+
+	while (len < size) {
+		n = pread(fd, (char *)data + len, size - len,
+		    at + (off_t)len);
+		if (n == -1 && errno == EINTR)
+			continue;
+		if (n == -1)
+			return -1;
+		if (n == 0)
+			break;
+		len += (size_t)n;
+	}
+	return (ssize_t)len;
+}
+
+/* Reads what is said about a state in it: brief, only serial and lineage.
+ * On anything that is not a state, what was found until then. */
+static void
+meta_read(int fd, struct meta *m, bool brief)
+{
+	struct json j = { .on = brief ? meta_on_brief : meta_on, .to = m };
+	off_t at = 0, max = brief ? META_MAX : LIST_MAX;
+	char data[8192];
+	ssize_t n;
+
+	*m = (struct meta){ 0 };
+	while (at < max && !j.stop &&
+	    (n = read_at(fd, data, sizeof(data), at)) > 0 &&
+	    json_feed(&j, data, (size_t)n))
+		at += n;
+}
+
+/*
+ * Room on the disk. A reserve is kept, so that locks can be released and
+ * taken when states no longer fit.
+ */
+struct room {
+	uint64_t free, reserve;		/* bytes */
+};
+
+static int
+store_room(struct room *room)
+{
+	struct statvfs fs;
+	uint64_t small;
+	bool low;
+
+	if (fstatvfs(store.root, &fs) == -1)
+		return -1;
+	room->free = (uint64_t)fs.f_bavail * fs.f_frsize;
+	small = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
+	room->reserve = small < RESERVE ? small : RESERVE;
+	low = room->free < room->reserve;
+	(void)pthread_mutex_lock(&store.mutex);
+	if (low != store.low)
+		complain(low ? "%s: the disk is nearly full: %llu bytes are "
+		    "left, writes are refused below %llu" : "%s: there is "
+		    "room again: %llu bytes, and %llu are kept for locks",
+		    conf.dir, (unsigned long long)room->free,
+		    (unsigned long long)room->reserve);
+	store.low = low;
+	(void)pthread_mutex_unlock(&store.mutex);
+	return 0;
+}
+
+/* 0 if n more bytes leave the reserve alone, else -1 with ENOSPC. */
+static int
+store_fits(int64_t n)
+{
+	struct room room;
+
+	if (store_room(&room) == -1)
+		return -1;
+	if (room.free >= room.reserve + (uint64_t)n)
+		return 0;
+	errno = ENOSPC;
+	return -1;
+}
+
+/* Creates an upload's file, .tmp/TOKEN-NUMBER. */
+static int
+tmp_create(struct upload *up)
+{
+	uint64_t number;
+
+	(void)pthread_mutex_lock(&store.mutex);
+	number = store.uploads++;
+	(void)pthread_mutex_unlock(&store.mutex);
+	(void)snprintf(up->tmp, sizeof(up->tmp), ".tmp/%016llx-%llu",
+	    (unsigned long long)store.token, (unsigned long long)number);
+	up->fd = file_open(store.root, up->tmp, O_WRONLY | O_CREAT | O_EXCL,
+	    NULL);
+	if (up->fd == -1 && errno == ENOENT &&	/* someone tidied up */
+	    mkdirat(store.root, ".tmp", 0700) == 0)
+		up->fd = file_open(store.root, up->tmp,
+		    O_WRONLY | O_CREAT | O_EXCL, NULL);
+	return up->fd == -1 ? -1 : 0;
+}
+
+static void
+tmp_remove(struct upload *up)
+{
+	int saved = errno;
+
+	if (up->fd != -1) {
+		(void)close(up->fd);
+		if (up->tmp[0] != '\0')	/* else it was renamed */
+			(void)unlinkat(store.root, up->tmp, 0);
+	}
+	up->fd = -1;
+	errno = saved;
+}
+
+/* ---- history: .history/NAME/ID.tfstate, hard links ---- */
+
+static int
+history_enter(const char *name, bool create)
+{
+	int dir = dir_enter(store.root, ".history", 8, create);
+
+	return dir == -1 ? -1 : dir_enter(dir, name, strlen(name), create);
+}
+
+/*
+ * Gives the present version a second name in the history, in the directory
+ * dir; sets id to it. Its time is that at which it was replaced, so that
+ * what comes later sorts later, whatever mtimes a cp brought along. Two in
+ * one millisecond do not collide: the second is dated a little later.
+ */
+static int
+history_link(const struct place *p, int dir, uint64_t serial, char id[LEAF])
+{
+	int64_t ms = clock_us(CLOCK_REALTIME) / 1000;
+	char leaf[LEAF], when[32];
+	int tries;
+
+	(void)leaf_name(leaf, p, STATE);
+	for (tries = 0; tries < 1000; tries++) {
+		time_text(when, ms + tries, true);
+		(void)snprintf(id, LEAF, "%s-%llu" STATE, when,
+		    (unsigned long long)serial);
+		if (linkat(p->dir, leaf, dir, id, 0) == 0)
+			return 0;
+		if (errno != EEXIST)
+			return -1;
+	}
+	return -1;
+}
+
+static int
+newest_first(const void *a, const void *b)
+{
+	return strcmp(*(char *const *)b, *(char *const *)a);
+}
+
+static void
+names_free(char **names, size_t n)
+{
+	while (n > 0)
+		free(names[--n]);
+	free(names);
+}
+
+/* Lists the history's file names without .tfstate, newest first. Owns dir.
+ * Returns how many, in a malloced array of malloced strings, or -1. */
+static ssize_t
+history_list(int dir, char ***names)
+{
+	DIR *d = fdopendir(dir);
+	struct dirent *e;
+	size_t n = 0;
+	char **more;
+
+	*names = NULL;
+	if (d == NULL) {
+		close_quietly(dir);
+		return -1;
+	}
+	while ((e = readdir(d)) != NULL) {
+		if (!cut_suffix(e->d_name, STATE) || !is_version(e->d_name))
+			continue;
+		if (n % 64 == 0) {
+			more = realloc(*names, (n + 64) * sizeof(*more));
+			if (more == NULL)
+				break;
+			*names = more;
+		}
+		if (((*names)[n] = strdup(e->d_name)) == NULL)
+			break;
+		n++;
+	}
+	(void)closedir(d);
+	if (n > 0)
+		qsort(*names, n, sizeof(**names), newest_first);
+	return (ssize_t)n;
+}
+
+/* Removes all but the newest keep versions, and never the one just made: a
+ * clock that was set back must not lose what it should save. */
+static void
+history_prune(int dir, const char *just_made)
+{
+	int copy = fcntl(dir, F_DUPFD_CLOEXEC, 0);
+	char **names, leaf[LEAF];
+	ssize_t n, i;
+
+	if (copy == -1 || lseek(copy, 0, SEEK_SET) == -1) {
+		close_quietly(copy);
+		return;
+	}
+	n = history_list(copy, &names);
+	for (i = (ssize_t)conf.keep; i < n; i++) {
+		(void)snprintf(leaf, sizeof(leaf), "%.64s" STATE, names[i]);
+		if (strcmp(leaf, just_made) != 0)
+			(void)unlinkat(dir, leaf, 0);	/* next time, then */
+	}
+	if (n >= 0)
+		names_free(names, (size_t)n);
+}
+
+/* ---- a cache of small states, for the loop alone ----
+ *
+ * An entry serves as long as the name still leads to the same, unchanged
+ * file, which one fstatat tells. A file changed less than a second ago is
+ * not kept: it could change again within one tick of the file system's
+ * clock, and look the same.
+ */
+static struct cached {
+	char name[NAME_LEN_MAX + sizeof(STATE)];
+	struct stat st;
+	size_t len;
+	char data[];
+} *cache[CACHE_SLOTS];
+
+#ifdef __APPLE__
+#define MTIME st_mtimespec
+#define CTIME st_ctimespec
+#else
+#define MTIME st_mtim
+#define CTIME st_ctim
+#endif
+
+static bool
+same_time(struct timespec a, struct timespec b)
+{
+	return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+}
+
+static struct cached **
+cache_slot(const char *name)
+{
+	uint32_t h = 2166136261u;	/* FNV-1a */
+
+	for (; *name != '\0'; name++)
+		h = (h ^ (unsigned char)*name) * 16777619u;
+	return &cache[h % CACHE_SLOTS];
+}
+
+/* The entry that may be served now, or NULL. */
+static const struct cached *
+cache_find(const char *name)
+{
+	const struct cached *c = *cache_slot(name);
+	size_t len = strlen(name);
+	struct stat st;
+
+	if (c == NULL || strncmp(c->name, name, len) != 0 ||
+	    strcmp(c->name + len, STATE) != 0 ||
+	    fstatat(store.root, c->name, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
+	    st.st_ino != c->st.st_ino || st.st_dev != c->st.st_dev ||
+	    st.st_size != c->st.st_size ||
+	    !same_time(st.MTIME, c->st.MTIME) ||
+	    !same_time(st.CTIME, c->st.CTIME))
+		return NULL;
+	return c;
+}
+
+static void
+cache_keep(const char *name, const struct stat *st, const void *data)
+{
+	size_t len = (size_t)st->st_size;
+	struct cached **slot, *c;
+
+	if (st->CTIME.tv_sec + 1 >= clock_us(CLOCK_REALTIME) / 1000000)
+		return;
+	slot = cache_slot(name);
+	if ((c = realloc(*slot, sizeof(*c) + len)) == NULL)
+		return;
+	(void)snprintf(c->name, sizeof(c->name), "%s" STATE, name);
+	c->st = *st;
+	c->len = len;
+	memcpy(c->data, data, len);
+	*slot = c;
+}
+
+/* ==== locks ==============================================================
+ *
+ * NAME.lock present = locked. Its bytes are the lock info of the holder,
+ * for the conflict's answer. A file that is not lock info, made by hand or
+ * torn by a crash, locks too: it is a freeze, held by nobody whose ID could
+ * match, until force-unlock or rm ends it.
+ */
+static void
+lock_free(struct lock *l)
+{
+	free(l->raw);
+	l->raw = NULL;
+}
+
+/* A freeze: what its first line says becomes the Info that clients show. */
+static void
+lock_made_up(struct lock *l)
+{
+	const char *p = l->raw, *end = p + l->len;
+	size_t n, len = 0;
+
+	*l = (struct lock){ .held = true, .foreign = true, .since = l->since,
+	    .raw = l->raw, .len = l->len };
+	(void)snprintf(l->id, sizeof(l->id), "made-by-hand");
+	while (p < end && (unsigned char)*p >= ' ' && *p != 0x7f) {
+		n = utf8_length(p);	/* raw ends in a NUL */
+		if (n == 0 || len + n >= sizeof(l->info))
+			break;
+		memcpy(l->info + len, p, n);
+		len += n;
+		p += n;
+	}
+}
+
+/* Reads who holds the lock. 0 and held or not, or -1: could not look. The
+ * lock is to be freed by lock_free. */
+static int
+lock_read(const struct place *p, struct lock *l)
+{
+	struct json j = { .on = lock_on, .to = l };
+	struct stat st;
+	ssize_t n = -1;
+	int fd;
+
+	*l = (struct lock){ 0 };
+	if ((fd = place_file(p, LOCK, O_RDONLY, &st)) == -1)
+		return errno == ENOENT ? 0 : -1;
+	l->held = true;
+	l->since = st.st_mtime;
+	l->raw = malloc(LOCK_INFO_MAX + 1);
+	if (l->raw != NULL)
+		n = read_at(fd, l->raw, LOCK_INFO_MAX, 0);
+	close_quietly(fd);
+	if (n == -1) {
+		lock_free(l);
+		return -1;
+	}
+	l->raw[n] = '\0';
+	l->len = (size_t)n;
+	if (st.st_size > LOCK_INFO_MAX || !json_feed(&j, l->raw, l->len) ||
+	    !json_done(&j) || l->id[0] == '\0')
+		lock_made_up(l);
+	return 0;
+}
+
+/* Appends what a client in conflict is told: the holder's own bytes, or, of
+ * a freeze, lock info that every client can parse: terraform 1.15 wants an
+ * ID, and no version takes a Created that is not a time. */
+static void
+lock_tell(const struct lock *l, struct buf *b)
+{
+	if (!l->foreign) {
+		buf_add(b, l->raw, l->len);
+		return;
+	}
+	buf_str(b, "{\"ID\":");
+	buf_json(b, l->id);
+	buf_str(b, ",\"Operation\":\"\",\"Info\":");
+	buf_json(b, l->info);
+	buf_str(b, ",\"Who\":\"\",\"Version\":\"\",\"Path\":\"\"}");
+}
+
+static bool
+lock_is(const struct lock *l, const char *id)
+{
+	return l->held && !l->foreign && strcmp(l->id, id) == 0;
+}
+
+/* May a LOCK break it, by -b? Never a freeze: that is somebody's word. */
+static bool
+lock_stale(const struct lock *l)
+{
+	return conf.break_hours > 0 && !l->foreign &&
+	    time(NULL) - l->since > (time_t)conf.break_hours * 3600;
+}
+
+static int
+lock_remove(const struct place *p)
+{
+	char leaf[LEAF];
+
+	return unlinkat(p->dir, leaf_name(leaf, p, LOCK), 0);
+}
+
+/* Creates the lock file; what could not be written whole is removed again.
+ * Returns its descriptor, not synced yet, or -1. */
+static int
+lock_create(const struct place *p, const void *info, size_t len)
+{
+	int fd = place_file(p, LOCK, O_WRONLY | O_CREAT | O_EXCL, NULL);
+	int saved;
+
+	if (fd != -1 && write_all(fd, info, len) == -1) {
+		saved = errno;
+		(void)close(fd);
+		(void)lock_remove(p);
+		errno = saved;
+		return -1;
+	}
+	return fd;
+}
+
+/* ==== users ==============================================================
+ *
+ * Who may do what. A request shows a name and a secret, or a secret alone;
+ * both are compared with every line, all 32 bytes of a digest each time, so
+ * that neither the secret nor the existence of a user can be told from the
+ * time it takes. Several lines may speak of one user: the most counts.
+ */
+struct user {
+	char *name;
+	unsigned char secret[32];	/* SHA-256 */
+	enum right right;
+	char **patterns;		/* NULL-ended; none means all */
+};
+
+struct users {
+	struct user *list;
+	size_t n;
+	unsigned refs;			/* requests that use it, and the loop */
+	char *text;			/* the file, cut up; users point here */
+	char **words;			/* their patterns, likewise */
+};
+
+static struct users *users;		/* NULL: everybody may do everything */
+
+static const char *const right_names[] = {
+	[R_READ] = "read", [R_PLAN] = "plan", [R_WRITE] = "write"
+};
+
+static void
+users_drop(struct users *u)
+{
+	if (u == NULL || --u->refs > 0)
+		return;
+	free(u->list);
+	free(u->words);
+	free(u->text);
+	free(u);
+}
+
+static bool
+same_secret(const unsigned char *a, const unsigned char *b)
+{
+	unsigned diff = 0;
+	size_t i;
+
+	for (i = 0; i < 32; i++)
+		diff |= a[i] ^ b[i];
+	return diff == 0;
+}
+
+/* '*' any bytes, slashes too; '?' one byte. No recursion, no surprises. */
+static bool
+glob(const char *pattern, const char *s)
+{
+	const char *star = NULL, *from = NULL;
+
+	while (*s != '\0') {
+		if (*pattern == '*') {
+			star = pattern++;
+			from = s;
+		} else if (*pattern == '?' || *pattern == *s) {
+			pattern++;
+			s++;
+		} else if (star != NULL) {
+			pattern = star + 1;
+			s = ++from;
+		} else
+			return false;
+	}
+	while (*pattern == '*')
+		pattern++;
+	return *pattern == '\0';
+}
+
+static bool
+user_sees(const struct user *u, const char *name)
+{
+	char **p = u->patterns;
+
+	if (*p == NULL || name == NULL)
+		return true;
+	for (; *p != NULL; p++)
+		if (glob(*p, name))
+			return true;
+	return false;
+}
+
+/* The right that a request has on a name; name NULL: on any at all. */
+static enum right
+user_right(const struct request *r, const char *name)
+{
+	enum right right = R_NONE;
+	const struct user *u;
+	size_t i;
+
+	if (r->users == NULL)
+		return R_WRITE;
+	for (i = 0; i < r->users->n; i++) {
+		u = &r->users->list[i];
+		if (same_secret(u->secret, r->secret) &&
+		    (r->user[0] == '\0' || strcmp(u->name, r->user) == 0) &&
+		    user_sees(u, name) && u->right > right)
+			right = u->right;
+	}
+	return right;
+}
+
+/* Takes user and secret from Authorization: Basic or Bearer (RFC 7617,
+ * 6750). False if it shows none. */
+static bool
+user_shows(struct request *r, struct span v)
+{
+	char text[512], *colon;
+	ssize_t n;
+
+	if (v.len > 6 && strncasecmp(v.ptr, "basic ", 6) == 0) {
+		v = (struct span){ v.ptr + 6, v.len - 6 };
+		n = base64_decode(v, text, sizeof(text) - 1);
+		if (n == -1 || memchr(text, 0, (size_t)n) != NULL)
+			return false;
+		text[n] = '\0';
+		if ((colon = strchr(text, ':')) == NULL || colon == text ||
+		    (size_t)(colon - text) >= sizeof(r->user))
+			return false;
+		*colon++ = '\0';
+		memcpy(r->user, text, (size_t)(colon - text));
+		sha256(colon, strlen(colon), r->secret);
+		return true;
+	}
+	if (v.len > 7 && strncasecmp(v.ptr, "bearer ", 7) == 0) {
+		sha256(v.ptr + 7, v.len - 7, r->secret);
+		return true;
+	}
+	return false;
+}
+
+/* A bearer has no name until its secret is known; the log wants one. */
+static void
+user_name(struct request *r)
+{
+	size_t i;
+
+	for (i = 0; r->user[0] == '\0' && i < r->users->n; i++)
+		if (same_secret(r->users->list[i].secret, r->secret))
+			span_copy(r->user, sizeof(r->user),
+			    span(r->users->list[i].name));
+}
+
+/* Reads "sha256:HEX", or takes the digest of what is written. */
+static bool
+secret_read(const char *word, unsigned char out[32])
+{
+	int high, low;
+	size_t i;
+
+	if (strncmp(word, "sha256:", 7) != 0) {
+		sha256(word, strlen(word), out);
+		return *word != '\0';
+	}
+	word += 7;
+	for (i = 0; strlen(word) == 64 && i < 32; i++) {
+		high = hex_value((unsigned char)word[2 * i]);
+		low = hex_value((unsigned char)word[2 * i + 1]);
+		if (high == -1 || low == -1)
+			return false;
+		out[i] = (unsigned char)(high << 4 | low);
+	}
+	return i == 32;
+}
+
+/* One line, cut into words in place; *words is where patterns are put. NULL,
+ * or what is wrong with it. */
+static const char *
+user_line(struct users *u, char *line, char ***words)
+{
+	struct user *new = &u->list[u->n];
+	char *save = NULL, *word, *field[3] = { NULL, NULL, NULL };
+	size_t i;
+
+	for (i = 0; i < 3; i++)
+		field[i] = strtok_r(i == 0 ? line : NULL, " \t\r", &save);
+	if (field[0] == NULL || field[0][0] == '#')
+		return NULL;
+	if (field[2] == NULL)
+		return "a line is: name secret right [pattern...]";
+	if (strlen(field[0]) > 63 || strchr(field[0], ':') != NULL)
+		return "a user name has 63 bytes at most, and no colon";
+	if (!secret_read(field[1], new->secret))
+		return "after sha256: come 64 hexadecimal digits";
+	for (i = R_READ; i <= R_WRITE; i++)
+		if (strcmp(field[2], right_names[i]) == 0)
+			new->right = (enum right)i;
+	if (new->right == R_NONE)
+		return "a right is read, plan or write";
+	new->name = field[0];
+	new->patterns = *words;
+	while ((word = strtok_r(NULL, " \t\r", &save)) != NULL &&
+	    *word != '#')
+		*(*words)++ = word;
+	*(*words)++ = NULL;
+	u->n++;
+	return NULL;
+}
+
+/* Builds the table from text, which it owns from then on. NULL, having
+ * complained with the line, if a line is wrong or memory short. */
+static struct users *
+users_parse(char *text, const char *file)
+{
+	struct users *u = calloc(1, sizeof(*u));
+	const char *wrong = "out of memory";
+	char *line, *next, **words;
+	size_t lines = 2, number = 0;
+
+	for (line = text; *line != '\0'; line++)
+		lines += *line == '\n';
+	if (u == NULL) {
+		complain("%s: %s", file, wrong);
+		free(text);
+		return NULL;
+	}
+	u->refs = 1;
+	u->text = text;
+	u->list = calloc(lines, sizeof(*u->list));
+	/* No line has more words than half its bytes, and one NULL. */
+	u->words = calloc(strlen(text) + lines, sizeof(*u->words));
+	if (u->list != NULL && (words = u->words) != NULL)
+		wrong = NULL;
+	for (line = text; wrong == NULL && line != NULL; line = next) {
+		number++;
+		if ((next = strchr(line, '\n')) != NULL)
+			*next++ = '\0';
+		wrong = user_line(u, line, &words);
+	}
+	if (wrong == NULL && u->n == 0)
+		wrong = "it names no user";
+	if (wrong == NULL)
+		return u;
+	complain("%s, line %zu: %s", file, number, wrong);
+	users_drop(u);
+	return NULL;
+}
+
+/* Reads the file of -u; NULL, having complained, if it is no good. */
+static struct users *
+users_read(const char *file)
+{
+	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+	struct stat st;
+	char *text = NULL;
+	ssize_t n = -1;
+
+	if (fd != -1 && fstat(fd, &st) == 0 && st.st_size < 1 << 20 &&
+	    (text = calloc(1, (size_t)st.st_size + 1)) != NULL)
+		n = read_at(fd, text, (size_t)st.st_size, 0);
+	if (n == -1) {
+		complain("cannot read the users in %s: %s", file,
+		    fd != -1 && text == NULL ? "too large" : strerror(errno));
+		close_quietly(fd);
+		free(text);
+		return NULL;
+	}
+	if ((st.st_mode & 077) != 0)
+		complain("others can read %s: chmod 600 it", file);
+	close_quietly(fd);
+	if (memchr(text, 0, (size_t)n) != NULL) {
+		complain("%s: it is not text", file);
+		free(text);
+		return NULL;
+	}
+	return users_parse(text, file);
+}
+
+/* ==== jobs ===============================================================
+ *
+ * The loop never waits for a disk: what does is a job for the commit
+ * threads. Many of them, because many fsyncs in flight are folded into one
+ * flush by the kernel, and one after the other they are not. Jobs of one
+ * name stand in its lane and run one at a time, in order of arrival; others
+ * run side by side. Between processes and hosts the guard does what the lane
+ * does in here: a record lock on the byte of .guard that is the name's hash.
+ */
+#define LANES 256			/* buckets */
+
+struct lane {				/* a name with a job that runs */
+	struct lane *next;		/* in its bucket */
+	struct request *first, **last;	/* jobs that wait for it */
+	char name[];
+};
+
+/* What a job leaves to be done once its answer is on its way. */
+struct after {
+	int old;			/* the replaced state, to be freed */
+	int history;			/* a directory to be pruned, or -1 */
+	char made[LEAF];		/* in it, just now */
+};
+
+static struct {
+	pthread_mutex_t mutex;
+	pthread_cond_t work;
+	struct request *first, **last;	/* ready to run */
+	struct request *done;		/* to be answered */
+	struct lane *lanes[LANES];
+	unsigned threads, max, idle, ready, running;
+	uint64_t commits, batches[8];	/* how many ran at once: 1, 2, 4... */
+	uint64_t batch_sum;
+	int wake[2];			/* to the loop: 'J', and signals */
+} jobs = {
+	.mutex = PTHREAD_MUTEX_INITIALIZER,
+	.work = PTHREAD_COND_INITIALIZER,
+	.last = &jobs.first,
+	.wake = { -1, -1 },
+};
+
+/* ---- the guard ---- */
+
+/*
+ * Locks or frees one byte of .guard. Open file description locks where there
+ * are any: classic ones take all threads for one owner and see deadlocks
+ * that are none.
+ */
+static int
+guard_set(short type, off_t byte, bool wait)
+{
+	struct flock l = { .l_type = type, .l_whence = SEEK_SET,
+	    .l_start = byte, .l_len = 1 };
+#ifdef F_OFD_SETLKW
+	int how = wait ? F_OFD_SETLKW : F_OFD_SETLK;
+#else
+	int how = wait ? F_SETLKW : F_SETLK;
+#endif
+
+	while (fcntl(store.guard, how, &l) == -1)
+		if (errno != EINTR && errno != EDEADLK)
+			return -1;
+	return 0;
+}
+
+/* A name's byte: 62 bits of a hash, so that no two names meet. */
+static off_t
+guard_byte(const char *name)
+{
+	unsigned char digest[32];
+	uint64_t h;
+
+	sha256(name, strlen(name), digest);
+	memcpy(&h, digest, sizeof(h));
+	/* Every machine must see the same bits in the same order. */
+	h = (uint64_t)load32(digest) << 32 | load32(digest + 4);
+	return (off_t)(h & (((uint64_t)1 << 62) - 1));
+}
+
+/* A server's byte, above those of all names: held while it lives. */
+static off_t
+guard_server_byte(uint64_t token)
+{
+	return (off_t)((uint64_t)1 << 62 | token >> 3);
+}
+
+static int
+guard_take(const char *name)
+{
+	struct stat st;
+
+	if (guard_set(F_WRLCK, guard_byte(name), true) == -1)
+		return -1;
+	if (fstat(store.guard, &st) == 0 && st.st_nlink > 0)
+		return 0;
+	/* Removed: another server would lock another file of that name. */
+	(void)guard_set(F_UNLCK, guard_byte(name), false);
+	errno = ESTALE;
+	return -1;
+}
+
+static void
+guard_drop(const char *name)
+{
+	/* Cannot fail: it shortens what we hold, and needs no waiting. */
+	(void)guard_set(F_UNLCK, guard_byte(name), false);
+}
+
+/* ---- lanes and threads ---- */
+
+static struct lane **
+lane_find(const char *name)
+{
+	struct lane **l;
+	uint32_t h = 2166136261u;
+	const char *p;
+
+	for (p = name; *p != '\0'; p++)
+		h = (h ^ (unsigned char)*p) * 16777619u;
+	for (l = &jobs.lanes[h % LANES]; *l != NULL; l = &(*l)->next)
+		if (strcmp((*l)->name, name) == 0)
+			break;
+	return l;
+}
+
+/* Puts a request into its name's lane. 1: it must wait there; 0: it is the
+ * first; -1: no memory. */
+static int
+lane_enter(struct request *r)
+{
+	struct lane **at = lane_find(r->name), *l = *at;
+	size_t size = strlen(r->name) + 1;
+
+	if (l != NULL) {
+		r->lane = l;
+		*l->last = r;
+		l->last = &r->next;
+		return 1;
+	}
+	if ((l = malloc(sizeof(*l) + size)) == NULL)
+		return -1;
+	memcpy(l->name, r->name, size);
+	l->next = NULL;
+	l->first = NULL;
+	l->last = &l->first;
+	r->lane = *at = l;
+	return 0;
+}
+
+static void
+job_ready(struct request *r)
+{
+	r->next = NULL;
+	*jobs.last = r;
+	jobs.last = &r->next;
+	jobs.ready++;
+	(void)pthread_cond_signal(&jobs.work);
+}
+
+/* The job in front has left: lets the next of its name run, or ends the
+ * lane. */
+static void
+lane_leave(struct lane *lane)
+{
+	struct request *r = lane->first;
+	struct lane **at;
+
+	if (r == NULL) {
+		at = lane_find(lane->name);
+		*at = lane->next;
+		free(lane);
+		return;
+	}
+	if ((lane->first = r->next) == NULL)
+		lane->last = &lane->first;
+	job_ready(r);
+}
+
+/* Hands a request back to the loop. */
+static void
+job_answer(struct request *r)
+{
+	bool wake;
+
+	(void)pthread_mutex_lock(&jobs.mutex);
+	wake = jobs.done == NULL;
+	r->next = jobs.done;
+	jobs.done = r;
+	(void)pthread_mutex_unlock(&jobs.mutex);
+	if (wake)			/* a full pipe wakes it as well */
+		(void)!write(jobs.wake[1], "J", 1);
+}
+
+static struct request *
+job_take(void)
+{
+	struct request *r;
+	unsigned i = 0;
+
+	(void)pthread_mutex_lock(&jobs.mutex);
+	while ((r = jobs.first) == NULL) {
+		jobs.idle++;
+		(void)pthread_cond_wait(&jobs.work, &jobs.mutex);
+		jobs.idle--;
+	}
+	if ((jobs.first = r->next) == NULL)
+		jobs.last = &jobs.first;
+	jobs.ready--;
+	jobs.running++;
+	if (r->lane != NULL) {
+		jobs.commits++;
+		jobs.batch_sum += jobs.running;
+		while (i < 7 && 1u << i < jobs.running)
+			i++;
+		jobs.batches[i]++;
+	}
+	(void)pthread_mutex_unlock(&jobs.mutex);
+	return r;
+}
+
+/* A commit thread's life: take a job, do it, answer, then clean up. */
+static void *
+job_thread(void *unused)
+{
+	struct request *r;
+	struct lane *lane;
+
+	for (;;) {
+		struct after a = { .old = -1, .history = -1 };
+
+		r = job_take();
+		lane = r->lane;
+		r->run(r, &a);
+		job_answer(r);		/* r is the loop's again */
+		close_quietly(a.old);
+		if (a.history != -1) {
+			history_prune(a.history, a.made);
+			close_quietly(a.history);
+		}
+		(void)pthread_mutex_lock(&jobs.mutex);
+		if (lane != NULL)
+			lane_leave(lane);
+		jobs.running--;
+		(void)pthread_mutex_unlock(&jobs.mutex);
+	}
+	return unused;
+}
+
+/* Starts one thread more; signals are the loop's business. */
+static bool
+job_start_thread(void)
+{
+	pthread_attr_t attr;
+	sigset_t all, old;
+	pthread_t id;
+	int error;
+
+	(void)sigfillset(&all);
+	if (pthread_attr_init(&attr) != 0)
+		return false;
+	(void)pthread_attr_setstacksize(&attr, THREAD_STACK);
+	(void)pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	(void)pthread_sigmask(SIG_SETMASK, &all, &old);
+	error = pthread_create(&id, &attr, job_thread, NULL);
+	(void)pthread_sigmask(SIG_SETMASK, &old, NULL);
+	(void)pthread_attr_destroy(&attr);
+	return error == 0;
+}
+
+/* Gives a request to the commit threads; from now on it is theirs. Ordered:
+ * behind all others of its name. -1 if there is nobody to do it. */
+static int
+job_submit(struct request *r, void (*run)(struct request *, struct after *),
+    bool ordered)
+{
+	int waits = 0;
+
+	r->run = run;
+	r->next = NULL;
+	r->lane = NULL;
+	(void)pthread_mutex_lock(&jobs.mutex);
+	if (jobs.ready >= jobs.idle && jobs.threads < jobs.max &&
+	    job_start_thread())
+		jobs.threads++;
+	if (jobs.threads == 0)
+		waits = -1;
+	else if (ordered)
+		waits = lane_enter(r);
+	if (waits == 0)
+		job_ready(r);
+	(void)pthread_mutex_unlock(&jobs.mutex);
+	return waits == -1 ? -1 : 0;
+}
+
+/* ==== commits ============================================================
+ *
+ * What a commit thread does, first step to last: check the body; write the
+ * temporary file; sync it; take the name's guard; look at the lock; only
+ * then publish; drop the guard; sync the directory; append to the state's
+ * log; answer. What fails leaves state and lock as they were, except where
+ * only the last sync failed: then the answer is 503, and the client's own
+ * repetition of the request finds it done, or does it again.
+ */
+
+/* Sets a plain answer of one line, which is also the reason in the logs, and
+ * returns its status. */
+__attribute__((format(printf, 3, 4)))
+static int
+refuse(struct request *r, int status, const char *fmt, ...)
+{
+	va_list ap;
+
+	va_start(ap, fmt);
+	(void)vsnprintf(r->why, sizeof(r->why), fmt, ap);
+	va_end(ap);
+	r->text.len = 0;
+	buf_fmt(&r->text, "%s\n", r->why);
+	r->type = "text/plain; charset=utf-8";
+	r->status = status;
+	return status;
+}
+
+/* The one place where an errno becomes a status. 503 invites the client to
+ * try again, which it does twice. */
+static int
+refuse_errno(struct request *r, const char *what)
+{
+	int e = errno, status = 500;
+
+	switch (e) {
+	case ENOSPC: case EDQUOT: case EFBIG:
+		status = 507;
+		break;
+	case EMFILE: case ENFILE: case ENOMEM: case EINTR: case EAGAIN:
+	case EBUSY: case ETIMEDOUT: case ENOLCK: case EIO:
+		status = 503;
+		break;
+	default:
+		break;
+	}
+	complain("%s: cannot %s: %s", r->name, what,
+	    e == ESTALE ? "the directory, or .guard in it, was removed" :
+	    strerror(e));
+	return refuse(r, status, "cannot %s: %s", what,
+	    e == ESTALE ? "the directory was removed under the server" :
+	    e == ELOOP ? "it is a symbolic link" :
+	    e == EISDIR ? "it is not an ordinary file" :
+	    status == 507 ? "no room is left on the disk" : strerror(e));
+}
+
+/* The answer is the holder's lock info: every client knows to read it. */
+static int
+refuse_locked(struct request *r, int status)
+{
+	(void)refuse(r, status, r->lock.foreign ? "frozen by hand: %s" :
+	    "locked by %s", r->lock.foreign ? r->lock.info : r->lock.id);
+	r->text.len = 0;
+	lock_tell(&r->lock, &r->text);
+	r->type = "application/json";
+	return status;
+}
+
+/* ---- the state's log ---- */
+
+static void
+log_key(struct buf *b, const char *key, const char *value)
+{
+	if (*value == '\0')
+		return;
+	buf_fmt(b, ",\"%s\":", key);
+	buf_json(b, value);
+}
+
+static void
+log_meta(struct buf *b, const char *prefix, const struct meta *m)
+{
+	char key[32];
+
+	if (m->known)
+		buf_fmt(b, ",\"%sserial\":%llu", prefix,
+		    (unsigned long long)m->serial);
+	(void)snprintf(key, sizeof(key), "%slineage", prefix);
+	log_key(b, key, m->lineage);
+}
+
+static void
+log_lock(struct buf *b, const char *key, const struct lock *l)
+{
+	if (!l->held)
+		return;
+	buf_fmt(b, ",\"%s\":{\"id\":", key);
+	buf_json(b, l->id);
+	log_key(b, "who", l->who);
+	log_key(b, "operation", l->operation);
+	log_key(b, "created", l->created);
+	log_key(b, "info", l->info);
+	buf_str(b, "}");
+}
+
+static void
+log_line(struct request *r, const char *event, struct buf *b)
+{
+	const struct lock *who = r->asked.id[0] != '\0' ? &r->asked : &r->lock;
+	bool broke = strcmp(event, "break") == 0 ||
+	    strcmp(event, "force-unlock") == 0;
+	char text[64];
+
+	time_text(text, clock_us(CLOCK_REALTIME) / 1000, false);
+	buf_fmt(b, "{\"time\":\"%s\",\"event\":\"%s\",\"method\":\"%s\","
+	    "\"status\":%d", text, event, method_names[r->method], r->status);
+	log_key(b, "client", r->client);
+	log_key(b, "user", r->user);
+	log_key(b, "id", r->id);
+	if (strcmp(who->id, r->id) == 0) {
+		log_key(b, "who", who->who);
+		log_key(b, "operation", who->operation);
+	}
+	if (r->up != NULL) {
+		log_meta(b, "", &r->up->meta);
+		buf_fmt(b, ",\"size\":%lld", (long long)r->up->size);
+		if (r->up->hash && r->status == 200) {
+			hex(r->up->digest, 16, text);
+			log_key(b, "md5", text);
+		}
+	}
+	log_meta(b, "old_", &r->old);
+	if (broke || !lock_is(&r->lock, r->id))
+		log_lock(b, broke ? "broken" : "holder", &r->lock);
+	log_key(b, "why", r->why);
+	buf_str(b, "}\n");
+}
+
+/* Appends what happened to NAME.log. Not synced: it tells of the promise, it
+ * is not the promise. */
+static void
+log_event(struct request *r, const struct place *p, const char *event)
+{
+	struct buf b = { 0 };
+	int fd;
+
+	log_line(r, event, &b);
+	fd = place_file(p, LOG, O_WRONLY | O_APPEND | O_CREAT, NULL);
+	if (fd == -1 || b.failed || write_all(fd, b.data, b.len) == -1)
+		complain("%s: cannot write its log: %s", r->name,
+		    strerror(errno));
+	close_quietly(fd);
+	buf_free(&b);
+}
+
+/* Ends a job: logs what became of it, leaves the place. Where there is no
+ * directory, there is no log either. */
+static void
+job_end(struct request *r, struct place *p, const char *event)
+{
+	if (p->dir == -1 && place_open(r->name, false, p) == -1)
+		return;
+	log_event(r, p, r->status == 200 ? event : "refused");
+	dir_leave(p->dir);
+}
+
+static int
+done(struct request *r)
+{
+	r->status = 200;
+	return 0;
+}
+
+/* ---- bodies ---- */
+
+static int
+refuse_json(struct request *r, const struct json *j)
+{
+	return refuse(r, 400, "the body is not a JSON object: at byte %llu "
+	    "it %s", (unsigned long long)j->at, j->why);
+}
+
+static int
+refuse_md5(struct request *r)
+{
+	return refuse(r, 400, "the body does not have the MD5 that "
+	    "Content-MD5 says");
+}
+
+/* Checks and writes the piece of the state that is at hand. */
+static int
+upload_piece(struct request *r)
+{
+	struct upload *up = r->up;
+	size_t n = r->len;
+
+	r->len = 0;
+	if (up->hash)
+		md5_add(&up->md5, r->body, n);
+	if (!json_feed(&up->json, r->body, n))
+		return refuse_json(r, &up->json);
+	if (store_fits((int64_t)n) == -1)
+		return refuse_errno(r, "write the state");
+	if (up->fd == -1 && tmp_create(up) == -1)
+		return refuse_errno(r, "create a temporary file");
+	if (write_all(up->fd, r->body, n) == -1)
+		return refuse_errno(r, "write the state");
+	up->size += (int64_t)n;
+	return 0;
+}
+
+static void
+job_spool(struct request *r, struct after *a)
+{
+	(void)a;
+	(void)upload_piece(r);
+}
+
+/* Takes back what was uploaded for nothing. */
+static void
+job_abandon(struct request *r, struct after *a)
+{
+	(void)a;
+	tmp_remove(r->up);
+}
+
+/* The last piece, then what only the whole can tell; then it is synced. */
+static int
+upload_end(struct request *r)
+{
+	struct upload *up = r->up;
+	int status = r->len > 0 ? upload_piece(r) : 0;
+
+	if (status != 0)
+		return status;
+	if (!json_done(&up->json))
+		return refuse_json(r, &up->json);
+	if (up->hash)
+		md5_end(&up->md5, up->digest);
+	if (r->has_md5 && memcmp(up->digest, r->md5, 16) != 0)
+		return refuse_md5(r);
+	if (sync_fd(up->fd) == -1)
+		return refuse_errno(r, "sync the state");
+	return 0;
+}
+
+/* Checks a body that is lock info, and takes the ID from it. */
+static int
+lock_info_read(struct request *r)
+{
+	struct json j = { .on = lock_on, .to = &r->asked };
+	struct md5 md5 = md5_start;
+	unsigned char digest[16];
+
+	md5_add(&md5, r->body, r->len);
+	md5_end(&md5, digest);
+	if (r->has_md5 && memcmp(digest, r->md5, 16) != 0)
+		return refuse_md5(r);
+	if (r->len == 0)
+		return 0;
+	if (!json_feed(&j, r->body, r->len) || !json_done(&j))
+		return refuse_json(r, &j);
+	if (r->asked.id[0] == '\0')
+		return refuse(r, 400, "the lock info has no ID of 1 to %d "
+		    "bytes", ID_MAX);
+	(void)snprintf(r->id, sizeof(r->id), "%s", r->asked.id);
+	r->has_id = true;
+	return 0;
+}
+
+/* ---- LOCK and UNLOCK ---- */
+
+/* Looks and takes, under the guard. *fd is the lock file, to be synced. */
+static int
+lock_look(struct request *r, struct place *p, int *fd, const char **event)
+{
+	if (lock_read(p, &r->lock) == -1)
+		return refuse_errno(r, "read the lock");
+	if (lock_is(&r->lock, r->id)) {	/* a repetition: promise 6 */
+		*fd = place_file(p, LOCK, O_RDONLY, NULL);
+		return *fd == -1 ? refuse_errno(r, "read the lock") : 0;
+	}
+	if (r->lock.held) {
+		if (!lock_stale(&r->lock) || r->right < R_WRITE)
+			return refuse_locked(r, 423);
+		/* The broken run can do no harm: its ID opens nothing now. */
+		if (lock_remove(p) == -1)
+			return refuse_errno(r, "break the stale lock");
+		*event = "break";
+	}
+	*fd = lock_create(p, r->body, r->len);
+	return *fd == -1 ? refuse_errno(r, "write the lock") : 0;
+}
+
+/* The lock could not be synced: nobody is told of it, so nobody has it. */
+static int
+lock_take_back(struct request *r, struct place *p)
+{
+	struct lock l;
+	int e = errno;
+
+	if (guard_take(r->name) == 0) {
+		if (lock_read(p, &l) == 0 && lock_is(&l, r->id))
+			(void)lock_remove(p);
+		lock_free(&l);
+		guard_drop(r->name);
+	}
+	errno = e;
+	return refuse_errno(r, "sync the lock");
+}
+
+static int
+lock_commit(struct request *r, struct place *p, const char **event)
+{
+	int fd = -1, status = lock_info_read(r), failed;
+
+	if (status != 0)
+		return status;
+	if (r->len == 0)
+		return refuse(r, 400, "LOCK wants lock info: a JSON object "
+		    "with an ID");
+	if (place_open(r->name, true, p) == -1)
+		return refuse_errno(r, "open the lock's directory");
+	if (guard_take(r->name) == -1)
+		return refuse_errno(r, "guard the name");
+	status = lock_look(r, p, &fd, event);
+	guard_drop(r->name);
+	if (status != 0)
+		return status;
+	failed = sync_fd(fd) == -1 || sync_fd(p->dir) == -1;
+	close_quietly(fd);
+	if (failed)
+		return lock_take_back(r, p);
+	return done(r);
+}
+
+static void
+job_lock(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+	const char *event = "lock";
+
+	(void)a;
+	(void)lock_commit(r, &p, &event);
+	job_end(r, &p, event);
+}
+
+/* Looks and releases, under the guard. */
+static int
+unlock_look(struct request *r, struct place *p, const char **event)
+{
+	bool made_up;
+
+	if (lock_read(p, &r->lock) == -1)
+		return refuse_errno(r, "read the lock");
+	if (!r->lock.held)
+		return 0;
+	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
+	made_up = r->lock.foreign && strcmp(r->id, r->lock.id) == 0 &&
+	    r->right == R_WRITE;
+	if (!r->force && !made_up && !lock_is(&r->lock, r->id))
+		return refuse_locked(r, 409);
+	*event = r->force || made_up ? "force-unlock" : "unlock";
+	return lock_remove(p) == -1 ? refuse_errno(r, "remove the lock") : 0;
+}
+
+static int
+unlock_commit(struct request *r, struct place *p, const char **event)
+{
+	int status = lock_info_read(r);
+
+	if (status != 0)
+		return status;
+	/* An empty body is terraform's force-unlock, unless ?ID= names one. */
+	r->force = r->len == 0 && !r->has_id;
+	if (r->force && r->right < R_WRITE)
+		return refuse(r, 403, "the user may not force-unlock this "
+		    "state");
+	if (place_open(r->name, false, p) == -1)
+		return errno == ENOENT ? done(r) :
+		    refuse_errno(r, "open the lock's directory");
+	if (guard_take(r->name) == -1)
+		return refuse_errno(r, "guard the name");
+	status = unlock_look(r, p, event);
+	guard_drop(r->name);
+	if (status != 0)
+		return status;
+	/* Even if nothing was locked: the answer to an earlier try may have
+	 * been lost because this very sync failed. */
+	if (sync_fd(p->dir) == -1)
+		return refuse_errno(r, "sync the directory");
+	return done(r);
+}
+
+static void
+job_unlock(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+	const char *event = "unlock";
+
+	(void)a;
+	(void)unlock_commit(r, &p, &event);
+	if (r->status == 200 && !r->lock.held)
+		dir_leave(p.dir);	/* nothing happened */
+	else
+		job_end(r, &p, event);
+}
+
+/* ---- writes ---- */
+
+/* Promise 4: under the lock's own ID, or with none when nothing is locked.
+ * An ID whose lock is gone was broken: another run may have written. */
+static int
+write_allowed(struct request *r, const struct place *p)
+{
+	lock_free(&r->lock);
+	if (lock_read(p, &r->lock) == -1)
+		return refuse_errno(r, "read the lock");
+	if (r->lock.held && !(r->has_id && lock_is(&r->lock, r->id)))
+		return refuse_locked(r, 423);
+	if (!r->lock.held && r->has_id)
+		return refuse(r, 409, "nothing is locked: the lock %s was "
+		    "broken or released", r->id);
+	return 0;
+}
+
+/* May a write that is about to begin go on? What is refused here need not
+ * be uploaded first. The write itself will look again. */
+static void
+job_look(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+	int status = 0;
+
+	(void)a;
+	if (store_fits(r->length > 0 ? r->length : 0) == -1)
+		status = refuse_errno(r, "write the state");
+	if (place_open(r->name, false, &p) == -1) {
+		if (errno == ENOENT && r->has_id && status == 0)
+			(void)refuse(r, 409, "nothing is locked: the lock %s "
+			    "was broken or released", r->id);
+		else if (errno != ENOENT)
+			(void)refuse_errno(r, "open the state's directory");
+		return;
+	}
+	if (status == 0)
+		status = write_allowed(r, &p);
+	if (status != 0)
+		log_event(r, &p, "refused");
+	dir_leave(p.dir);
+}
+
+/* -s: what terraform itself would want to be asked about. */
+static int
+write_strict(struct request *r)
+{
+	const struct meta *new = &r->up->meta, *old = &r->old;
+
+	if (old->known && (!new->known || new->serial < old->serial))
+		return refuse(r, 409, "strict: serial %llu is lower than the "
+		    "present %llu", (unsigned long long)new->serial,
+		    (unsigned long long)old->serial);
+	if (old->lineage[0] != '\0' && strcmp(new->lineage, old->lineage) != 0)
+		return refuse(r, 409, "strict: lineage %s is not the present "
+		    "%s", new->lineage, old->lineage);
+	return 0;
+}
+
+/* Opens what is to be replaced or deleted, reads its serial, and links it
+ * into the history. *exists tells whether there was anything. */
+static int
+old_keep(struct request *r, struct place *p, struct after *a, bool *exists)
+{
+	a->old = place_file(p, STATE, O_RDONLY, NULL);
+	*exists = a->old != -1;
+	if (!*exists)
+		return errno == ENOENT ? 0 : refuse_errno(r, "read the state "
+		    "that is there");
+	meta_read(a->old, &r->old, true);
+	if (conf.strict && r->up != NULL && write_strict(r) != 0)
+		return r->status;
+	if (conf.keep == 0)
+		return 0;
+	a->history = history_enter(r->name, true);
+	if (a->history == -1 ||
+	    history_link(p, a->history, r->old.serial, a->made) == -1)
+		return refuse_errno(r, "keep the earlier version");
+	return 0;
+}
+
+/* Undoes old_keep when what should have followed did not. */
+static void
+old_forget(struct after *a)
+{
+	int saved = errno;
+
+	if (a->history != -1 && a->made[0] != '\0')
+		(void)unlinkat(a->history, a->made, 0);
+	errno = saved;
+}
+
+/* Looks and publishes, under the guard. */
+static int
+write_publish(struct request *r, struct place *p, struct after *a)
+{
+	char leaf[LEAF];
+	bool exists;
+	int status = write_allowed(r, p);
+
+	if (status != 0 || (status = old_keep(r, p, a, &exists)) != 0)
+		return status;
+	if (renameat(store.root, r->up->tmp, p->dir,
+	    leaf_name(leaf, p, STATE)) == -1) {
+		old_forget(a);
+		return refuse_errno(r, "put the state in its place");
+	}
+	r->up->tmp[0] = '\0';
+	return 0;
+}
+
+static int
+write_commit(struct request *r, struct place *p, struct after *a)
+{
+	int status = upload_end(r);
+
+	if (status != 0)
+		return status;
+	if (place_open(r->name, true, p) == -1)
+		return refuse_errno(r, "open the state's directory");
+	if (guard_take(r->name) == -1)
+		return refuse_errno(r, "guard the name");
+	status = write_publish(r, p, a);
+	guard_drop(r->name);
+	if (status != 0)
+		return status;
+	/*
+	 * The history's own directory is not synced: the promise is about the
+	 * new state. A journal writes both together; without one, a power cut
+	 * within seconds may cost the old version its second name.
+	 */
+	if (sync_fd(p->dir) == -1)
+		return refuse_errno(r, "sync the directory");
+	return done(r);
+}
+
+static void
+job_write(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+
+	(void)write_commit(r, &p, a);
+	tmp_remove(r->up);
+	job_end(r, &p, "write");
+}
+
+/* Removes the name, under the guard; the history is on disk before. */
+static int
+delete_publish(struct request *r, struct place *p, struct after *a)
+{
+	char leaf[LEAF];
+	bool exists;
+	int status = write_allowed(r, p);
+
+	if (status != 0 || (status = old_keep(r, p, a, &exists)) != 0)
+		return status;
+	if (!exists)
+		return refuse(r, 404, "there is no such state");
+	if ((a->history != -1 && sync_fd(a->history) == -1) ||
+	    unlinkat(p->dir, leaf_name(leaf, p, STATE), 0) == -1) {
+		old_forget(a);
+		return refuse_errno(r, "remove the state");
+	}
+	return 0;
+}
+
+static int
+delete_commit(struct request *r, struct place *p, struct after *a)
+{
+	int status;
+
+	if (r->right < R_WRITE)
+		return refuse(r, 403, "the user may not delete this state");
+	if (place_open(r->name, false, p) == -1)
+		return errno == ENOENT ?
+		    refuse(r, 404, "there is no such state") :
+		    refuse_errno(r, "open the state's directory");
+	if (guard_take(r->name) == -1)
+		return refuse_errno(r, "guard the name");
+	status = delete_publish(r, p, a);
+	guard_drop(r->name);
+	if (status != 0)
+		return status;
+	if (sync_fd(p->dir) == -1)
+		return refuse_errno(r, "sync the directory");
+	return done(r);
+}
+
+/* With unlock_method DELETE at the state's own address, terraform's unlock
+ * looks like this too: a body, or the MD5 of an empty one, gives it away. */
+static void
+job_delete(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+
+	if (r->len > 0 || r->has_md5) {
+		job_unlock(r, a);
+		return;
+	}
+	if (delete_commit(r, &p, a) == 404) {
+		dir_leave(p.dir);	/* no log for what never was */
+		return;
+	}
+	job_end(r, &p, "delete");
+}
+
+/* ==== pages ==============================================================
+ *
+ * For people who look, and for machines that watch: the states, a state's
+ * versions, what changed, metrics. Each page is one walk whose findings are
+ * written as text, JSON or HTML, by a commit thread, because it reads many
+ * files; a page stands in a lane like everything else, so that there is one
+ * listing at a time, however many are asked for.
+ */
+#define ROWS_MAX 5000			/* of an HTML page; search for more */
+
+static const char page_css[] =
+    ":root{color-scheme:light dark;--dim:#666;--line:#ddd;--hot:#b3261e}"
+    "@media(prefers-color-scheme:dark){:root{--dim:#999;--line:#333;"
+    "--hot:#ff8a80}}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;"
+    "margin:2rem auto;padding:0 1rem}"
+    "h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.5rem}"
+    "a{color:LinkText}table{border-collapse:collapse;width:100%}"
+    "th{text-align:left;font-weight:500;color:var(--dim)}"
+    "td,th{padding:.4rem .8rem .4rem 0;border-bottom:1px solid var(--line);"
+    "vertical-align:top}"
+    ".n{text-align:right;font-variant-numeric:tabular-nums}"
+    ".dim{color:var(--dim)}.hot{color:var(--hot)}"
+    "td:first-child{overflow-wrap:anywhere}"
+    "pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:1rem;"
+    "overflow-x:auto;border-radius:.4rem}"
+    "input{font:inherit;width:100%;box-sizing:border-box;padding:.5rem .7rem;"
+    "margin:.5rem 0 1rem;border:1px solid var(--dim);border-radius:.4rem;"
+    "background:Canvas;color:CanvasText}"
+    "a:focus-visible,input:focus-visible{outline:3px solid Highlight}"
+    "@media(max-width:44rem){thead{display:none}tr{display:flex;"
+    "flex-wrap:wrap;gap:0 1rem;padding:.5rem 0;"
+    "border-bottom:1px solid var(--line)}td{border:0;padding:0}"
+    "td:empty{display:none}"
+    "td:first-child{flex-basis:100%;font-weight:600}"
+    "td[data-h]::before{content:attr(data-h) ' ';color:var(--dim)}}";
+
+static const char page_js[] =
+    "const q=document.querySelector('input'),"
+    "rows=[...document.querySelectorAll('tbody tr')],"
+    "names=document.querySelectorAll('.name');"
+    "q.addEventListener('input',()=>{const s=q.value.toLowerCase();"
+    "for(const r of rows)"
+    "r.hidden=!r.cells[0].textContent.toLowerCase().includes(s);"
+    "for(const n of names)n.textContent=encodeURI(q.value.trim()||'demo')});";
+
+static void
+buf_csp_hash(struct buf *b, const char *what, const char *text)
+{
+	unsigned char digest[32];
+	char code[48];
+
+	sha256(text, strlen(text), digest);
+	base64_encode(digest, sizeof(digest), code);
+	buf_fmt(b, "; %s 'sha256-%s'", what, code);
+}
+
+/* Nothing from elsewhere, no inline code but ours, in nobody's frame. */
+static void
+page_csp(struct buf *b)
+{
+	buf_str(b, "Content-Security-Policy: default-src 'none'");
+	buf_csp_hash(b, "style-src", page_css);
+	buf_csp_hash(b, "script-src", page_js);
+	buf_str(b, "; form-action 'self'; base-uri 'none'; "
+	    "frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n");
+}
+
+static void
+html_begin(struct buf *b, const char *title)
+{
+	buf_str(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">"
+	    "<meta name=\"viewport\" content=\"width=device-width,"
+	    "initial-scale=1\">"
+	    "<link rel=\"icon\" href=\"data:,\"><title>");
+	buf_html(b, title);
+	buf_fmt(b, "</title><style>%s</style>\n<h1>", page_css);
+	if (strcmp(title, "States") != 0)
+		buf_str(b, "<a href=\"/\">States</a> / ");
+	buf_html(b, title);
+	buf_str(b, "</h1>\n");
+}
+
+static void
+page_type(struct request *r)
+{
+	r->type = r->html ? "text/html; charset=utf-8" :
+	    r->json ? "application/json" : "text/plain; charset=utf-8";
+}
+
+static void
+size_text(char out[32], int64_t n)
+{
+	static const char units[] = "KMGT";
+	double v = (double)n;
+	int i = -1;
+
+	while (v >= 1000 && i < 3) {
+		v /= 1024;
+		i++;
+	}
+	if (i == -1)
+		(void)snprintf(out, 32, "%lld B", (long long)n);
+	else
+		(void)snprintf(out, 32, "%.*f %ciB", v < 10, v, units[i]);
+}
+
+/* ---- a walk over the states ---- */
+
+/* Calls on() for each .tfstate and .lock file, name being the state's. */
+struct walk {
+	void (*on)(struct walk *, int dir, const char *leaf, bool is_lock);
+	void *to;
+	char name[NAME_LEN_MAX + 300];
+};
+
+static void walk_dir(struct walk *, int, size_t, unsigned);
+
+static void
+walk_entry(struct walk *w, DIR *d, struct dirent *e, size_t len,
+    unsigned depth)
+{
+	char leaf[300];
+	bool is_lock;
+	size_t n = strlen(e->d_name);
+	int dir;
+
+	if (e->d_name[0] == '.' || len + n > NAME_LEN_MAX)
+		return;
+	(void)snprintf(leaf, sizeof(leaf), "%s", e->d_name);
+	memcpy(w->name + len, e->d_name, n + 1);
+	is_lock = cut_suffix(w->name, LOCK);
+	if (is_lock || cut_suffix(w->name, STATE)) {
+		if (name_wrong(w->name) == NULL)
+			w->on(w, dirfd(d), leaf, is_lock);
+		return;
+	}
+#ifdef DT_DIR
+	if (e->d_type != DT_DIR && e->d_type != DT_UNKNOWN)
+		return;
+#endif
+	if (ends_in(leaf, n, LOG) || depth + 1 >= SEGMENTS_MAX)
+		return;
+	dir = openat(dirfd(d), leaf,
+	    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	if (dir == -1)
+		return;
+	w->name[len + n] = '/';
+	walk_dir(w, dir, len + n + 1, depth + 1);
+}
+
+/* Owns dir. w->name holds len bytes of path that lead to it. */
+static void
+walk_dir(struct walk *w, int dir, size_t len, unsigned depth)
+{
+	DIR *d = fdopendir(dir);
+	struct dirent *e;
+
+	if (d == NULL) {
+		close_quietly(dir);
+		return;
+	}
+	while ((e = readdir(d)) != NULL)
+		walk_entry(w, d, e, len, depth);
+	(void)closedir(d);
+}
+
+/* -1 with errno if the directory cannot be read at all. */
+static int
+walk_states(struct walk *w)
+{
+	int dir = openat(store.root, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	if (dir == -1 || store_gone()) {
+		close_quietly(dir);
+		return -1;
+	}
+	walk_dir(w, dir, 0, 0);
+	return 0;
+}
+
+/* ---- the listing ---- */
+
+struct entry {
+	char *name;
+	bool state, lock;
+};
+
+struct listing {
+	struct request *r;
+	struct entry *list;
+	size_t n, cap;
+	bool failed;
+};
+
+/* A state, as it is shown. */
+struct row {
+	const char *name;
+	bool exists;
+	struct stat st;
+	struct meta meta;
+	struct lock lock;
+	size_t width;			/* of the text's first column */
+};
+
+static void
+listing_on(struct walk *w, int dir, const char *leaf, bool is_lock)
+{
+	struct listing *l = w->to;
+	struct entry *more;
+	size_t cap = l->cap > 0 ? 2 * l->cap : 64;
+
+	(void)dir;
+	(void)leaf;
+	if (user_right(l->r, w->name) == R_NONE ||
+	    (l->r->query[0] != '\0' &&
+	    strstr(w->name, l->r->query) == NULL))
+		return;
+	if (l->n == l->cap) {
+		if ((more = realloc(l->list, cap * sizeof(*more))) == NULL) {
+			l->failed = true;
+			return;
+		}
+		l->list = more;
+		l->cap = cap;
+	}
+	l->list[l->n] = (struct entry){ strdup(w->name), !is_lock, is_lock };
+	if (l->list[l->n].name == NULL)
+		l->failed = true;
+	else
+		l->n++;
+}
+
+static int
+by_name(const void *a, const void *b)
+{
+	return strcmp(((const struct entry *)a)->name,
+	    ((const struct entry *)b)->name);
+}
+
+/* Sorts, and makes one entry of a state and its lock. */
+static void
+listing_sort(struct listing *l)
+{
+	size_t i, n = 0;
+
+	if (l->n > 0)
+		qsort(l->list, l->n, sizeof(*l->list), by_name);
+	for (i = 0; i < l->n; i++) {
+		if (n > 0 && strcmp(l->list[n - 1].name,
+		    l->list[i].name) == 0) {
+			l->list[n - 1].state |= l->list[i].state;
+			l->list[n - 1].lock |= l->list[i].lock;
+			free(l->list[i].name);
+		} else
+			l->list[n++] = l->list[i];
+	}
+	l->n = n;
+}
+
+/* Looks at one state. What went away meanwhile is shown as not there. */
+static void
+row_read(struct row *row, const struct entry *e)
+{
+	struct place p;
+	int fd;
+
+	*row = (struct row){ .name = e->name, .width = row->width };
+	if (place_open(e->name, false, &p) == -1)
+		return;
+	fd = e->state ? place_file(&p, STATE, O_RDONLY, &row->st) : -1;
+	if (fd != -1) {
+		row->exists = true;
+		if (row->st.st_size <= LIST_MAX)
+			meta_read(fd, &row->meta, false);
+		else
+			meta_read(fd, &row->meta, true);
+		close_quietly(fd);
+	}
+	if (e->lock)
+		(void)lock_read(&p, &row->lock);
+	dir_leave(p.dir);
+}
+
+static void
+row_text(struct buf *b, const struct row *row)
+{
+	char size[32] = "-", age[40] = "-", held[32];
+
+	if (row->exists) {
+		size_text(size, (int64_t)row->st.st_size);
+		age_text(age, time(NULL) - row->st.st_mtime);
+	}
+	buf_fmt(b, "%-*s  ", (int)row->width, row->name);
+	if (row->meta.known)
+		buf_fmt(b, "%6llu", (unsigned long long)row->meta.serial);
+	else
+		buf_str(b, "     -");
+	buf_fmt(b, "  %9s  %-11s", size, age);
+	if (row->lock.held) {
+		age_text(held, time(NULL) - row->lock.since);
+		buf_fmt(b, "  %s %s%s%s%s for %s, ID ",
+		    row->lock.foreign ? "frozen:" : "locked by",
+		    row->lock.foreign ? row->lock.info : row->lock.who,
+		    *row->lock.operation != '\0' ? " (" : "",
+		    row->lock.operation,
+		    *row->lock.operation != '\0' ? ")" : "", held);
+		buf_str(b, row->lock.id);
+	}
+	buf_str(b, "\n");
+}
+
+static void
+json_member(struct buf *b, const char *key, const char *value)
+{
+	buf_fmt(b, "\"%s\":", key);
+	if (*value == '\0')
+		buf_str(b, "null");
+	else
+		buf_json(b, value);
+	buf_str(b, ",");
+}
+
+static void
+row_json(struct buf *b, const struct row *row)
+{
+	char text[32];
+
+	buf_str(b, "{");
+	json_member(b, "name", row->name);
+	if (row->meta.known)
+		buf_fmt(b, "\"serial\":%llu,",
+		    (unsigned long long)row->meta.serial);
+	else
+		buf_str(b, "\"serial\":null,");
+	json_member(b, "lineage", row->meta.lineage);
+	json_member(b, "terraform_version", row->meta.version);
+	if (row->exists) {
+		time_text(text, (int64_t)row->st.st_mtime * 1000, false);
+		if (row->st.st_size <= LIST_MAX)
+			buf_fmt(b, "\"resources\":%u,", row->meta.resources);
+		else
+			buf_str(b, "\"resources\":null,");
+		buf_fmt(b, "\"size\":%lld,\"modified\":\"%s\",\"lock\":",
+		    (long long)row->st.st_size, text);
+	} else
+		buf_str(b, "\"resources\":null,\"size\":null,"
+		    "\"modified\":null,\"lock\":");
+	if (row->lock.held) {
+		buf_str(b, "{");
+		json_member(b, "id", row->lock.id);
+		json_member(b, "who", row->lock.who);
+		json_member(b, "operation", row->lock.operation);
+		json_member(b, "info", row->lock.info);
+		json_member(b, "created", row->lock.created);
+		time_text(text, (int64_t)row->lock.since * 1000, false);
+		buf_fmt(b, "\"since\":\"%s\"}}", text);
+	} else
+		buf_str(b, "null}");
+}
+
+static void
+html_link(struct buf *b, const char *base, const char *name, const char *text)
+{
+	buf_fmt(b, "<a href=\"%s", base);
+	buf_url(b, name);
+	buf_str(b, "\">");
+	buf_html(b, text);
+	buf_str(b, "</a>");
+}
+
+static void
+row_html_lock(struct buf *b, const struct lock *l)
+{
+	char age[32];
+
+	age_text(age, time(NULL) - l->since);
+	buf_fmt(b, "<span class=hot>%s</span> ",
+	    l->foreign ? "frozen" : "locked");
+	buf_html(b, l->foreign ? l->info : l->who);
+	buf_str(b, " <span class=dim>");
+	buf_html(b, l->operation);
+	buf_fmt(b, " for %s, ID ", age);
+	buf_html(b, l->id);
+	buf_str(b, "</span>");
+}
+
+static void
+row_html(struct buf *b, const struct row *row)
+{
+	char size[32] = "", age[32] = "", when[32] = "";
+
+	buf_str(b, "<tr><td>");
+	html_link(b, "/", row->name, row->name);
+	buf_str(b, "<td class=n data-h=serial>");
+	if (row->meta.known)
+		buf_fmt(b, "%llu", (unsigned long long)row->meta.serial);
+	buf_str(b, "<td class=n data-h=resources>");
+	if (row->exists) {
+		if (row->st.st_size <= LIST_MAX)
+			buf_fmt(b, "%u", row->meta.resources);
+		size_text(size, (int64_t)row->st.st_size);
+		age_text(age, time(NULL) - row->st.st_mtime);
+		time_text(when, (int64_t)row->st.st_mtime * 1000, false);
+	}
+	buf_fmt(b, "<td class=n>%s<td><time datetime=\"%s\" title=\"%s\">"
+	    "%s%s</time><td class=dim data-h=terraform>", size, when, when,
+	    age, *age != '\0' ? " ago" : "no state yet");
+	buf_html(b, row->meta.version);
+	buf_str(b, "<td>");
+	if (row->lock.held)
+		row_html_lock(b, &row->lock);
+	buf_str(b, "<td>");
+	html_link(b, "/-/versions/", row->name, "versions");
+	buf_str(b, " ");
+	html_link(b, "/-/log/", row->name, "log");
+	buf_str(b, "\n");
+}
+
+/* The block that a newcomer copies, for the name that was searched for. */
+static void
+html_backend(struct buf *b, const struct request *r)
+{
+	static const char *const lines[] = {
+		"address       ", "lock_address  ", "unlock_address"
+	};
+	size_t i;
+
+	buf_str(b, "<h2>A state of your own</h2><p>Put this into a .tf file, "
+	    "then run <code>terraform init</code>. The state comes to be with "
+	    "the first apply.</p>\n<pre>terraform {\n  backend \"http\" {\n");
+	for (i = 0; i < 3; i++) {
+		buf_fmt(b, "    %s = \"%s://", lines[i],
+		    r->fronted ? "https" : "http");
+		buf_html(b, r->host);
+		buf_str(b, "/<span class=name>");
+		buf_url(b, r->query[0] != '\0' && name_wrong(r->query) == NULL
+		    ? r->query : "demo");
+		buf_str(b, "</span>\"\n");
+	}
+	buf_str(b, "  }\n}</pre>\n");
+}
+
+static void
+listing_html(struct request *r, const struct listing *l)
+{
+	struct buf *b = &r->text;
+	struct row row = { 0 };
+	size_t i;
+
+	html_begin(b, "States");
+	buf_str(b, "<form><input type=search name=q aria-label=\"Search by "
+	    "name\" placeholder=\"Search by name\" autocomplete=off "
+	    "autofocus value=\"");
+	buf_html(b, r->query);
+	buf_str(b, "\"></form>\n<table><thead><tr><th>State<th class=n>Serial"
+	    "<th class=n>Resources<th class=n>Size<th>Changed<th>Terraform"
+	    "<th>Lock<th></thead><tbody>\n");
+	for (i = 0; i < l->n && i < ROWS_MAX; i++) {
+		row_read(&row, &l->list[i]);
+		row_html(b, &row);
+		lock_free(&row.lock);
+	}
+	buf_str(b, "</tbody></table>\n");
+	if (l->n == 0)
+		buf_str(b, "<p class=dim>No states here.</p>\n");
+	if (i < l->n)
+		buf_fmt(b, "<p class=dim>and %zu more: search for them.</p>\n",
+		    l->n - i);
+	html_backend(b, r);
+	buf_fmt(b, "<script>%s</script></html>\n", page_js);
+}
+
+static void
+listing_plain(struct request *r, const struct listing *l)
+{
+	struct row row = { .width = 4 };
+	size_t i, n;
+
+	for (i = 0; i < l->n && !r->json; i++) {
+		n = strlen(l->list[i].name);
+		if (n > row.width && n <= 60)
+			row.width = n;
+	}
+	if (r->json)
+		buf_str(&r->text, "[");
+	else
+		buf_fmt(&r->text, "%-*s  SERIAL       SIZE  AGE          "
+		    "LOCK\n", (int)row.width, "NAME");
+	for (i = 0; i < l->n; i++) {
+		row_read(&row, &l->list[i]);
+		if (r->json) {
+			buf_str(&r->text, i > 0 ? ",\n" : "\n");
+			row_json(&r->text, &row);
+		} else
+			row_text(&r->text, &row);
+		lock_free(&row.lock);
+	}
+	if (r->json)
+		buf_str(&r->text, "\n]\n");
+}
+
+static void
+page_root(struct request *r, struct after *a)
+{
+	struct listing l = { .r = r };
+	struct walk w = { .on = listing_on, .to = &l };
+
+	(void)a;
+	if (walk_states(&w) == -1) {
+		(void)refuse_errno(r, "list the states");
+		return;
+	}
+	listing_sort(&l);
+	page_type(r);
+	if (r->html)
+		listing_html(r, &l);
+	else
+		listing_plain(r, &l);
+	while (l.n > 0)
+		free(l.list[--l.n].name);
+	free(l.list);
+	if (l.failed || r->text.failed)
+		(void)refuse(r, 503, "too many states to list in memory");
+	else
+		(void)done(r);
+}
+
+/* ---- versions and what changed ---- */
+
+/* One version: when it was replaced, and its serial, are in its ID. */
+static void
+version_row(struct request *r, const char *id, int64_t size, bool first)
+{
+	struct buf *b = &r->text;
+	const char *serial = strchr(id, '-') + 1;
+	char when[40], text[32];
+
+	(void)snprintf(when, sizeof(when), "%.4s-%.2s-%.2sT%.2s:%.2s:%.7s",
+	    id, id + 4, id + 6, id + 9, id + 11, id + 13);
+	size_text(text, size);
+	if (r->json) {
+		buf_fmt(b, "%s\n{\"id\":\"%s\",\"serial\":%s,\"size\":%lld,"
+		    "\"time\":\"%s\"}", first ? "" : ",", id, serial,
+		    (long long)size, when);
+	} else if (r->html) {
+		buf_fmt(b, "<tr><td><a href=\"/-/versions/");
+		buf_url(b, r->name);
+		buf_fmt(b, "/%s\">%s</a><td class=n data-h=serial>%s"
+		    "<td class=n>%s<td>%s<td><a href=\"/-/changes/", id, id,
+		    serial, text, when);
+		buf_url(b, r->name);
+		buf_fmt(b, "/%s\">changes</a>\n", id);
+	} else
+		buf_fmt(b, "%-32s  %6s  %9s\n", id, serial, text);
+}
+
+static void
+versions_head(struct request *r)
+{
+	if (r->json)
+		buf_str(&r->text, "[");
+	else if (r->html) {
+		html_begin(&r->text, r->name);
+		buf_str(&r->text, "<p>");
+		html_link(&r->text, "/", r->name, "the present state");
+		buf_str(&r->text, ", ");
+		html_link(&r->text, "/-/changes/", r->name,
+		    "what its last write changed");
+		buf_str(&r->text, ", ");
+		html_link(&r->text, "/-/log/", r->name, "log");
+		buf_str(&r->text, "</p>\n<table><thead><tr><th>Version"
+		    "<th class=n>Serial<th class=n>Size<th>Replaced<th>"
+		    "</thead><tbody>\n");
+	} else
+		buf_str(&r->text, "ID                                "
+		    "SERIAL       SIZE\n");
+}
+
+static void
+page_versions(struct request *r, struct after *a)
+{
+	int dir = history_enter(r->name, false), copy;
+	char leaf[LEAF], **names = NULL;
+	struct stat st;
+	ssize_t n = 0, i;
+
+	(void)a;
+	copy = dir == -1 ? -1 : fcntl(dir, F_DUPFD_CLOEXEC, 0);
+	if ((dir == -1 && (errno != ENOENT || store_gone())) ||
+	    (dir != -1 && copy == -1) ||
+	    (copy != -1 && (n = history_list(copy, &names)) == -1)) {
+		(void)refuse_errno(r, "read the history");
+		close_quietly(dir);
+		return;
+	}
+	page_type(r);
+	versions_head(r);
+	for (i = 0; i < n; i++) {
+		(void)snprintf(leaf, sizeof(leaf), "%.64s" STATE, names[i]);
+		if (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == 0)
+			version_row(r, names[i], (int64_t)st.st_size, i == 0);
+	}
+	if (r->json)
+		buf_str(&r->text, "\n]\n");
+	if (r->html)
+		buf_fmt(&r->text, "</tbody></table>%s</html>\n", n > 0 ? "" :
+		    "<p class=dim>No earlier versions.</p>");
+	close_quietly(dir);
+	if (names != NULL)
+		names_free(names, (size_t)n);
+	(void)done(r);
+}
+
+/* Opens an earlier version for reading. */
+static int
+version_open(const char *name, const char *id, struct stat *st)
+{
+	int dir = history_enter(name, false), fd;
+	char leaf[LEAF];
+
+	if (dir == -1)
+		return -1;
+	(void)snprintf(leaf, sizeof(leaf), "%.64s" STATE, id);
+	fd = file_open(dir, leaf, O_RDONLY, st);
+	close_quietly(dir);
+	return fd;
+}
+
+/* A resource instance of a state: its address, and where it stands. */
+struct item {
+	char *address;
+	uint64_t at, len;
+};
+
+struct items {
+	int fd;
+	struct item *list;
+	size_t n, cap;
+	size_t first;			/* of the resource being read */
+	char module[JSON_TEXT], type[JSON_TEXT], name[JSON_TEXT];
+	char key[JSON_TEXT + 8];
+	bool data, failed;
+};
+
+static void
+items_begin(struct items *it, uint64_t at)
+{
+	struct item *more;
+	size_t cap = it->cap > 0 ? 2 * it->cap : 64;
+
+	if (it->n == it->cap) {
+		if ((more = realloc(it->list, cap * sizeof(*more))) == NULL) {
+			it->failed = true;
+			return;
+		}
+		it->list = more;
+		it->cap = cap;
+	}
+	it->list[it->n++] = (struct item){ .at = at };
+	it->key[0] = '\0';
+}
+
+/* The instance is over; until the resource is, its address is its key. */
+static void
+items_end(struct items *it, uint64_t end)
+{
+	struct item *item = &it->list[it->n - 1];
+
+	item->len = end - item->at;
+	if ((item->address = strdup(it->key)) == NULL)
+		it->failed = true;
+}
+
+/* The resource is over: now all parts of its instances' addresses are
+ * known, in whatever order they came. */
+static void
+items_name(struct items *it)
+{
+	struct buf b;
+	size_t i;
+
+	for (i = it->first; i < it->n; i++) {
+		b = (struct buf){ 0 };
+		buf_fmt(&b, "%s%s%s%s.%s%s", it->module,
+		    *it->module != '\0' ? "." : "", it->data ? "data." : "",
+		    it->type, it->name, it->list[i].address != NULL ?
+		    it->list[i].address : "");
+		free(it->list[i].address);
+		it->list[i].address = b.data;
+		it->failed |= b.failed;
+	}
+	it->first = it->n;
+	it->module[0] = it->type[0] = it->name[0] = '\0';
+	it->data = false;
+}
+
+static void
+items_on(struct json *j, char what)
+{
+	struct items *it = j->to;
+	enum word w = j->word[j->depth];
+
+	if (j->word[1] != W_RESOURCES || it->failed)
+		return;
+	if (j->depth == 2 && what == '}')
+		items_name(it);
+	else if (j->depth == 3 && what == 's' && w == W_MODULE)
+		json_keep(it->module, sizeof(it->module), j);
+	else if (j->depth == 3 && what == 's' && w == W_TYPE)
+		json_keep(it->type, sizeof(it->type), j);
+	else if (j->depth == 3 && what == 's' && w == W_NAME)
+		json_keep(it->name, sizeof(it->name), j);
+	else if (j->depth == 3 && what == 's' && w == W_MODE)
+		it->data = strcmp(j->text, "data") == 0;
+	if (j->word[3] != W_INSTANCES)
+		return;
+	if (j->depth == 4 && what == '{')
+		items_begin(it, j->at);
+	else if (j->depth == 4 && what == '}' && it->n > it->first)
+		items_end(it, j->at + 1);
+	else if (j->depth == 5 && w == W_INDEX_KEY && strchr("sn", what))
+		(void)snprintf(it->key, sizeof(it->key), what == 's' ?
+		    "[\"%s\"]" : "[%s]", j->text);
+}
+
+static int
+by_address(const void *a, const void *b)
+{
+	return strcmp(((const struct item *)a)->address,
+	    ((const struct item *)b)->address);
+}
+
+static void
+items_free(struct items *it)
+{
+	while (it->n > 0)
+		free(it->list[--it->n].address);
+	free(it->list);
+	close_quietly(it->fd);
+}
+
+/* Finds all resource instances of the state in it->fd, sorted. A descriptor
+ * of -1 is a state without any. */
+static void
+items_read(struct items *it)
+{
+	struct json j = { .on = items_on, .to = it };
+	char data[8192];
+	off_t at = 0;
+	ssize_t n;
+	size_t i;
+
+	while (it->fd != -1 && (n = read_at(it->fd, data, sizeof(data), at)) > 0
+	    && json_feed(&j, data, (size_t)n))
+		at += n;
+	for (i = 0; i < it->n; i++)
+		if (it->list[i].address == NULL)	/* torn off */
+			it->failed = true;
+	if (!it->failed && it->n > 0)
+		qsort(it->list, it->n, sizeof(*it->list), by_address);
+}
+
+/* Are two instances the same, byte for byte? */
+static bool
+item_same(const struct items *a, const struct item *x, const struct items *b,
+    const struct item *y)
+{
+	char one[2048], two[2048];
+	uint64_t at = 0;
+	size_t n;
+
+	if (x->len != y->len)
+		return false;
+	for (; at < x->len; at += n) {
+		n = x->len - at < sizeof(one) ? (size_t)(x->len - at) :
+		    sizeof(one);
+		if (read_at(a->fd, one, n, (off_t)(x->at + at)) !=
+		    (ssize_t)n ||
+		    read_at(b->fd, two, n, (off_t)(y->at + at)) !=
+		    (ssize_t)n || memcmp(one, two, n) != 0)
+			return false;
+	}
+	return true;
+}
+
+/* Writes the addresses of one kind of change, '+', '-' or '~'. */
+static void
+changes_list(struct request *r, char kind, const struct items *old,
+    const struct items *new)
+{
+	struct buf *b = &r->text;
+	const char *address;
+	size_t i = 0, k = 0;
+	bool first = true;
+	int side;
+	char is;
+
+	while (i < old->n || k < new->n) {
+		side = i == old->n ? 1 : k == new->n ? -1 :
+		    strcmp(old->list[i].address, new->list[k].address);
+		address = side > 0 ? new->list[k].address :
+		    old->list[i].address;
+		is = side > 0 ? '+' : side < 0 ? '-' :
+		    item_same(old, &old->list[i], new, &new->list[k]) ? '=' :
+		    '~';
+		i += side <= 0;
+		k += side >= 0;
+		if (is != kind)
+			continue;
+		if (r->json) {
+			buf_str(b, first ? "" : ",");
+			buf_json(b, address);
+		} else if (r->html) {
+			buf_fmt(b, "<tr><td>%c <code>", kind);
+			buf_html(b, address);
+			buf_str(b, "</code>\n");
+		} else
+			buf_fmt(b, "%c %s\n", kind, address);
+		first = false;
+	}
+}
+
+static void
+changes_write(struct request *r, const char *before, const struct items *old,
+    const struct items *new)
+{
+	static const struct { char kind; const char *word; } kinds[] = {
+		{ '+', "added" }, { '-', "removed" }, { '~', "changed" }
+	};
+	struct buf *b = &r->text;
+	size_t i;
+
+	page_type(r);
+	if (r->json) {
+		buf_str(b, "{");
+		json_member(b, "name", r->name);
+		json_member(b, "id", r->version);
+		json_member(b, "before", before);
+	} else if (r->html) {
+		html_begin(b, r->name);
+		buf_fmt(b, "<p>%s compared with %s: resources added (+), "
+		    "removed (-), changed (~).</p>\n<p>",
+		    *r->version != '\0' ? r->version : "The present state",
+		    *before != '\0' ? before : "nothing, for it is the first");
+		html_link(b, "/-/versions/", r->name, "all versions");
+		buf_str(b, "</p>\n<table><tbody>\n");
+	}
+	for (i = 0; i < 3; i++) {
+		if (r->json)
+			buf_fmt(b, "%s\"%s\":[", i > 0 ? "," : "",
+			    kinds[i].word);
+		changes_list(r, kinds[i].kind, old, new);
+		if (r->json)
+			buf_str(b, "]");
+	}
+	if (r->json)
+		buf_str(b, "}\n");
+	if (r->html)
+		buf_str(b, "</tbody></table></html>\n");
+}
+
+/* What a version changed against the one before it. */
+static void
+page_changes(struct request *r, struct after *a)
+{
+	struct items old = { .fd = -1 }, new = { .fd = -1 };
+	char **names = NULL, before[64] = "";
+	struct stat st;
+	int dir = history_enter(r->name, false);
+	ssize_t n = dir == -1 ? 0 : history_list(dir, &names), i;
+
+	(void)a;
+	new.fd = *r->version != '\0' ? version_open(r->name, r->version, &st) :
+	    state_open(r->name, &st);
+	if (new.fd == -1) {
+		if (errno == ENOENT)
+			(void)refuse(r, 404, "there is no such version");
+		else
+			(void)refuse_errno(r, "read the version");
+	} else {
+		for (i = 0; i < n && *before == '\0'; i++)
+			if (*r->version == '\0' ||
+			    strcmp(names[i], r->version) < 0)
+				span_copy(before, sizeof(before),
+				    span(names[i]));
+		if (*before != '\0')
+			old.fd = version_open(r->name, before, &st);
+		items_read(&old);
+		items_read(&new);
+		if (old.failed || new.failed)
+			(void)refuse(r, 503, "the states cannot be compared");
+		else {
+			changes_write(r, before, &old, &new);
+			(void)done(r);
+		}
+	}
+	items_free(&old);
+	items_free(&new);
+	if (n > 0)
+		names_free(names, (size_t)n);
+}
+
+/* ---- is it well? ---- */
+
+static void
+page_ready(struct request *r, struct after *a)
+{
+	struct upload up = { .fd = -1 };
+
+	(void)a;
+	if (store_gone())
+		errno = ESTALE;
+	else if (store_fits(0) == 0 && tmp_create(&up) == 0) {
+		tmp_remove(&up);
+		buf_str(&r->text, "ready\n");
+		r->type = "text/plain; charset=utf-8";
+		(void)done(r);
+		return;
+	}
+	(void)refuse_errno(r, "write");
+	r->status = 503;
+}
+
+/* Counts states and locks, for the metrics. */
+struct census {
+	uint64_t states, locks;
+	time_t oldest;
+};
+
+static void
+census_on(struct walk *w, int dir, const char *leaf, bool is_lock)
+{
+	struct census *c = w->to;
+	struct stat st;
+
+	c->states += !is_lock;
+	if (!is_lock || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1)
+		return;
+	c->locks++;
+	if (c->oldest == 0 || st.st_mtime < c->oldest)
+		c->oldest = st.st_mtime;
+}
+
+static void
+metric(struct buf *b, const char *name, const char *type, const char *help,
+    double value)
+{
+	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s %s\n"
+	    "statesrv_%s %.10g\n", name, help, name, type, name, value);
+}
+
+static void
+metric_batches(struct buf *b)
+{
+	uint64_t sum = 0;
+	unsigned i;
+
+	buf_str(b, "# HELP statesrv_commit_batch_size Jobs that ran side by "
+	    "side when one began.\n"
+	    "# TYPE statesrv_commit_batch_size histogram\n");
+	(void)pthread_mutex_lock(&jobs.mutex);
+	for (i = 0; i < 7; i++) {
+		sum += jobs.batches[i];
+		buf_fmt(b, "statesrv_commit_batch_size_bucket{le=\"%u\"} "
+		    "%llu\n", 1u << i, (unsigned long long)sum);
+	}
+	buf_fmt(b, "statesrv_commit_batch_size_bucket{le=\"+Inf\"} %llu\n"
+	    "statesrv_commit_batch_size_sum %llu\n"
+	    "statesrv_commit_batch_size_count %llu\n",
+	    (unsigned long long)jobs.commits,
+	    (unsigned long long)jobs.batch_sum,
+	    (unsigned long long)jobs.commits);
+	(void)pthread_mutex_unlock(&jobs.mutex);
+}
+
+/* The part of the metrics that lies on the disk; the loop wrote the rest. */
+static void
+page_metrics(struct request *r, struct after *a)
+{
+	struct census c = { 0 };
+	struct walk w = { .on = census_on, .to = &c };
+	struct room room = { 0, 0 };
+	struct buf *b = &r->text;
+
+	(void)a;
+	if (walk_states(&w) == -1 || store_room(&room) == -1) {
+		(void)refuse_errno(r, "count the states");
+		return;
+	}
+	metric_batches(b);
+	metric(b, "states", "gauge", "States.", (double)c.states);
+	metric(b, "locks", "gauge", "Locks that are held.", (double)c.locks);
+	metric(b, "oldest_lock_age_seconds", "gauge",
+	    "Age of the oldest lock, 0 without any.",
+	    c.oldest == 0 ? 0 : (double)(time(NULL) - c.oldest));
+	metric(b, "free_bytes", "gauge", "Room on the disk.",
+	    (double)room.free);
+	metric(b, "reserve_bytes", "gauge",
+	    "Room below which writes are refused.", (double)room.reserve);
+	r->type = "text/plain; version=0.0.4; charset=utf-8";
+	(void)done(r);
+}
+
+/* ==== methods ============================================================
+ *
+ * What each method on each kind of URL wants: a right, a body, and a
+ * function that answers at once or a job that will. The loop lets a request
+ * in only if it finds it in the table, which also writes every Allow.
+ */
+static const struct { int code; const char *reason; } statuses[] = {
+	{ 200, "OK" },
+	{ 204, "No Content" },
+	{ 400, "Bad Request" },
+	{ 401, "Unauthorized" },
+	{ 403, "Forbidden" },
+	{ 404, "Not Found" },
+	{ 405, "Method Not Allowed" },
+	{ 408, "Request Timeout" },
+	{ 409, "Conflict" },
+	{ 411, "Length Required" },
+	{ 413, "Content Too Large" },
+	{ 414, "URI Too Long" },
+	{ 417, "Expectation Failed" },
+	{ 423, "Locked" },
+	{ 431, "Request Header Fields Too Large" },
+	{ 500, "Internal Server Error" },
+	{ 501, "Not Implemented" },
+	{ 503, "Service Unavailable" },
+	{ 505, "HTTP Version Not Supported" },
+	{ 507, "Insufficient Storage" },
+};
+#define STATUSES (sizeof(statuses) / sizeof(*statuses))
+
+/* Seconds; upper ends of the duration histogram. */
+static const double durations[] = {
+	.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5
+};
+#define DURATIONS (sizeof(durations) / sizeof(*durations))
+
+/* What the loop counts. */
+static struct {
+	uint64_t requests[M_COUNT + 1][STATUSES];	/* last row: none */
+	uint64_t took[DURATIONS + 1];
+	double took_sum;
+	uint64_t received, sent, accepted, refusals, unlogged;
+	unsigned connections;
+} counters;
+
+static size_t
+status_index(int code)
+{
+	size_t i = 0;
+
+	while (i < STATUSES && statuses[i].code != code)
+		i++;
+	assert(i < STATUSES);		/* every status has its reason */
+	return i;
+}
+
+static int
+now_ok(struct request *r)
+{
+	buf_str(&r->text, "ok\n");
+	r->type = "text/plain; charset=utf-8";
+	return done(r);
+}
+
+/* The part of the metrics that the loop knows. */
+static int
+now_metrics(struct request *r)
+{
+	struct buf *b = &r->text;
+	uint64_t sum = 0;
+	size_t i, m;
+
+	buf_str(b, "# HELP statesrv_build_info The version.\n"
+	    "# TYPE statesrv_build_info gauge\n"
+	    "statesrv_build_info{version=\"" VERSION "\"} 1\n"
+	    "# HELP statesrv_http_requests_total Requests answered.\n"
+	    "# TYPE statesrv_http_requests_total counter\n");
+	for (m = 0; m <= M_COUNT; m++)
+		for (i = 0; i < STATUSES; i++)
+			if (counters.requests[m][i] > 0)
+				buf_fmt(b, "statesrv_http_requests_total"
+				    "{method=\"%s\",status=\"%d\"} %llu\n",
+				    m < M_COUNT ? method_names[m] : "other",
+				    statuses[i].code, (unsigned long long)
+				    counters.requests[m][i]);
+	buf_str(b, "# HELP statesrv_http_request_duration_seconds From the "
+	    "first byte to the last.\n"
+	    "# TYPE statesrv_http_request_duration_seconds histogram\n");
+	for (i = 0; i < DURATIONS; i++) {
+		sum += counters.took[i];
+		buf_fmt(b, "statesrv_http_request_duration_seconds_bucket"
+		    "{le=\"%g\"} %llu\n", durations[i],
+		    (unsigned long long)sum);
+	}
+	sum += counters.took[i];
+	buf_fmt(b, "statesrv_http_request_duration_seconds_bucket{le=\"+Inf\"}"
+	    " %llu\nstatesrv_http_request_duration_seconds_sum %.6f\n"
+	    "statesrv_http_request_duration_seconds_count %llu\n",
+	    (unsigned long long)sum, counters.took_sum,
+	    (unsigned long long)sum);
+	metric(b, "http_received_bytes_total", "counter", "Bytes received.",
+	    (double)counters.received);
+	metric(b, "http_sent_bytes_total", "counter", "Bytes sent.",
+	    (double)counters.sent);
+	metric(b, "http_refusals_total", "counter",
+	    "Requests answered with 400 or above.",
+	    (double)counters.refusals);
+	metric(b, "log_lines_lost_total", "counter",
+	    "Log lines dropped because nobody read stdout.",
+	    (double)counters.unlogged);
+	metric(b, "connections_accepted_total", "counter",
+	    "Connections accepted.", (double)counters.accepted);
+	metric(b, "connections", "gauge", "Connections now.",
+	    (double)counters.connections);
+	return 0;
+}
+
+/* Promise 2: takes whatever file the name leads to at this moment; 404 only
+ * if there is none, for terraform reads that as "no state yet" and would
+ * build everything a second time. */
+static int
+now_state(struct request *r)
+{
+	static char small[CACHE_FILE];
+	const struct cached *c = cache_find(r->name);
+	struct stat st;
+	ssize_t n;
+	int fd;
+
+	r->type = "application/json";
+	if (c != NULL) {
+		r->data = (struct span){ c->data, c->len };
+		return done(r);
+	}
+	if ((fd = state_open(r->name, &st)) == -1)
+		return errno == ENOENT ?
+		    refuse(r, 404, "there is no such state") :
+		    refuse_errno(r, "read the state");
+	if (st.st_size == 0) {
+		close_quietly(fd);
+		complain("%s: its file is empty", r->name);
+		return refuse(r, 500, "the state's file is empty; an earlier "
+		    "version may be in the history");
+	}
+	if (st.st_size > CACHE_FILE) {
+		r->file = fd;
+		r->left = st.st_size;
+		return done(r);
+	}
+	n = read_at(fd, small, (size_t)st.st_size, 0);
+	close_quietly(fd);
+	if (n != st.st_size) {
+		errno = n == -1 ? errno : EAGAIN;	/* being edited */
+		return refuse_errno(r, "read the state");
+	}
+	cache_keep(r->name, &st, small);
+	r->data = (struct span){ small, (size_t)n };
+	return done(r);
+}
+
+static int
+now_lock(struct request *r)
+{
+	struct place p;
+	int status = 0;
+
+	if (place_open(r->name, false, &p) == -1) {
+		if (errno != ENOENT)
+			return refuse_errno(r, "read the lock");
+	} else {
+		if (lock_read(&p, &r->lock) == -1)
+			status = refuse_errno(r, "read the lock");
+		dir_leave(p.dir);
+	}
+	if (status != 0)
+		return status;
+	if (!r->lock.held)
+		return refuse(r, 404, "it is not locked");
+	lock_tell(&r->lock, &r->text);
+	r->type = "application/json";
+	return done(r);
+}
+
+/* Sends a file as it is. */
+static int
+now_file(struct request *r, int fd, const struct stat *st, const char *what)
+{
+	if (fd == -1)
+		return errno == ENOENT && !store_gone() ?
+		    refuse(r, 404, "there is no such %s", what) :
+		    refuse_errno(r, "read it");
+	r->file = fd;
+	r->left = st->st_size;
+	return done(r);
+}
+
+static int
+now_version(struct request *r)
+{
+	struct stat st;
+
+	r->type = "application/json";
+	return now_file(r, version_open(r->name, r->version, &st), &st,
+	    "version");
+}
+
+static int
+now_log(struct request *r)
+{
+	struct place p = { .dir = -1 };
+	struct stat st;
+	int fd = -1;
+
+	r->type = "text/plain; charset=utf-8";
+	if (place_open(r->name, false, &p) == 0) {
+		fd = place_file(&p, LOG, O_RDONLY, &st);
+		dir_leave(p.dir);
+	}
+	return now_file(r, fd, &st, "log");
+}
+
+static int
+now_options(struct request *r)
+{
+	r->status = 204;
+	return 204;
+}
+
+enum body { B_NONE, B_INFO, B_STATE };
+
+static const struct action {
+	enum right right;
+	enum body body;
+	int (*now)(struct request *);
+	void (*job)(struct request *, struct after *);
+} actions[K_METRICS + 1][M_COUNT] = {
+	[K_STATE] = {
+		[M_GET] = { R_READ, B_NONE, now_state, NULL },
+		[M_HEAD] = { R_READ, B_NONE, now_state, NULL },
+		[M_POST] = { R_WRITE, B_STATE, NULL, job_write },
+		[M_PUT] = { R_WRITE, B_STATE, NULL, job_write },
+		[M_DELETE] = { R_PLAN, B_INFO, NULL, job_delete },
+		[M_LOCK] = { R_PLAN, B_INFO, NULL, job_lock },
+		[M_UNLOCK] = { R_PLAN, B_INFO, NULL, job_unlock },
+	},
+	[K_LOCK] = {
+		[M_GET] = { R_READ, B_NONE, now_lock, NULL },
+		[M_HEAD] = { R_READ, B_NONE, now_lock, NULL },
+		[M_POST] = { R_PLAN, B_INFO, NULL, job_lock },
+		[M_PUT] = { R_PLAN, B_INFO, NULL, job_lock },
+		[M_LOCK] = { R_PLAN, B_INFO, NULL, job_lock },
+		[M_DELETE] = { R_PLAN, B_INFO, NULL, job_unlock },
+		[M_UNLOCK] = { R_PLAN, B_INFO, NULL, job_unlock },
+	},
+#define PAGE(now, job) { \
+	[M_GET] = { R_READ, B_NONE, now, job }, \
+	[M_HEAD] = { R_READ, B_NONE, now, job } }
+	[K_ROOT] = PAGE(NULL, page_root),
+	[K_VERSIONS] = PAGE(NULL, page_versions),
+	[K_VERSION] = PAGE(now_version, NULL),
+	[K_CHANGES] = PAGE(NULL, page_changes),
+	[K_LOG] = PAGE(now_log, NULL),
+	[K_HEALTHY] = PAGE(now_ok, NULL),
+	[K_READY] = PAGE(NULL, page_ready),
+	[K_METRICS] = PAGE(now_metrics, page_metrics),
+};
+
+static const struct action *
+action_of(const struct request *r)
+{
+	static const struct action options = {
+		R_NONE, B_NONE, now_options, NULL
+	};
+
+	return r->method == M_OPTIONS ? &options :
+	    &actions[r->kind][r->method];
+}
+
+static void
+action_allow(struct buf *b, enum kind kind)
+{
+	size_t m;
+
+	buf_str(b, "Allow: OPTIONS");
+	for (m = 0; m < M_COUNT; m++)
+		if (actions[kind][m].now != NULL ||
+		    actions[kind][m].job != NULL)
+			buf_fmt(b, ", %s", method_names[m]);
+	buf_str(b, "\r\n");
+}
+
+/* "localhost", or an address: what a name that an attacker's DNS points to
+ * 127.0.0.1 cannot be. */
+static bool
+host_is_local(struct span h)
+{
+	struct in_addr four;
+	char text[64];
+
+	if (h.len == 0 || *h.ptr == '[')
+		return true;
+	span_copy(text, sizeof(text), h);
+	text[strcspn(text, ":")] = '\0';
+	return strcasecmp(text, "localhost") == 0 ||
+	    inet_pton(AF_INET, text, &four) == 1;
+}
+
+/* Who is it? 0, or 401, which says nothing of what is there. */
+static int
+admit_user(struct request *r, struct span authorization)
+{
+	if (r->users == NULL || r->kind == K_HEALTHY || r->kind == K_READY)
+		return 0;
+	if (authorization.ptr == NULL)
+		return refuse(r, 401, "credentials are needed");
+	if (!user_shows(r, authorization) || user_right(r, NULL) == R_NONE) {
+		memset(r->secret, 0, sizeof(r->secret));
+		return refuse(r, 401, "wrong credentials");
+	}
+	user_name(r);
+	return 0;
+}
+
+/*
+ * Everything that a request's head can be refused for, in the order that
+ * tells the least to those who do not belong: pages of other sites, then
+ * strangers, then bad names, wrong methods, missing rights, wrong lengths.
+ */
+static int
+admit(struct request *r, const struct head *h, bool guarded)
+{
+	const struct action *act;
+	struct span target = h->target, query = { NULL, 0 };
+	const char *wrong, *mark;
+	bool found;
+	int status;
+
+	if (guarded && !host_is_local(h->host))
+		return refuse(r, 403, "the Host is not this machine: without "
+		    "users, a loopback server answers to localhost only");
+	if (h->origin && r->method != M_GET && r->method != M_HEAD &&
+	    r->method != M_OPTIONS)
+		return refuse(r, 403, "no web page may change a state");
+	if ((mark = memchr(target.ptr, '?', target.len)) != NULL) {
+		query.ptr = mark + 1;
+		query.len = (size_t)(target.ptr + target.len - query.ptr);
+		target.len = (size_t)(mark - target.ptr);
+	}
+	wrong = name_route(target, r, &found);
+	if ((status = admit_user(r, h->authorization)) != 0)
+		return status;
+	if (wrong != NULL)
+		return refuse(r, 400, "%s", wrong);
+	if (!found)
+		return refuse(r, 404, "there is no such page");
+	if (query.ptr != NULL && name_query(query, r) == -1)
+		return refuse(r, 400, "?ID= is given twice, badly escaped, or "
+		    "longer than %d bytes", ID_MAX);
+	act = action_of(r);
+	if (act->now == NULL && act->job == NULL)
+		return refuse(r, 405, "%s does not go with this URL",
+		    method_names[r->method]);
+	r->right = user_right(r, r->kind >= K_HEALTHY || r->kind == K_ROOT ||
+	    r->kind == K_STAR ? NULL : r->name);
+	if (r->right < act->right && r->kind != K_HEALTHY &&
+	    r->kind != K_READY)
+		return refuse(r, 403, "the user has no right to %s this",
+		    method_names[r->method]);
+	return 0;
+}
+
+/* What the body's fields can be refused for. */
+static int
+admit_body(struct request *r, const struct head *h)
+{
+	const struct action *act = action_of(r);
+	int64_t max = act->body == B_STATE ? conf.body_max : LOCK_INFO_MAX;
+
+	r->length = h->chunked ? -1 : h->length > 0 ? h->length : 0;
+	if (act->body == B_STATE && !h->chunked && h->length == -1)
+		return refuse(r, 411, "a state comes with Content-Length or "
+		    "chunked");
+	if (r->length > max)
+		return refuse(r, act->body == B_INFO ? 400 : 413,
+		    "the body is larger than %lld bytes", (long long)max);
+	if (h->md5.ptr == NULL)
+		return 0;
+	r->has_md5 = true;
+	if (base64_decode(h->md5, r->md5, 16) != 16)
+		return refuse(r, 400, "Content-MD5 is not the base64 of 16 "
+		    "bytes");
+	return 0;
+}
+
+/* Prepares an upload: what each piece of the body will be fed to. */
+static int
+upload_begin(struct request *r)
+{
+	struct upload *up = calloc(1, sizeof(*up));
+
+	if (up == NULL)
+		return refuse(r, 503, "out of memory");
+	up->md5 = md5_start;
+	up->json.on = meta_on;
+	up->json.to = &up->meta;
+	up->fd = -1;
+	up->hash = r->has_md5 || r->length <= HASH_MAX;
+	r->up = up;
+	return 0;
+}
+
+/* ==== connections ========================================================
+ *
+ * One thread, one poll. A connection is in one of a few states, each with a
+ * step that does what can be done now: NEXT, the state has changed, go on;
+ * WAIT for the descriptor; GONE. Busy connections stand at the front of the
+ * poll set, and only they are polled on most turns, so that thousands of
+ * idle ones cost next to nothing. An idle one has no buffer and no request.
+ */
+enum step { NEXT, WAIT, GONE };
+
+enum conn_state {
+	C_HEAD,		/* between requests, or a head is coming */
+	C_BODY,		/* a body is coming */
+	C_JOB,		/* a commit thread has the request */
+	C_DENY,		/* a wrong secret waits for its answer */
+	C_REPLY,	/* the answer is going out */
+	C_DRAIN,	/* a refused client may finish speaking */
+	C_COUNT
+};
+
+struct conn {
+	int fd;
+	unsigned slot;			/* in the poll set */
+	enum conn_state state;
+	bool readable;			/* poll said so; not read dry since */
+	bool begun;			/* the first byte of a head is here */
+	bool fronted;			/* by a unix socket */
+	bool guarded;			/* answers to localhost only */
+	bool unread;			/* more of a body would have come */
+	bool expects;			/* 100-continue is to be sent */
+	unsigned blanks;		/* empty lines skipped */
+	int64_t since;			/* ms: last change of state */
+	int64_t active;			/* ms: poll last had news */
+	int64_t deadline;		/* ms */
+	char *in;			/* HEAD_MAX bytes, or NULL */
+	size_t at, used, seen;		/* of in */
+	struct request *r;
+	struct chunks chunks;
+	int64_t got;			/* of the body, or sent of the answer */
+	struct buf out;			/* what of the answer did not fit */
+	size_t out_at;
+	struct conn *next;		/* free list */
+	char peer[56];
+};
+
+static struct {
+	struct pollfd *fd;
+	struct conn **at;		/* NULL for the first base entries */
+	unsigned base;			/* wake pipe and listeners */
+	unsigned hot;			/* end of the busy ones */
+	unsigned n, max;
+	struct conn *spare;
+} set;
+
+static struct listener {
+	bool local;			/* loopback */
+	bool path;			/* unix socket */
+	char name[128];
+} listeners[32];
+
+static struct {
+	int64_t now;			/* ms, monotonic, of this turn */
+	bool stopping;
+	int64_t stop;			/* when to give up waiting */
+	int64_t rest;			/* no accepting until then */
+	pid_t child;			/* the wrapper's command, or 0 */
+	int status;			/* its exit status */
+	char locked[ID_MAX + 1];	/* the lock it took last */
+	struct buf log;			/* of this turn */
+	bool log_blocks;		/* stdout is a pipe or terminal */
+	char *spare[64];		/* head buffers */
+	unsigned spares;
+} loop;
+
+static const struct state_row {
+	enum step (*step)(struct conn *);
+	short events;
+	int64_t ms;			/* at most so long in that state */
+} conn_states[C_COUNT];
+
+/* ---- the poll set ---- */
+
+static void
+set_swap(unsigned a, unsigned b)
+{
+	struct pollfd fd = set.fd[a];
+	struct conn *c = set.at[a];
+
+	if (a == b)
+		return;
+	set.fd[a] = set.fd[b];
+	set.at[a] = set.at[b];
+	set.fd[b] = fd;
+	set.at[b] = c;
+	set.at[a]->slot = a;
+	set.at[b]->slot = b;
+}
+
+static void
+set_hot(struct conn *c)
+{
+	if (c->slot >= set.hot)
+		set_swap(c->slot, set.hot++);
+}
+
+static void
+set_cold(struct conn *c)
+{
+	if (c->slot < set.hot)
+		set_swap(c->slot, --set.hot);
+}
+
+static void
+set_add(struct conn *c)
+{
+	c->slot = set.n++;
+	set.fd[c->slot] = (struct pollfd){ .fd = c->fd };
+	set.at[c->slot] = c;
+	set_hot(c);
+}
+
+static void
+set_remove(struct conn *c)
+{
+	set_cold(c);
+	set_swap(c->slot, --set.n);
+}
+
+/* ---- requests ---- */
+
+static char *
+head_buffer(void)
+{
+	return loop.spares > 0 ? loop.spare[--loop.spares] : malloc(HEAD_MAX);
+}
+
+static void
+head_return(struct conn *c)
+{
+	if (c->in == NULL)
+		return;
+	if (loop.spares < sizeof(loop.spare) / sizeof(*loop.spare))
+		loop.spare[loop.spares++] = c->in;
+	else
+		free(c->in);
+	c->in = NULL;
+	c->at = c->used = c->seen = 0;
+}
+
+static void
+request_free(struct request *r)
+{
+	users_drop(r->users);
+	lock_free(&r->lock);
+	buf_free(&r->text);
+	close_quietly(r->file);
+	free(r->body);
+	free(r->up);
+	free(r);
+}
+
+/* The request's connection is gone. An upload's file goes by a job. */
+static void
+request_abandon(struct request *r)
+{
+	r->conn = NULL;
+	if (r->up == NULL || r->up->fd == -1 ||
+	    job_submit(r, job_abandon, false) == -1) {
+		if (r->up != NULL)
+			tmp_remove(r->up);
+		request_free(r);
+	}
+}
+
+static struct request *
+request_new(struct conn *c)
+{
+	struct request *r = calloc(1, sizeof(*r));
+
+	if (r == NULL)
+		return NULL;
+	r->conn = c;
+	r->file = -1;
+	r->method = M_COUNT;
+	r->kind = K_STAR;
+	r->start = clock_us(CLOCK_MONOTONIC);
+	r->fronted = c->fronted;
+	(void)snprintf(r->client, sizeof(r->client), "%s", c->peer);
+	if ((r->users = users) != NULL)
+		users->refs++;
+	return r;
+}
+
+/* ---- the request log ---- */
+
+/* Appends key=value, quoted if it must be. */
+static void
+logfmt(const char *key, const char *value)
+{
+	const unsigned char *p = (const unsigned char *)value;
+
+	buf_fmt(&loop.log, " %s=", key);
+	while (*p > ' ' && *p != '"' && *p != '=' && *p != '\\' && *p != 0x7f)
+		p++;
+	if (*p == '\0' && *value != '\0')
+		buf_str(&loop.log, value);
+	else
+		buf_json(&loop.log, value);
+}
+
+/* One line for a request that was answered, or whose client went away. */
+static void
+log_request(const struct request *r, int64_t us)
+{
+	static int64_t second;
+	static char when[32];
+	int64_t ms = clock_us(CLOCK_REALTIME) / 1000;
+	bool named = r->kind != K_STAR && r->kind != K_ROOT &&
+	    r->kind < K_HEALTHY;
+
+	if (conf.command != NULL)	/* stdout is the command's */
+		return;
+	if (ms / 1000 != second) {
+		second = ms / 1000;
+		time_text(when, ms, false);
+	}
+	buf_fmt(&loop.log, "time=%.20s%03dZ client=%s", when, (int)(ms % 1000),
+	    *r->client != '\0' ? r->client : "unix");
+	if (*r->user != '\0')
+		logfmt("user", r->user);
+	buf_fmt(&loop.log, " method=%s", r->method < M_COUNT ?
+	    method_names[r->method] : "-");
+	if (*r->name != '\0')
+		logfmt(named ? "name" : "path", r->name);
+	buf_fmt(&loop.log, " status=%d bytes=%lld ms=%lld.%03d", r->status,
+	    (long long)r->sent, (long long)(us / 1000), (int)(us % 1000));
+	if (*r->id != '\0')
+		logfmt("id", r->id);
+	if (*r->why != '\0')
+		logfmt("why", r->why);
+	buf_str(&loop.log, "\n");
+}
+
+/*
+ * Writes the turn's lines. A reader of stdout that does not read must not
+ * stop the server: a pipe that polls writable takes PIPE_BUF at once, and
+ * what it does not take is counted and dropped.
+ */
+static void
+log_flush(void)
+{
+	struct pollfd out = { .fd = STDOUT_FILENO, .events = POLLOUT };
+	struct buf *b = &loop.log;
+	size_t at = 0, n;
+
+	while (at < b->len) {
+		n = b->len - at;
+		if (loop.log_blocks) {
+			while (n > 512)	/* _POSIX_PIPE_BUF; whole lines */
+				for (n--; n > 1 && b->data[at + n - 1] != '\n';)
+					n--;
+			if (poll(&out, 1, 0) != 1 ||
+			    (out.revents & POLLOUT) == 0)
+				break;
+		}
+		if (write_all(STDOUT_FILENO, b->data + at, n) == -1)
+			break;
+		at += n;
+	}
+	for (; at < b->len; at++)
+		counters.unlogged += b->data[at] == '\n';
+	b->len = 0;
+	b->failed = false;
+}
+
+static void
+count_request(const struct request *r, int64_t us)
+{
+	double seconds = (double)us / 1e6;
+	size_t i = 0;
+
+	counters.requests[r->method][status_index(r->status)]++;
+	counters.refusals += r->status >= 400;
+	while (i < DURATIONS && seconds > durations[i])
+		i++;
+	counters.took[i]++;
+	counters.took_sum += seconds;
+}
+
+/* -v: what goes over the wire, on stderr, credentials blanked. */
+static void
+trace(const char *mark, const char *data, size_t len)
+{
+	const char *p = data, *end = data + len, *lf;
+
+	if (!conf.verbose)
+		return;
+	for (; p < end; p = lf + 1) {
+		if ((lf = memchr(p, '\n', (size_t)(end - p))) == NULL)
+			lf = end;
+		if (*mark == '>' && end - p > 14 &&
+		    strncasecmp(p, "authorization:", 14) == 0)
+			(void)fprintf(stderr, "%s Authorization: ***\n", mark);
+		else
+			(void)fprintf(stderr, "%s %.*s\n", mark,
+			    (int)(lf - p), p);
+	}
+}
+
+/* ---- a connection's life ---- */
+
+static void
+conn_go(struct conn *c, enum conn_state state)
+{
+	const struct state_row *row = &conn_states[state];
+
+	c->state = state;
+	c->since = loop.now;
+	c->deadline = row->ms > 0 ? loop.now + row->ms : INT64_MAX;
+	set.fd[c->slot].events = row->events;
+	/* A descriptor that nobody waits for would report POLLHUP for ever. */
+	set.fd[c->slot].fd = row->events != 0 ? c->fd : ~c->fd;
+}
+
+static void
+conn_close(struct conn *c)
+{
+	if (c->r != NULL) {
+		assert(c->state != C_JOB);
+		request_abandon(c->r);
+	}
+	set_remove(c);
+	(void)close(c->fd);
+	head_return(c);
+	buf_free(&c->out);
+	counters.connections--;
+	c->next = set.spare;
+	set.spare = c;
+}
+
+/* Runs a connection as far as it will go now. */
+static void
+conn_drive(struct conn *c)
+{
+	enum step step;
+
+	do
+		step = conn_states[c->state].step(c);
+	while (step == NEXT);
+	if (step == GONE)
+		conn_close(c);
+}
+
+/* Reads what is there, up to size bytes: how many, 0 at the end or after an
+ * error, -1 if nothing is there now. */
+static ssize_t
+conn_recv(struct conn *c, char *data, size_t size)
+{
+	ssize_t n;
+
+	if (!c->readable)
+		return -1;
+	n = recv(c->fd, data, size, 0);
+	if (n == -1 && (errno == EAGAIN || errno == EWOULDBLOCK ||
+	    errno == EINTR)) {
+		c->readable = false;
+		return -1;
+	}
+	if (n <= 0)
+		return 0;
+	if ((size_t)n < size)
+		c->readable = false;	/* poll will tell of more */
+	counters.received += (uint64_t)n;
+	return n;
+}
+
+/* The answer's fields, for any kind of answer. */
+static void
+reply_fields(const struct request *r, struct buf *b)
+{
+	static int64_t second = -1;
+	static char date[40];
+	int64_t now = clock_us(CLOCK_REALTIME) / 1000000;
+	time_t t = (time_t)now;
+	struct tm tm;
+
+	if (now != second) {
+		second = now;
+		(void)gmtime_r(&t, &tm);
+		(void)strftime(date, sizeof(date),
+		    "%a, %d %b %Y %H:%M:%S GMT", &tm);
+	}
+	buf_fmt(b, "HTTP/1.1 %d %s\r\nDate: %s\r\n", r->status,
+	    statuses[status_index(r->status)].reason, date);
+	if (r->status != 204)
+		buf_fmt(b, "Content-Length: %lld\r\n",
+		    (long long)r->data.len + (long long)r->left);
+	if (r->type != NULL && r->status != 204)
+		buf_fmt(b, "Content-Type: %s\r\nX-Content-Type-Options: "
+		    "nosniff\r\nCache-Control: no-store\r\n", r->type);
+	if (r->type != NULL && strncmp(r->type, "text/html", 9) == 0)
+		page_csp(b);
+	if (r->status == 401)
+		buf_str(b, "WWW-Authenticate: Basic realm=\"statesrv\", "
+		    "charset=\"UTF-8\"\r\n");
+	if (r->status == 503)
+		buf_str(b, "Retry-After: 1\r\n");
+	if (r->status == 405 || r->status == 204)
+		action_allow(b, r->kind);
+	if (!r->keep)
+		buf_str(b, "Connection: close\r\n");
+	else if (r->http10)
+		buf_str(b, "Connection: keep-alive\r\n");
+	buf_str(b, "\r\n");
+}
+
+/* Sends head and body together; what does not fit is kept in c->out. */
+static enum step
+reply_send(struct conn *c, struct span head, struct span body)
+{
+	struct iovec v[2] = {
+		{ .iov_len = head.len }, { .iov_len = body.len }
+	};
+	struct msghdr m = { .msg_iov = v, .msg_iovlen = 2 };
+	size_t sent, skip;
+	ssize_t n;
+
+	/* sendmsg only reads them; its iovec is from before there was const */
+	memcpy(&v[0].iov_base, &head.ptr, sizeof(void *));
+	memcpy(&v[1].iov_base, &body.ptr, sizeof(void *));
+#ifdef __linux__
+	n = sendmsg(c->fd, &m, MSG_NOSIGNAL | (c->r->left > 0 ? MSG_MORE : 0));
+#else
+	n = sendmsg(c->fd, &m, 0);
+#endif
+	if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
+	    errno != EINTR)
+		return GONE;
+	sent = n > 0 ? (size_t)n : 0;
+	counters.sent += sent;
+	if (sent < head.len)
+		buf_add(&c->out, head.ptr + sent, head.len - sent);
+	skip = sent > head.len ? sent - head.len : 0;
+	if (skip < body.len)
+		buf_add(&c->out, body.ptr + skip, body.len - skip);
+	return c->out.failed ? GONE : NEXT;
+}
+
+/* The request has its answer: begins to send it. */
+static enum step
+conn_answer(struct conn *c)
+{
+	static struct buf head;		/* reused; the loop is one thread */
+	struct request *r = c->r;
+
+	if (r->text.len > 0)
+		r->data = (struct span){ r->text.data, r->text.len };
+	if (r->text.failed) {
+		(void)refuse(r, 503, "out of memory");
+		r->data = (struct span){ "out of memory\n", 14 };
+	}
+	r->keep = r->keep && !c->unread && !loop.stopping;
+	head.len = 0;
+	reply_fields(r, &head);
+	if (head.failed)
+		return GONE;
+	trace("<", head.data, head.len);
+	if (r->method == M_HEAD) {
+		close_quietly(r->file);
+		r->file = -1;
+		r->left = 0;
+		r->data.len = 0;
+	}
+	if (r->data.len > 0)
+		trace("<", r->data.ptr, r->data.len);
+	r->sent = (int64_t)r->data.len + (int64_t)r->left;
+	c->got = 0;
+	conn_go(c, C_REPLY);
+	return reply_send(c, (struct span){ head.data, head.len }, r->data);
+}
+
+/* Sets a refusal that ends the connection, and answers it. */
+static enum step
+conn_refuse(struct conn *c, int status, const char *why)
+{
+	c->r->keep = false;
+	c->unread = true;
+	(void)refuse(c->r, status, "%s", why);
+	return conn_answer(c);
+}
+
+/* ---- C_HEAD ---- */
+
+/* What a front says about its client: the PROXY protocol, version 1. Only a
+ * front can connect to a unix socket, by the rights of its file. */
+static enum step
+conn_proxy(struct conn *c)
+{
+	char line[108], *save = NULL, *address;
+	char *lf = memchr(c->in, '\n', c->used);
+	size_t n = lf == NULL ? c->used : (size_t)(lf - c->in) + 1;
+
+	if (lf == NULL && n < sizeof(line))
+		return WAIT;
+	if (lf == NULL || n >= sizeof(line))
+		return GONE;
+	span_copy(line, sizeof(line), (struct span){ c->in, n });
+	(void)strtok_r(line, " \r\n", &save);	/* PROXY */
+	(void)strtok_r(NULL, " \r\n", &save);	/* TCP4 */
+	address = strtok_r(NULL, " \r\n", &save);
+	if (address != NULL)
+		(void)snprintf(c->peer, sizeof(c->peer), "%.45s", address);
+	c->at = n;
+	return NEXT;
+}
+
+/* Skips what may come before a request line; true if that is too much. */
+static bool
+conn_blanks(struct conn *c)
+{
+	while (c->used - c->at >= 2 && c->in[c->at] == '\r' &&
+	    c->in[c->at + 1] == '\n') {
+		c->at += 2;
+		if (++c->blanks > BLANKS_MAX)
+			return true;
+	}
+	return false;
+}
+
+/* Closes the gap that consumed bytes left at the front of the buffer. */
+static void
+conn_compact(struct conn *c)
+{
+	if (c->at == 0)
+		return;
+	memmove(c->in, c->in + c->at, c->used - c->at);
+	c->used -= c->at;
+	c->at = 0;
+	c->seen = 0;
+}
+
+static const char *
+parse_error(int status)
+{
+	switch (status) {
+	case 414:
+		return "the request target is too long";
+	case 417:
+		return "the only expectation known is 100-continue";
+	case 431:
+		return "the head has more than 16 KiB or 100 fields";
+	case 501:
+		return "the method or the transfer coding is not known here";
+	case 505:
+		return "the only version known is HTTP/1.x";
+	default:
+		return "the request is malformed";
+	}
+}
+
+/* Copies what outlives the head, asks whether it may come in. */
+static int
+request_read(struct request *r, const struct head *h, bool guarded)
+{
+	struct span item, list = h->forwarded;
+	int status;
+
+	r->method = h->method;
+	r->keep = h->keep;
+	r->http10 = h->minor == 0;
+	r->html = h->html;
+	r->json = h->json && !h->html;
+	span_copy(r->host, sizeof(r->host), h->host);
+	while (r->fronted && span_next(&list, &item))
+		span_copy(r->client, sizeof(r->client), item);
+	status = admit(r, h, guarded);
+	return status != 0 ? status : admit_body(r, h);
+}
+
+/* A head is complete: refuse it, read its body, or do it. */
+static enum step
+conn_request(struct conn *c, const struct head *h)
+{
+	struct request *r = c->r;
+	int status = request_read(r, h, c->guarded);
+
+	c->chunks = (struct chunks){ 0 };
+	c->got = 0;
+	c->expects = h->expects;
+	c->unread = h->chunked || h->length > 0;
+	if (status == 401 && h->authorization.ptr != NULL) {
+		conn_go(c, C_DENY);
+		return WAIT;
+	}
+	if (status != 0)
+		return conn_answer(c);
+	conn_go(c, C_BODY);
+	if (action_of(r)->body != B_STATE)
+		return NEXT;
+	if (upload_begin(r) != 0)
+		return conn_answer(c);
+	/* One that is long in coming is asked for only if it can land. */
+	if (!c->expects && !h->chunked && r->length <= BODY_MEM)
+		return NEXT;
+	conn_go(c, C_JOB);
+	if (job_submit(r, job_look, true) == 0)
+		return WAIT;
+	return conn_refuse(c, 503, "no thread to do it");
+}
+
+/* Looks at what has come: NEXT if there was a request, WAIT for more. */
+static enum step
+conn_parse(struct conn *c)
+{
+	struct head h;
+	enum step step;
+	int n;
+
+	if (c->fronted && c->peer[0] == '\0' && c->used >= 6 &&
+	    memcmp(c->in, "PROXY ", 6) == 0 &&
+	    (step = conn_proxy(c)) != NEXT)
+		return step;
+	if (conn_blanks(c))
+		n = -400;
+	else {
+		conn_compact(c);
+		if (c->used == 0)
+			return WAIT;
+		n = *c->in == 0x16 ? -400 :
+		    http_parse(c->in, c->used, &c->seen, &h);
+	}
+	if (n == 0)
+		return WAIT;
+	if ((c->r = request_new(c)) == NULL)
+		return GONE;
+	if (n < 0 && *c->in == 0x16)
+		return conn_refuse(c, 400, "this is TLS, and the port speaks "
+		    "plain HTTP");
+	if (n < 0)
+		return conn_refuse(c, -n, parse_error(-n));
+	trace(">", c->in, (size_t)n);
+	c->at = (size_t)n;
+	c->blanks = 0;
+	return conn_request(c, &h);
+}
+
+static enum step
+conn_head(struct conn *c)
+{
+	enum step step;
+	ssize_t n;
+
+	for (;;) {
+		if (c->used > c->at) {
+			if (!c->begun)
+				c->deadline = loop.now + HEAD_MS;
+			c->begun = true;
+			step = conn_parse(c);
+			if (step != WAIT || c->state != C_HEAD)
+				return step;
+		}
+		if (c->in == NULL && (c->in = head_buffer()) == NULL)
+			return GONE;
+		n = conn_recv(c, c->in + c->used, HEAD_MAX - c->used);
+		if (n == 0)
+			return GONE;
+		if (n == -1)
+			break;
+		c->used += (size_t)n;
+	}
+	if (c->used == c->at)
+		head_return(c);
+	return WAIT;
+}
+
+/* ---- C_BODY ---- */
+
+/* Makes room in r->body; false if memory ran out. It is full at size. */
+static bool
+body_room(struct request *r, size_t size)
+{
+	size_t cap = r->cap > 0 ? 2 * r->cap : 4096;
+	char *body;
+
+	if (r->len < r->cap)
+		return true;
+	if (r->cap == 0 && r->length > 0)
+		cap = r->length < (int64_t)size ? (size_t)r->length : size;
+	if (cap > size)
+		cap = size;
+	if (cap == r->cap)
+		return true;
+	if ((body = realloc(r->body, cap)) == NULL)
+		return false;
+	r->body = body;
+	r->cap = cap;
+	return true;
+}
+
+/* Moves body bytes from c->in to r->body; 0 or a status. */
+static int
+body_move(struct conn *c)
+{
+	struct request *r = c->r;
+	struct span in = { c->in + c->at, c->used - c->at };
+	size_t n = r->cap - r->len, before = r->len, used;
+	int status = 0;
+
+	if (r->length >= 0) {
+		if (n > in.len)
+			n = in.len;
+		if ((int64_t)n > r->length - c->got)
+			n = (size_t)(r->length - c->got);
+		if (n > 0)
+			memcpy(r->body + r->len, in.ptr, n);
+		r->len += n;
+		c->at += n;
+	} else {
+		status = -chunk_decode(&c->chunks, in, &used, r->body,
+		    &r->len, r->cap);
+		c->at += used;
+	}
+	c->got += (int64_t)(r->len - before);
+	return status;
+}
+
+static bool
+body_complete(const struct conn *c)
+{
+	return c->r->length >= 0 ? c->got == c->r->length :
+	    c->chunks.state == CH_DONE;
+}
+
+/* Reads more of the body: straight to where it goes, if it is not chunked
+ * and the buffer is empty. As conn_recv. */
+static ssize_t
+body_recv(struct conn *c)
+{
+	struct request *r = c->r;
+	size_t n = r->cap - r->len;
+	ssize_t got;
+
+	if (r->length >= 0 && c->at == c->used && r->cap > 0) {
+		if ((int64_t)n > r->length - c->got)
+			n = (size_t)(r->length - c->got);
+		got = conn_recv(c, r->body + r->len, n);
+		if (got > 0) {
+			r->len += (size_t)got;
+			c->got += got;
+		}
+		return got;
+	}
+	if (c->in == NULL && (c->in = head_buffer()) == NULL)
+		return 0;
+	conn_compact(c);
+	got = conn_recv(c, c->in + c->used, HEAD_MAX - c->used);
+	if (got > 0)
+		c->used += (size_t)got;
+	return got;
+}
+
+/* The body is there, and the action can be done. */
+static enum step
+body_done(struct conn *c)
+{
+	struct request *r = c->r;
+	const struct action *act = action_of(r);
+
+	c->unread = false;
+	if (r->len > 0)
+		trace(">", r->body, r->len);
+	if (act->now != NULL && act->now(r) != 0)
+		return conn_answer(c);
+	if (act->job == NULL)
+		return conn_answer(c);
+	conn_go(c, C_JOB);
+	if (job_submit(r, act->job, true) == 0)
+		return WAIT;
+	return conn_refuse(c, 503, "no thread to do it");
+}
+
+static enum step
+body_continue(struct conn *c)
+{
+	static const char line[] = "HTTP/1.1 100 Continue\r\n\r\n";
+
+	c->expects = false;
+	if (c->at < c->used)		/* it did not wait for our leave */
+		return NEXT;
+	/* So short a line fits, or the client has stopped reading. */
+	return send(c->fd, line, sizeof(line) - 1, 0) ==
+	    (ssize_t)sizeof(line) - 1 ? NEXT : GONE;
+}
+
+static enum step
+conn_body(struct conn *c)
+{
+	struct request *r = c->r;
+	bool state = action_of(r)->body == B_STATE;
+	size_t size = state ? SPOOL : LOCK_INFO_MAX + 1;
+	int64_t max = state ? conf.body_max : LOCK_INFO_MAX;
+	ssize_t n;
+	int status;
+
+	if (c->expects && body_continue(c) == GONE)
+		return GONE;
+	for (;;) {
+		if (!body_complete(c) && !body_room(r, size))
+			return conn_refuse(c, 503, "out of memory");
+		if (c->at < c->used && (status = body_move(c)) != 0)
+			return conn_refuse(c, status,
+			    "the chunked body is malformed");
+		if (c->got > max)
+			return conn_refuse(c, state ? 413 : 400,
+			    "the body is too large");
+		if (body_complete(c))
+			return body_done(c);
+		c->deadline = c->since + BODY_MS + c->got * 1000 / RATE;
+		if (state && r->len == size) {
+			trace(">", r->body, r->len);
+			conn_go(c, C_JOB);
+			if (job_submit(r, job_spool, false) == -1)
+				return conn_refuse(c, 503, "no thread");
+			return WAIT;
+		}
+		if (c->at < c->used)
+			continue;
+		if ((n = body_recv(c)) == 0)
+			return GONE;
+		if (n == -1)
+			return WAIT;
+	}
+}
+
+/* ---- C_JOB ---- */
+
+static enum step
+conn_job(struct conn *c)
+{
+	(void)c;
+	return WAIT;
+}
+
+/* A commit thread has answered. */
+static void
+conn_job_done(struct request *r)
+{
+	struct conn *c = r->conn;
+	bool goes_on = r->status == 0;
+	enum step step = NEXT;
+	int64_t since;
+
+	if (c == NULL) {		/* was abandoned */
+		request_free(r);
+		return;
+	}
+	set_hot(c);
+	if (goes_on && (r->run == job_look || r->run == job_spool)) {
+		since = r->run == job_look ? loop.now : c->since;
+		conn_go(c, C_BODY);
+		c->since = since;
+		c->readable = true;
+	} else
+		step = conn_answer(c);
+	if (step == GONE)
+		conn_close(c);
+	else
+		conn_drive(c);
+}
+
+/* ---- C_REPLY and C_DRAIN ---- */
+
+/* Sends from the file; as send(2). */
+static ssize_t
+reply_file(struct conn *c)
+{
+	struct request *r = c->r;
+	size_t n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX;
+	ssize_t sent;
+
+#ifdef __linux__
+	sent = sendfile(c->fd, r->file, &r->off, n);
+#else
+	static char piece[65536];
+
+	sent = read_at(r->file, piece, n < sizeof(piece) ? n : sizeof(piece),
+	    r->off);
+	if (sent > 0)
+		sent = send(c->fd, piece, (size_t)sent, 0);
+	if (sent > 0)
+		r->off += sent;
+#endif
+	if (sent > 0)
+		r->left -= sent;
+	return sent;
+}
+
+/* The answer is out: log it, and on to the next. */
+static enum step
+reply_end(struct conn *c)
+{
+	struct request *r = c->r;
+	int64_t us = clock_us(CLOCK_MONOTONIC) - r->start;
+	bool keep = r->keep;
+
+	count_request(r, us);
+	log_request(r, us);
+	if (r->run == job_lock && r->status == 200)
+		(void)snprintf(loop.locked, sizeof(loop.locked), "%s", r->id);
+	buf_free(&c->out);
+	c->out_at = 0;
+	c->r = NULL;
+	request_abandon(r);
+	c->begun = false;
+	if (keep && !loop.stopping) {
+		conn_go(c, C_HEAD);
+		if (c->used > c->at || c->readable)
+			return NEXT;
+		head_return(c);
+		return WAIT;
+	}
+	/* To close with bytes unread would reset the connection, and the
+	 * client might lose the answer with it. */
+	if (!c->unread && c->used == c->at)
+		return GONE;
+	(void)shutdown(c->fd, SHUT_WR);
+	conn_go(c, C_DRAIN);
+	c->readable = true;
+	return NEXT;
+}
+
+static enum step
+conn_reply(struct conn *c)
+{
+	struct request *r = c->r;
+	ssize_t n;
+
+	if (c->out_at < c->out.len) {
+		n = send(c->fd, c->out.data + c->out_at,
+		    c->out.len - c->out_at, 0);
+		if (n > 0)
+			c->out_at += (size_t)n;
+	} else if (r->left > 0) {
+		if ((n = reply_file(c)) == 0)
+			return GONE;	/* the file was cut off */
+	} else
+		return reply_end(c);
+	if (n == -1)
+		return errno == EAGAIN || errno == EWOULDBLOCK ||
+		    errno == EINTR ? WAIT : GONE;
+	counters.sent += (uint64_t)n;
+	c->got += n;
+	c->deadline = c->since + REPLY_MS + c->got * 1000 / RATE;
+	return c->out_at < c->out.len || r->left > 0 ? WAIT : NEXT;
+}
+
+static enum step
+conn_drain(struct conn *c)
+{
+	static char sink[65536];
+	ssize_t n;
+	int turns;
+
+	for (turns = 0; turns < 16; turns++)
+		if ((n = conn_recv(c, sink, sizeof(sink))) <= 0)
+			return n == 0 ? GONE : WAIT;
+	return WAIT;			/* the others' turn */
+}
+
+static const struct state_row conn_states[C_COUNT] = {
+	[C_HEAD]  = { conn_head,  POLLIN,  IDLE_MS  },
+	[C_BODY]  = { conn_body,  POLLIN,  BODY_MS  },
+	[C_JOB]   = { conn_job,   0,       0        },
+	[C_DENY]  = { conn_job,   0,       DENY_MS  },
+	[C_REPLY] = { conn_reply, POLLOUT, REPLY_MS },
+	[C_DRAIN] = { conn_drain, POLLIN,  DRAIN_MS },
+};
+
+/* A deadline has passed. */
+static void
+conn_late(struct conn *c)
+{
+	enum step step = GONE;
+
+	if (c->state == C_DENY)
+		step = conn_answer(c);
+	else if (c->state == C_BODY)
+		step = conn_refuse(c, 408, "the body came too slowly");
+	else if (c->state == C_HEAD && c->begun &&
+	    (c->r = request_new(c)) != NULL)
+		step = conn_refuse(c, 408, "the head came too slowly");
+	if (step == GONE)
+		conn_close(c);
+	else
+		conn_drive(c);
+}
+
+/* ---- accepting ---- */
+
+/* Makes room by closing the connection that is idle for longest. */
+static bool
+conn_evict(void)
+{
+	struct conn *c, *oldest = NULL;
+	unsigned i;
+
+	for (i = set.base; i < set.n; i++) {
+		c = set.at[i];
+		if ((c->state == C_HEAD || c->state == C_DRAIN) &&
+		    (oldest == NULL || c->since < oldest->since))
+			oldest = c;
+	}
+	if (oldest == NULL)
+		return false;
+	conn_close(oldest);
+	return true;
+}
+
+static int
+accept_fd(int fd, struct sockaddr_storage *peer, socklen_t *len)
+{
+#ifdef __linux__
+	return accept4(fd, (struct sockaddr *)peer, len,
+	    SOCK_NONBLOCK | SOCK_CLOEXEC);
+#else
+	int c = accept(fd, (struct sockaddr *)peer, len);
+
+	if (c != -1 && (fcntl(c, F_SETFL, O_NONBLOCK) == -1 ||
+	    fcntl(c, F_SETFD, FD_CLOEXEC) == -1)) {
+		close_quietly(c);
+		return -1;
+	}
+	return c;
+#endif
+}
+
+static void
+peer_text(const struct sockaddr_storage *peer, char *out, size_t size)
+{
+	const struct sockaddr_in *four = (const void *)peer;
+	const struct sockaddr_in6 *six = (const void *)peer;
+	char text[INET6_ADDRSTRLEN] = "";
+
+	*out = '\0';
+	if (peer->ss_family == AF_INET &&
+	    inet_ntop(AF_INET, &four->sin_addr, text, sizeof(text)) != NULL)
+		(void)snprintf(out, size, "%s:%u", text,
+		    ntohs(four->sin_port));
+	else if (peer->ss_family == AF_INET6 &&
+	    inet_ntop(AF_INET6, &six->sin6_addr, text, sizeof(text)) != NULL)
+		(void)snprintf(out, size, "[%s]:%u", text,
+		    ntohs(six->sin6_port));
+}
+
+static void
+conn_open(int fd, const struct listener *l, const struct sockaddr_storage *p)
+{
+	struct conn *c = set.spare;
+
+	if (c != NULL)
+		set.spare = c->next;
+	else if ((c = malloc(sizeof(*c))) == NULL) {
+		(void)close(fd);
+		return;
+	}
+	*c = (struct conn){ .fd = fd, .readable = true, .fronted = l->path,
+	    .guarded = l->local && users == NULL };
+	peer_text(p, c->peer, sizeof(c->peer));
+	counters.connections++;
+	counters.accepted++;
+	set_add(c);
+	conn_go(c, C_HEAD);
+	conn_drive(c);
+}
+
+/* Accepts what waits on a listener, up to a number. Out of descriptors, the
+ * listeners rest, or poll would spin on what cannot be accepted. */
+static void
+conn_accept(unsigned slot)
+{
+	struct sockaddr_storage peer;
+	socklen_t len;
+	int fd, n;
+
+	for (n = 0; n < 64; n++) {
+		if (set.n == set.max && !conn_evict()) {
+			loop.rest = loop.now + 50;
+			return;
+		}
+		len = sizeof(peer);
+		memset(&peer, 0, sizeof(peer));
+		fd = accept_fd(set.fd[slot].fd, &peer, &len);
+		if (fd != -1) {
+			conn_open(fd, &listeners[slot - 1], &peer);
+			continue;
+		}
+		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
+		    errno == ENOMEM) {
+			if (!conn_evict()) {
+				loop.rest = loop.now + 50;
+				return;
+			}
+		} else if (errno != EINTR && errno != ECONNABORTED)
+			return;
+	}
+}
+
+/* ==== start and stop =====================================================
+ *
+ * The directory, the listeners, the sandbox, signals, the loop's turns, and
+ * the wrapper: statesrv NAME COMMAND.
+ */
+
+/* Bytes that nobody can guess. */
+static void
+random_bytes(void *out, size_t n)
+{
+	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+
+	if (fd == -1 || read_at(fd, out, n, 0) != (ssize_t)n)
+		die(1, "cannot read /dev/urandom: %s", strerror(errno));
+	close_quietly(fd);
+}
+
+/* ---- the directory ---- */
+
+static void
+store_mkdir(const char *name)
+{
+	if (mkdirat(store.root, name, 0700) == -1 && errno != EEXIST)
+		die(1, "cannot create %s in %s: %s", name, conf.dir,
+		    strerror(errno));
+}
+
+/* The history needs hard links; better to hear of it now. */
+static void
+store_try_link(void)
+{
+	struct upload up = { .fd = -1 };
+	char name[sizeof(up.tmp) + 8];
+
+	if (conf.keep == 0 || tmp_create(&up) == -1)
+		return;			/* no room: /-/ready will say so */
+	(void)snprintf(name, sizeof(name), "%s-link", up.tmp);
+	if (linkat(store.root, up.tmp, store.root, name, 0) == 0)
+		(void)unlinkat(store.root, name, 0);
+	else if (errno != ENOSPC && errno != EDQUOT) {
+		tmp_remove(&up);
+		die(1, "%s has no hard links (%s), which the history is made "
+		    "of: choose another file system, or -k 0 for no history",
+		    conf.dir, strerror(errno));
+	}
+	tmp_remove(&up);
+}
+
+/* Removes uploads whose server is dead: it does not hold its byte. */
+static void
+store_sweep(void)
+{
+	int dir = openat(store.root, ".tmp",
+	    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	DIR *d = dir == -1 ? NULL : fdopendir(dir);
+	struct dirent *e;
+	uint64_t token;
+
+	if (d == NULL)
+		die(1, "cannot open %s/.tmp: %s", conf.dir, strerror(errno));
+	while ((e = readdir(d)) != NULL) {
+		token = strtoull(e->d_name, NULL, 16);
+		if (e->d_name[0] == '.' || token == store.token ||
+		    guard_set(F_WRLCK, guard_server_byte(token), false) == -1)
+			continue;
+		(void)unlinkat(dirfd(d), e->d_name, 0);
+		(void)guard_set(F_UNLCK, guard_server_byte(token), false);
+	}
+	(void)closedir(d);
+}
+
+#ifdef __linux__
+/* What several servers could not safely share, as far as it can be seen. */
+static void
+store_look_at_fs(void)
+{
+	struct statfs fs;
+
+	if (fstatfs(store.root, &fs) == -1)
+		return;
+	switch ((unsigned)fs.f_type) {
+	case 0x65735546:		/* FUSE: GlusterFS, CephFS, sshfs */
+	case 0x6969:			/* NFS */
+	case 0x00c36400:		/* CephFS */
+		complain("%s is on a network file system: if several servers "
+		    "share it, mount it without caches (README, SHARING)",
+		    conf.dir);
+		break;
+	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
+		complain("%s is on SMB, whose locks do not reach other hosts: "
+		    "do not share it", conf.dir);
+		break;
+	default:
+		break;
+	}
+}
+#endif
+
+static void
+store_open(void)
+{
+	int parent;
+
+	if (mkdir(conf.dir, 0700) == -1 && errno != EEXIST)
+		die(1, "cannot create %s: %s", conf.dir, strerror(errno));
+	store.root = open(conf.dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (store.root == -1)
+		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
+	store_mkdir(".tmp");
+	store_mkdir(".history");
+	store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT, NULL);
+	if (store.guard == -1)
+		die(1, "cannot open %s/.guard: %s", conf.dir,
+		    strerror(errno));
+	/* A new directory's own name must be on the disk as well. */
+	parent = openat(store.root, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (sync_fd(store.root) == -1 ||
+	    (parent != -1 && sync_fd(parent) == -1))
+		complain("cannot sync %s: %s", conf.dir, strerror(errno));
+	close_quietly(parent);
+	random_bytes(&store.token, sizeof(store.token));
+	if (guard_set(F_WRLCK, guard_server_byte(store.token), false) == -1)
+		die(1, "%s has no record locks (%s): choose another file "
+		    "system", conf.dir, strerror(errno));
+	store_sweep();
+	store_try_link();
+#ifdef __linux__
+	store_look_at_fs();
+#endif
+}
+
+/* An empty .lock is a LOCK that nobody was told of: a crash came between its
+ * creation and its content. Under the guard, for another server may be in
+ * just that moment. */
+static void
+sweep_on(struct walk *w, int dir, const char *leaf, bool is_lock)
+{
+	struct stat st;
+
+	if (!is_lock || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
+	    !S_ISREG(st.st_mode) || st.st_size > 0 ||
+	    guard_take(w->name) == -1)
+		return;
+	if (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+	    st.st_size == 0 && unlinkat(dir, leaf, 0) == 0)
+		complain("%s: removed an empty lock, left by a crash",
+		    w->name);
+	guard_drop(w->name);
+}
+
+static void
+job_sweep(struct request *r, struct after *a)
+{
+	struct walk w = { .on = sweep_on };
+
+	(void)r;
+	(void)a;
+	(void)walk_states(&w);
+}
+
+/* ---- listeners ---- */
+
+/* Reads HOST:PORT, [V6]:PORT, :PORT or unix:PATH. */
+static socklen_t
+address_read(const char *text, struct sockaddr_storage *out)
+{
+	struct sockaddr_in *four = (void *)out;
+	struct sockaddr_in6 *six = (void *)out;
+	struct sockaddr_un *path = (void *)out;
+	const char *colon = strrchr(text, ':');
+	char host[64], *end;
+	unsigned long port;
+
+	memset(out, 0, sizeof(*out));
+	if (strncmp(text, "unix:", 5) == 0) {
+		path->sun_family = AF_UNIX;
+		if (strlen(text + 5) - 1 >= sizeof(path->sun_path) - 1)
+			die(2, "-l %s: the path is empty or too long", text);
+		(void)snprintf(path->sun_path, sizeof(path->sun_path), "%s",
+		    text + 5);
+		return (socklen_t)sizeof(*path);
+	}
+	if (colon == NULL || colon[1] < '0' || colon[1] > '9')
+		die(2, "-l %s: want HOST:PORT, [V6]:PORT or unix:PATH", text);
+	port = strtoul(colon + 1, &end, 10);
+	if (*end != '\0' || port > 65535)
+		die(2, "-l %s: a port is a number up to 65535", text);
+	span_copy(host, sizeof(host), (struct span){ text,
+	    (size_t)(colon - text) });
+	if (host[0] == '[' && cut_suffix(host, "]")) {
+		six->sin6_family = AF_INET6;
+		six->sin6_port = htons((uint16_t)port);
+		if (inet_pton(AF_INET6, host + 1, &six->sin6_addr) == 1)
+			return (socklen_t)sizeof(*six);
+	}
+	four->sin_family = AF_INET;
+	four->sin_port = htons((uint16_t)port);
+	if (strcmp(host, "localhost") == 0)
+		(void)snprintf(host, sizeof(host), "127.0.0.1");
+	if (host[0] == '\0' || strcmp(host, "*") == 0)
+		(void)snprintf(host, sizeof(host), "0.0.0.0");
+	if (inet_pton(AF_INET, host, &four->sin_addr) != 1)
+		die(2, "-l %s: %s is no address; a name is not looked up",
+		    text, host);
+	return (socklen_t)sizeof(*four);
+}
+
+static bool
+is_loopback(const struct sockaddr_storage *a)
+{
+	const struct sockaddr_in *four = (const void *)a;
+	const struct sockaddr_in6 *six = (const void *)a;
+
+	return a->ss_family == AF_INET ?
+	    ntohl(four->sin_addr.s_addr) >> 24 == 127 :
+	    a->ss_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&six->sin6_addr);
+}
+
+/* Takes a listening socket into the poll set, and says where it listens. */
+static void
+listener_add(int fd)
+{
+	struct listener *l = &listeners[set.base - 1];
+	struct sockaddr_storage a;
+	const struct sockaddr_un *path = (const void *)&a;
+	socklen_t len = sizeof(a);
+	int one = 1;
+
+	if (set.base > sizeof(listeners) / sizeof(*listeners))
+		die(2, "too many listeners");
+	memset(&a, 0, sizeof(a));
+	if (getsockname(fd, (struct sockaddr *)&a, &len) == -1 ||
+	    fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
+	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
+		die(1, "descriptor %d is no listener: %s", fd,
+		    strerror(errno));
+	l->path = a.ss_family == AF_UNIX;
+	l->local = is_loopback(&a);
+	if (l->path)
+		(void)snprintf(l->name, sizeof(l->name), "unix:%.107s",
+		    path->sun_path);
+	else {
+		(void)snprintf(l->name, sizeof(l->name), "http://");
+		peer_text(&a, l->name + 7, sizeof(l->name) - 7);
+		/* Inherited by what it accepts (Linux). */
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one,
+		    sizeof(one));
+	}
+	if (!l->path && !l->local && users == NULL && !conf.open)
+		die(2, "%s can be reached from other machines, and anybody "
+		    "could read and write the states.\nSet TF_HTTP_USERNAME "
+		    "and TF_HTTP_PASSWORD, or name users with -u FILE, or let "
+		    "everybody in with -n", l->name);
+	set.fd[set.base++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+}
+
+/* A socket file that nobody listens on any more is in the way. */
+static void
+stale_socket(const struct sockaddr_storage *a, socklen_t len)
+{
+	const struct sockaddr_un *path = (const void *)a;
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	if (fd != -1 && connect(fd, (const struct sockaddr *)a, len) == -1 &&
+	    errno == ECONNREFUSED)
+		(void)unlink(path->sun_path);
+	close_quietly(fd);
+}
+
+/* umask is the user's own here: it says who may connect to a unix socket. */
+static void
+listener_open(const char *text)
+{
+	struct sockaddr_storage a;
+	socklen_t len = address_read(text, &a);
+	int fd = socket(a.ss_family, SOCK_STREAM, 0), one = 1;
+
+	if (a.ss_family == AF_UNIX)
+		stale_socket(&a, len);
+	else if (fd != -1)
+		(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one,
+		    sizeof(one));
+	if (fd == -1 || bind(fd, (struct sockaddr *)&a, len) == -1 ||
+	    listen(fd, SOMAXCONN) == -1)
+		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
+		    errno == EADDRINUSE ? "; another server runs there, or "
+		    "choose another port with -l" : "");
+	listener_add(fd);
+}
+
+/* Sockets that systemd holds for us: sd_listen_fds(3). */
+static int
+inherited_listeners(void)
+{
+	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
+	int count = 0, i;
+
+	if (pid != NULL && n != NULL && atol(pid) == (long)getpid())
+		count = atoi(n);
+	for (i = 0; i < count; i++)
+		listener_add(3 + i);
+	(void)unsetenv("LISTEN_PID");
+	(void)unsetenv("LISTEN_FDS");
+	return count;
+}
+
+static void
+listeners_open(mode_t mask)
+{
+	size_t i;
+
+	(void)umask(mask);
+	if (conf.command != NULL)
+		listener_open("127.0.0.1:0");
+	else if (inherited_listeners() == 0) {
+		for (i = 0; i < conf.listeners; i++)
+			listener_open(conf.listen[i]);
+		if (i == 0)
+			listener_open("127.0.0.1:8080");
+	}
+	(void)umask(077);
+	set.n = set.hot = set.base;
+}
+
+/* ---- limits and the sandbox ---- */
+
+/* As many descriptors as the system gives, and slots for half of them. */
+static void
+limits_set(void)
+{
+	struct rlimit files, core = { 0, 0 };
+	rlim_t spare;
+
+	(void)setrlimit(RLIMIT_CORE, &core);	/* it would hold secrets */
+	if (getrlimit(RLIMIT_NOFILE, &files) == -1)
+		die(1, "cannot read the limits: %s", strerror(errno));
+	files.rlim_cur = files.rlim_max;
+	if (files.rlim_cur > SLOTS_MAX * 4)
+		files.rlim_cur = SLOTS_MAX * 4;
+	if (setrlimit(RLIMIT_NOFILE, &files) == -1)
+		(void)getrlimit(RLIMIT_NOFILE, &files);
+	if (files.rlim_cur < 48)
+		die(1, "48 open files at least: see ulimit -n");
+	spare = files.rlim_cur / 2;
+	jobs.max = spare / 8 < THREADS_MAX ? (unsigned)(spare / 8) :
+	    THREADS_MAX;
+	/* An upload or a large answer is a second descriptor. */
+	set.max = files.rlim_cur - spare < SLOTS_MAX ?
+	    (unsigned)(files.rlim_cur - spare) : SLOTS_MAX;
+	set.max += (unsigned)(sizeof(listeners) / sizeof(*listeners));
+	set.fd = calloc(set.max + 1, sizeof(*set.fd));
+	set.at = calloc(set.max + 1, sizeof(*set.at));
+	if (set.fd == NULL || set.at == NULL)
+		die(1, "out of memory");
+}
+
+#if defined(__linux__) && !defined(NO_SANDBOX)
+/* Landlock (kernel 5.19): the numbers of its calls are the same everywhere,
+ * and its header is not. */
+struct landlock_rule {
+	uint64_t allowed;
+	int32_t fd;
+} __attribute__((packed));
+
+enum {
+	LL_WRITE = 1 << 1, LL_READ = 1 << 2, LL_READ_DIR = 1 << 3,
+	LL_REMOVE = 1 << 5, LL_MAKE_DIR = 1 << 7, LL_MAKE_REG = 1 << 8,
+	LL_REFER = 1 << 13, LL_TRUNCATE = 1 << 14
+};
+
+static void
+landlock_allow(int rules, int fd, uint64_t allowed)
+{
+	struct landlock_rule rule = { allowed, fd };
+
+	if (fd == -1 || syscall(445, rules, 1, &rule, 0) == -1)
+		die(1, "cannot set up the sandbox: %s", strerror(errno));
+}
+
+/*
+ * From now on the process reaches its directory and nothing else: no other
+ * file, no new TCP socket, no signal to strangers. The users file may be
+ * replaced by an editor, so what is allowed is to read the directory it is
+ * in: give it one of its own.
+ */
+static void
+sandbox(void)
+{
+	struct { uint64_t fs, net, scoped; } set_up = { 0, 0, 0 };
+	long abi = syscall(444, NULL, (size_t)0, 1);
+	char dir[PATH_MAX], *slash;
+	int rules, fd;
+
+	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+	(void)prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+	if (abi < 2) {			/* 1 forbids all renames we need */
+		if (conf.verbose)
+			complain("no sandbox: the kernel has no Landlock");
+		return;
+	}
+	set_up.fs = abi < 3 ? 0x3fff : abi < 5 ? 0x7fff : 0xffff;
+	set_up.net = abi < 4 ? 0 : 3;	/* bind, connect */
+	set_up.scoped = abi < 6 ? 0 : conf.command != NULL ? 1 : 3;
+	rules = (int)syscall(444, &set_up, abi < 4 ? (size_t)8 :
+	    abi < 6 ? (size_t)16 : (size_t)24, 0);
+	landlock_allow(rules, store.root, set_up.fs & (LL_WRITE | LL_READ |
+	    LL_READ_DIR | LL_REMOVE | LL_MAKE_DIR | LL_MAKE_REG | LL_REFER |
+	    LL_TRUNCATE));
+	if (conf.users != NULL) {
+		(void)snprintf(dir, sizeof(dir), "%s", conf.users);
+		slash = strrchr(dir, '/');
+		(void)snprintf(slash == NULL ? dir : slash + 1, 2, ".");
+		fd = open(dir, O_PATH | O_CLOEXEC);
+		landlock_allow(rules, fd, LL_READ);
+		close_quietly(fd);
+	}
+	if (syscall(446, rules, 0) == -1)
+		die(1, "cannot enter the sandbox: %s", strerror(errno));
+	close_quietly(rules);
+}
+#elif defined(__OpenBSD__)
+static void
+sandbox(void)
+{
+	if (unveil(conf.dir, "rwc") == -1 ||
+	    (conf.users != NULL && unveil(conf.users, "r") == -1) ||
+	    pledge("stdio rpath wpath cpath flock inet unix proc", NULL) == -1)
+		die(1, "cannot enter the sandbox: %s", strerror(errno));
+}
+#else
+static void
+sandbox(void)
+{
+	if (conf.verbose)
+		complain("no sandbox on this system");
+}
+#endif
+
+/* ---- users ---- */
+
+/* The one user of the environment, or of the wrapper. */
+static struct users *
+users_single(const char *name, const char *secret)
+{
+	struct users *u = calloc(1, sizeof(*u));
+
+	if (u == NULL || (u->list = calloc(1, sizeof(*u->list))) == NULL ||
+	    (u->text = strdup(name)) == NULL ||
+	    (u->words = calloc(1, sizeof(*u->words))) == NULL)
+		die(1, "out of memory");
+	u->refs = 1;
+	u->n = 1;
+	u->list->name = u->text;
+	u->list->right = R_WRITE;
+	u->list->patterns = u->words;
+	sha256(secret, strlen(secret), u->list->secret);
+	return u;
+}
+
+static void
+users_start(void)
+{
+	const char *name = getenv("TF_HTTP_USERNAME");
+	const char *secret = getenv("TF_HTTP_PASSWORD");
+	bool has_name = name != NULL && *name != '\0';
+	bool has_secret = secret != NULL && *secret != '\0';
+
+	if (conf.users != NULL) {
+		if ((users = users_read(conf.users)) == NULL)
+			exit(1);
+	} else if (conf.command != NULL) {
+		return;			/* it makes its own */
+	} else if (has_name != has_secret) {
+		die(2, "%s is set and %s is not: set both, or none",
+		    has_name ? "TF_HTTP_USERNAME" : "TF_HTTP_PASSWORD",
+		    has_name ? "TF_HTTP_PASSWORD" : "TF_HTTP_USERNAME");
+	} else if (has_name)
+		users = users_single(name, secret);
+}
+
+/* SIGHUP: a file that is no good leaves the users as they were. */
+static void
+users_again(void)
+{
+	struct users *new;
+
+	if (conf.users == NULL)
+		return;
+	if ((new = users_read(conf.users)) == NULL) {
+		complain("the users stay as they were");
+		return;
+	}
+	users_drop(users);
+	users = new;
+}
+
+/* ---- the wrapper ---- */
+
+/* Starts the command with a backend of its own in its environment. */
+static void
+command_start(void)
+{
+	static const char *const keys[] = { "TF_HTTP_ADDRESS",
+	    "TF_HTTP_LOCK_ADDRESS", "TF_HTTP_UNLOCK_ADDRESS" };
+	unsigned char bytes[16];
+	char secret[33];
+	struct buf url = { 0 };
+	size_t i;
+
+	random_bytes(bytes, sizeof(bytes));
+	hex(bytes, sizeof(bytes), secret);
+	users = users_single("statesrv", secret);
+	buf_fmt(&url, "%s/", listeners[0].name);
+	buf_url(&url, conf.command_name);
+	if (url.failed || (loop.child = fork()) == -1)
+		die(1, "cannot fork: %s", strerror(errno));
+	if (loop.child > 0) {
+		buf_free(&url);
+		return;
+	}
+	for (i = 0; i < 3; i++)
+		(void)setenv(keys[i], url.data, 1);
+	(void)setenv("TF_HTTP_USERNAME", "statesrv", 1);
+	(void)setenv("TF_HTTP_PASSWORD", secret, 1);
+	(void)unsetenv("TF_HTTP_UPDATE_METHOD");
+	(void)unsetenv("TF_HTTP_LOCK_METHOD");
+	(void)unsetenv("TF_HTTP_UNLOCK_METHOD");
+	(void)execvp(conf.command[0], conf.command);
+	complain("cannot run %s: %s", conf.command[0], strerror(errno));
+	_exit(errno == ENOENT ? 127 : 126);
+}
+
+/* The command is over: so are we, with its status. */
+static void
+command_ended(void)
+{
+	int status;
+
+	if (loop.child <= 0 || waitpid(loop.child, &status, WNOHANG) !=
+	    loop.child)
+		return;
+	loop.child = 0;
+	loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
+	    128 + WTERMSIG(status);
+	loop.stopping = true;
+}
+
+/* Names the lock that the command left behind, with what releases it. */
+static void
+command_farewell(void)
+{
+	struct place p;
+	struct lock l;
+
+	if (place_open(conf.command_name, false, &p) == -1)
+		return;
+	if (lock_read(&p, &l) == 0 && lock_is(&l, loop.locked))
+		complain("%s is still locked by %s (%s). If nothing runs any "
+		    "more, release it with\n\tstatesrv -d '%s' '%s' "
+		    "terraform force-unlock -force '%s'", conf.command_name,
+		    l.who, l.operation, conf.dir, conf.command_name, l.id);
+	lock_free(&l);
+	dir_leave(p.dir);
+}
+
+/* ---- signals ---- */
+
+/* A signal becomes a byte in the wake pipe. */
+static void
+on_signal(int sig)
+{
+	int saved = errno;
+	char c = sig == SIGHUP ? 'H' : sig == SIGCHLD ? 'C' : 'T';
+
+	(void)!write(jobs.wake[1], &c, 1);
+	errno = saved;
+}
+
+/* As process 1 of a container there are no defaults: all are set. */
+static void
+signals_set(void)
+{
+	struct sigaction act = { .sa_handler = on_signal };
+	struct sigaction ignore = { .sa_handler = SIG_IGN };
+
+	if (pipe(jobs.wake) == -1 ||
+	    fcntl(jobs.wake[0], F_SETFL, O_NONBLOCK) == -1 ||
+	    fcntl(jobs.wake[1], F_SETFL, O_NONBLOCK) == -1 ||
+	    fcntl(jobs.wake[0], F_SETFD, FD_CLOEXEC) == -1 ||
+	    fcntl(jobs.wake[1], F_SETFD, FD_CLOEXEC) == -1)
+		die(1, "cannot make a pipe: %s", strerror(errno));
+	(void)sigemptyset(&act.sa_mask);
+	act.sa_flags = SA_RESTART;
+	(void)sigaction(SIGPIPE, &ignore, NULL);
+	(void)sigaction(SIGTERM, &act, NULL);
+	(void)sigaction(SIGINT, &act, NULL);
+	(void)sigaction(SIGHUP, &act, NULL);
+	(void)sigaction(SIGCHLD, &act, NULL);
+	set.fd[0] = (struct pollfd){ .fd = jobs.wake[0], .events = POLLIN };
+	set.base = 1;
+}
+
+/* In the wrapper the terminal's signals are the command's: it gets them from
+ * the terminal too, and we wait for what it makes of them. */
+static void
+signals_leave_to_command(void)
+{
+	struct sigaction ignore = { .sa_handler = SIG_IGN };
+
+	(void)sigaction(SIGINT, &ignore, NULL);
+	(void)sigaction(SIGQUIT, &ignore, NULL);
+}
+
+/* ---- the loop ---- */
+
+/* Stops listening, and lets go of those who ask for nothing. */
+static void
+loop_stop(void)
+{
+	struct conn *c;
+	unsigned i;
+
+	loop.stopping = true;
+	loop.stop = loop.now + STOP_MS;
+	for (i = 1; i < set.base; i++) {
+		(void)close(set.fd[i].fd >= 0 ? set.fd[i].fd : ~set.fd[i].fd);
+		set.fd[i].fd = -1;
+		set.fd[i].events = 0;
+	}
+	for (i = set.n; i > set.base; i--) {
+		c = set.at[i - 1];
+		if (c->state != C_HEAD || c->begun)
+			continue;
+		/* Its next request may have come just now. */
+		c->readable = true;
+		if (conn_head(c) == GONE || (c->state == C_HEAD && !c->begun))
+			conn_close(c);
+		else
+			conn_drive(c);
+	}
+}
+
+static void
+loop_signal(char c)
+{
+	if (c == 'C')
+		command_ended();
+	else if (c == 'H' && loop.child == 0)
+		users_again();
+	else if (c != 'J' && loop.child > 0)
+		(void)kill(loop.child, c == 'H' ? SIGHUP : SIGTERM);
+	else if (c == 'T' && loop.stopping)
+		_exit(1);
+	else if (c == 'T')
+		loop_stop();
+}
+
+/* What the commit threads have done, and what signals came. */
+static void
+loop_wake(void)
+{
+	struct request *r, *next;
+	char bytes[64];
+	ssize_t n = read(jobs.wake[0], bytes, sizeof(bytes)), i;
+
+	for (i = 0; i < n; i++)
+		loop_signal(bytes[i]);
+	(void)pthread_mutex_lock(&jobs.mutex);
+	r = jobs.done;
+	jobs.done = NULL;
+	(void)pthread_mutex_unlock(&jobs.mutex);
+	for (; r != NULL; r = next) {
+		next = r->next;
+		conn_job_done(r);
+	}
+}
+
+/* Who is late, and who is no longer busy. Returns the next deadline. */
+static int64_t
+loop_deadlines(void)
+{
+	int64_t soonest = loop.stopping ? loop.stop : INT64_MAX;
+	struct conn *c;
+	unsigned i;
+
+	for (i = set.n; i > set.base; i--) {
+		c = set.at[i - 1];
+		if (c->deadline <= loop.now) {
+			conn_late(c);
+			continue;
+		}
+		if (c->deadline < soonest)
+			soonest = c->deadline;
+		if (loop.now - c->active > 4 * HOT_MS)
+			set_cold(c);
+	}
+	if (loop.rest > loop.now && loop.rest < soonest)
+		soonest = loop.rest;
+	return soonest;
+}
+
+/* Listeners are polled while they do not rest. */
+static void
+loop_rest(void)
+{
+	unsigned i;
+
+	if (loop.rest == 0 || loop.stopping)
+		return;
+	for (i = 1; i < set.base; i++)
+		set.fd[i].events = loop.now < loop.rest ? 0 : POLLIN;
+	if (loop.now >= loop.rest)
+		loop.rest = 0;
+}
+
+/*
+ * Waits for news. While there are few connections, all are polled. With
+ * many, the busy ones are, for HOT_MS at most, and all of them now and then:
+ * so seldom that it costs a few percent. When the busy ones have fallen
+ * silent, all are polled, until something happens: no idle wake-ups. Returns
+ * the end of the part of the set that was polled.
+ */
+static unsigned
+loop_poll(void)
+{
+	static int64_t next_all;
+	static bool silent = true;
+	bool few = set.n - set.base <= FLAT;
+	bool all = few || silent || loop.now >= next_all;
+	int64_t wait = HOT_MS;
+	unsigned n = set.hot;
+	int got;
+
+	loop_rest();
+	if (all) {
+		wait = loop_deadlines() - loop.now;
+		if (!few && !silent)
+			wait = 0;
+		if (wait > INT_MAX)
+			wait = -1;
+		n = set.n;
+	}
+	if (loop.log.len > 0)
+		log_flush();
+	got = poll(set.fd, n, (int)wait);
+	loop.now = clock_us(CLOCK_MONOTONIC) / 1000;
+	if (all)
+		next_all = loop.now + HOT_MS + set.n / 250;
+	silent = !all && got == 0;
+	return got > 0 ? n : 0;
+}
+
+/* One turn: poll, then serve everyone who is ready once. */
+static void
+loop_turn(struct conn **ready)
+{
+	unsigned n = loop_poll(), i, count = 0;
+	short news;
+
+	for (i = set.base; i < n; i++)
+		if (set.fd[i].revents != 0)
+			ready[count++] = set.at[i];
+	for (i = 0; i < count; i++) {
+		news = set.fd[ready[i]->slot].revents;
+		set.fd[ready[i]->slot].revents = 0;
+		ready[i]->readable |= (news & ~POLLOUT) != 0;
+		ready[i]->active = loop.now;
+		set_hot(ready[i]);
+		conn_drive(ready[i]);
+	}
+	if (n > 0 && set.fd[0].revents != 0)
+		loop_wake();
+	for (i = 1; i < set.base && n > 0; i++)
+		if (set.fd[i].revents != 0 && !loop.stopping)
+			conn_accept(i);
+}
+
+static void
+loop_run(void)
+{
+	struct conn **ready = calloc(set.max + 1, sizeof(struct conn *));
+
+	if (ready == NULL)
+		die(1, "out of memory");
+	loop.now = clock_us(CLOCK_MONOTONIC) / 1000;
+	while (!loop.stopping || (set.n > set.base && loop.now < loop.stop))
+		loop_turn(ready);
+	if (loop.log.len > 0)
+		log_flush();
+	free(ready);
+}
+
+/* ---- -c ---- */
+
+/* Asks a running server whether it is ready; the exit status. */
+static int
+check(const char *text)
+{
+	static const char ask[] = "GET /-/ready HTTP/1.1\r\nHost: localhost"
+	    "\r\nConnection: close\r\n\r\n";
+	struct timeval patience = { 5, 0 };
+	struct sockaddr_storage a;
+	socklen_t len = address_read(text, &a);
+	int fd = socket(a.ss_family, SOCK_STREAM, 0);
+	char answer[13] = "";
+
+	if (fd == -1 || setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience,
+	    sizeof(patience)) == -1 ||
+	    connect(fd, (struct sockaddr *)&a, len) == -1 ||
+	    write_all(fd, ask, sizeof(ask) - 1) == -1 ||
+	    recv(fd, answer, 12, MSG_WAITALL) != 12)
+		die(1, "%s does not answer: %s", text, strerror(errno));
+	close_quietly(fd);
+	if (strcmp(answer, "HTTP/1.1 200") != 0)
+		die(1, "%s is not ready", text);
+	return 0;
+}
+
+/* ==== main =============================================================== */
+
+static void
+usage(FILE *out)
+{
+	(void)fprintf(out,
+	    "usage: statesrv [options]                  serve\n"
+	    "       statesrv [options] NAME COMMAND...  serve one command, as "
+	    "the backend\n"
+	    "                                           of state NAME, in its "
+	    "environment\n\n"
+	    "  -b HOURS  a LOCK may break a lock older than this (never)\n"
+	    "  -c        ask the server at -l whether it is ready: exit 0 or "
+	    "1\n"
+	    "  -d DIR    where the states live (%s)\n"
+	    "  -h        this help\n"
+	    "  -k N      earlier versions kept of each state (%u)\n"
+	    "  -l ADDR   HOST:PORT, [V6]:PORT or unix:PATH, more than once if "
+	    "you like;\n"
+	    "            port 0 picks one and says which (127.0.0.1:8080)\n"
+	    "  -m MIB    largest state (%lld)\n"
+	    "  -n        let anyone in, from other machines too\n"
+	    "  -s        strict: refuse a lower serial or another lineage\n"
+	    "  -u FILE   users, a line each: name secret right [pattern...]\n"
+	    "            secret as it is or sha256:HEX; right read, plan or "
+	    "write\n"
+	    "  -v        show every head and body on stderr\n"
+	    "  -V        the version\n\n"
+	    "Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one "
+	    "user.\n\n"
+	    "  statesrv                               a laptop's backend\n"
+	    "  statesrv demo terraform apply          without a server to "
+	    "start\n"
+	    "  statesrv -l 0.0.0.0:8080 -u users      a team's\n",
+	    conf.dir, conf.keep, (long long)(conf.body_max >> 20));
+}
+
+/* Reads an option's number, or ends the program. */
+static unsigned
+number(char option, const char *text, unsigned min, unsigned max)
+{
+	char *end;
+	unsigned long v;
+
+	errno = 0;
+	v = strtoul(text, &end, 10);
+	if (*text < '0' || *text > '9' || *end != '\0' || errno != 0 ||
+	    v < min || v > max)
+		die(2, "-%c %s: want a number from %u to %u", option, text,
+		    min, max);
+	return (unsigned)v;
+}
+
+static void
+option(int c)
+{
+	switch (c) {
+	case 'b':
+		conf.break_hours = number('b', optarg, 1, 1000000);
+		break;
+	case 'c':
+		conf.check = true;
+		break;
+	case 'd':
+		conf.dir = optarg;
+		break;
+	case 'h':
+		usage(stdout);
+		exit(0);
+	case 'k':
+		conf.keep = number('k', optarg, 0, 1000000);
+		break;
+	case 'l':
+		if (conf.listeners == 16)
+			die(2, "-l can be given 16 times at most");
+		conf.listen[conf.listeners++] = optarg;
+		break;
+	case 'm':
+		conf.body_max = (int64_t)number('m', optarg, 1, 1 << 20) << 20;
+		break;
+	case 'n':
+		conf.open = true;
+		break;
+	case 's':
+		conf.strict = true;
+		break;
+	case 'u':
+		conf.users = optarg;
+		break;
+	case 'v':
+		conf.verbose = true;
+		break;
+	case 'V':
+		(void)puts("statesrv " VERSION);
+		exit(0);
+	default:
+		usage(stderr);
+		exit(2);
+	}
+}
+
+static void
+options(int argc, char **argv)
+{
+	int c;
+
+	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vV")) != -1)
+		option(c);
+	if (optind == argc)
+		return;
+	conf.command_name = argv[optind];
+	conf.command = argv + optind + 1;
+	if (optind + 1 == argc)
+		die(2, "%s and then what? NAME COMMAND..., or see -h",
+		    conf.command_name);
+	if (name_wrong(conf.command_name) != NULL)
+		die(2, "%s: %s", conf.command_name,
+		    name_wrong(conf.command_name));
+	if (conf.listeners > 0 || conf.users != NULL || conf.check)
+		die(2, "-c, -l and -u do not go with a COMMAND, which has a "
+		    "server of its own");
+}
+
+/* Says where we are, on stdout; the wrapper's stdout is not ours. */
+static void
+greet(void)
+{
+	struct stat st;
+	unsigned i;
+
+	loop.log_blocks = fstat(STDOUT_FILENO, &st) == 0 &&
+	    !S_ISREG(st.st_mode);
+	for (i = 1; i < set.base && conf.command == NULL; i++)
+		(void)printf("statesrv: listening on %s\n",
+		    listeners[i - 1].name);
+	(void)fflush(stdout);
+}
+
+/* Sweeps in the background: a hundred thousand names take their time. */
+static void
+sweep_start(void)
+{
+	struct request *r = calloc(1, sizeof(*r));
+
+	if (r == NULL)
+		die(1, "out of memory");
+	r->file = -1;
+	if (job_submit(r, job_sweep, false) == -1)
+		die(1, "cannot start a thread: %s", strerror(errno));
+}
+
+int
+main(int argc, char **argv)
+{
+	mode_t mask = umask(077);
+
+	options(argc, argv);
+	if (conf.check)
+		return check(conf.listeners > 0 ? conf.listen[0] :
+		    "127.0.0.1:8080");
+#ifdef __GLIBC__
+	(void)mallopt(M_ARENA_MAX, 1);	/* an arena a thread is a waste */
+	(void)mallopt(M_TRIM_THRESHOLD, 4 << 20);
+	(void)mallopt(M_MMAP_THRESHOLD, 1 << 20);
+#endif
+	limits_set();
+	signals_set();
+	users_start();
+	store_open();
+	listeners_open(mask);
+	if (conf.command != NULL) {
+		command_start();
+		signals_leave_to_command();
+	}
+	sandbox();
+	sweep_start();
+	greet();
+	loop_run();
+	if (conf.command != NULL)
+		command_farewell();
+	users_drop(users);
+	return loop.status;
+}
