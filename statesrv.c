@@ -46,8 +46,8 @@
  *	users
  *	jobs
  *	commits
- *	methods
  *	pages
+ *	methods
  *	connections
  *	start and stop
  *	main
@@ -129,95 +129,96 @@
  * its own, and one while a large state is sent or received.
  */
 #define VERSION "1.0"
-
-#ifndef HEAD_MAX		/* bytes: request line and fields */
-#define HEAD_MAX 16384
+#ifndef HEAD_MAX
+#define HEAD_MAX 16384		/* bytes: request line and fields */
 #endif
-#ifndef TARGET_MAX		/* bytes: request target */
-#define TARGET_MAX 8192
+#ifndef TARGET_MAX
+#define TARGET_MAX 8192		/* bytes: request target */
 #endif
-#ifndef FIELDS_MAX		/* header fields, and trailer fields */
-#define FIELDS_MAX 100
+#ifndef FIELDS_MAX
+#define FIELDS_MAX 100		/* header fields, and trailer fields */
 #endif
-#ifndef BLANKS_MAX		/* empty lines before a request line */
-#define BLANKS_MAX 8
+#ifndef BLANKS_MAX
+#define BLANKS_MAX 8		/* empty lines before a request line */
 #endif
-#ifndef CHUNK_LINE_MAX		/* bytes: a chunk's size and extensions */
-#define CHUNK_LINE_MAX 1024
+#ifndef CHUNK_LINE_MAX
+#define CHUNK_LINE_MAX 1024	/* bytes: a chunk's size and extensions */
 #endif
 #define SEGMENTS_MAX 8		/* of a name */
 #define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
 #define NAME_LEN_MAX 1000	/* bytes: a name */
 #define ID_MAX 256		/* bytes: a lock's ID */
-#ifndef LOCK_INFO_MAX		/* bytes: the body of LOCK and UNLOCK */
-#define LOCK_INFO_MAX 65536
+#define USERS_MAX 1048576	/* bytes: the users file */
+#ifndef LOCK_INFO_MAX
+#define LOCK_INFO_MAX 65536	/* bytes: the body of LOCK and UNLOCK */
 #endif
-#ifndef BODY_MEM		/* bytes: a state up to this waits in memory */
-#define BODY_MEM 65536
+#ifndef JSON_DEPTH
+#define JSON_DEPTH 1000		/* nested arrays and objects */
 #endif
-#ifndef SPOOL			/* bytes: a larger one is written by pieces */
-#define SPOOL 262144
+#ifndef ROWS_MAX
+#define ROWS_MAX 5000		/* of an HTML page */
 #endif
-#ifndef HASH_MAX		/* bytes: MD5 is logged up to this, even unasked */
-#define HASH_MAX 65536
+#ifndef HASH_MAX
+#define HASH_MAX 16384		/* bytes: MD5 is logged up to this, unasked */
 #endif
-#ifndef JSON_DEPTH		/* nested arrays and objects */
-#define JSON_DEPTH 1000
+#ifndef META_MAX
+#define META_MAX 65536	/* bytes searched for serial and lineage */
 #endif
-#ifndef META_MAX		/* bytes searched for serial and lineage */
-#define META_MAX 1048576
+#ifndef LIST_MAX
+#define LIST_MAX 16777216	/* bytes: resources are counted up to this */
 #endif
-#ifndef LIST_MAX		/* bytes: a larger state is not counted */
-#define LIST_MAX 16777216
+#ifndef BODY_MEM
+#define BODY_MEM 65536		/* bytes: a larger state is spooled, */
 #endif
-#ifndef CACHE_FILE		/* bytes: states that are kept in memory */
-#define CACHE_FILE 16384
+#ifndef SPOOL
+#define SPOOL 262144		/* in pieces of this size */
 #endif
-#ifndef CACHE_SLOTS		/* how many: 16 MiB in all */
-#define CACHE_SLOTS 1024
+#ifndef CACHE_FILE
+#define CACHE_FILE 16384	/* bytes: a state kept in memory */
 #endif
-#ifndef SLOTS_MAX		/* connections, and at most half of ulimit -n */
-#define SLOTS_MAX 16384
+#ifndef CACHE_SLOTS
+#define CACHE_SLOTS 1024	/* how many: 16 MiB in all */
 #endif
-#ifndef THREADS_MAX		/* commits side by side; PERF: 64 is best */
-#define THREADS_MAX 64
+#ifndef SLOTS_MAX
+#define SLOTS_MAX 16384		/* connections */
 #endif
-#ifndef THREAD_STACK		/* bytes, touched only as far as used */
-#define THREAD_STACK 262144
+#ifndef THREADS_MAX
+#define THREADS_MAX 64		/* commits side by side */
 #endif
-#ifndef SEND_MAX		/* bytes sent to one client in one turn */
-#define SEND_MAX 1048576
+#ifndef THREAD_STACK
+#define THREAD_STACK 262144	/* bytes, as far as touched */
 #endif
-#ifndef FLAT			/* up to so many are simply all polled */
-#define FLAT 64
+#ifndef SEND_MAX
+#define SEND_MAX 1048576	/* bytes to one client in one turn */
 #endif
-#define HOT_MS 5		/* a connection silent so long is not hot */
-#ifndef IDLE_MS			/* Go's client gives up its own after 90 s */
-#define IDLE_MS 120000
+#ifndef FLAT
+#define FLAT 64			/* so many connections are simply all polled */
 #endif
-#ifndef HEAD_MS			/* to send the head, from its first byte */
-#define HEAD_MS 20000
+#define TURN_MAX 32		/* requests of one client in one turn */
+#define HOT_MS 5		/* milliseconds: one silent so long is idle */
+#ifndef IDLE_MS
+#define IDLE_MS 120000		/* Go's client gives up its own after 90 s */
 #endif
-#ifndef BODY_MS			/* to send the body, and a second more */
-#define BODY_MS 20000		/* for every RATE bytes that came */
+#ifndef HEAD_MS
+#define HEAD_MS 20000		/* for the head, from its first byte on */
 #endif
-#ifndef REPLY_MS		/* to take the answer, likewise */
-#define REPLY_MS 20000
+#ifndef BODY_MS
+#define BODY_MS 20000		/* for the body, and for taking the answer, */
 #endif
-#define RATE 1024		/* bytes a second, at the least */
-#ifndef DRAIN_MS		/* to finish sending what was refused */
-#define DRAIN_MS 10000
+#define RATE 1024		/* and a second for every RATE bytes */
+#ifndef DRAIN_MS
+#define DRAIN_MS 10000		/* for a refused client to finish speaking */
 #endif
-#ifndef DENY_MS			/* a wrong secret is answered after this */
-#define DENY_MS 1000
+#ifndef DENY_MS
+#define DENY_MS 1000		/* a wrong secret is answered after this */
 #endif
-#ifndef STOP_MS			/* to finish what is in progress at the end */
-#define STOP_MS 10000
+#ifndef STOP_MS
+#define STOP_MS 10000		/* for what is in progress at the end */
 #endif
 /*
- * Kept free for locks and unlocks, which need a block each, and for the log
- * lines that tell of the refusals: a thousand locks' worth. Of a very small
- * file system a sixteenth will do.
+ * Bytes kept free for locks and unlocks, which need a block each, and for
+ * the log lines that tell of refusals: a thousand locks' worth. Of a very
+ * small file system a sixteenth will do.
  */
 #ifndef RESERVE
 #define RESERVE 4194304
@@ -237,6 +238,7 @@ static struct config {
 	bool check;			/* -c */
 	char **command;			/* of the wrapper, or NULL */
 	const char *command_name;	/* its state */
+	const char *program;		/* argv[0] */
 } conf = {
 	.dir = "./states",
 	.keep = 30,
@@ -269,27 +271,27 @@ static const char *const method_names[M_COUNT] = {
 	"GET", "HEAD", "POST", "PUT", "DELETE", "LOCK", "UNLOCK", "OPTIONS"
 };
 
+enum field {
+	F_HOST, F_LENGTH, F_CODING, F_CONNECTION, F_EXPECT, F_AUTHORIZATION,
+	F_MD5, F_ACCEPT, F_ORIGIN, F_FORWARDED, F_COUNT
+};
+
 /* What a parsed head says; the spans point into the connection's buffer. */
 struct head {
 	enum method method;
 	int minor;			/* of HTTP/1.x: 0 or 1 */
 	struct span target;		/* in origin form, or "*" */
 	struct span host;
-	struct span authorization;
-	struct span md5;		/* Content-MD5 */
-	struct span forwarded;		/* X-Forwarded-For */
+	struct span field[F_COUNT];	/* their values; ptr NULL: none */
+	const char *why;		/* it was refused */
 	int64_t length;			/* Content-Length, or -1 */
 	bool chunked;
 	bool keep;			/* the client would stay connected */
-	bool expects;			/* 100-continue */
-	bool origin;			/* sent by a web page */
-	bool html, json;		/* what Accept mentions */
-	bool seen_host, seen_coding;
 };
 
 /* Where a chunked body is, between two bytes of it; zero is its beginning. */
 struct chunks {
-	enum { CH_SIZE, CH_EXT, CH_QUOTE, CH_ESC, CH_SIZE_LF, CH_DATA, CH_CR,
+	enum { CH_SIZE, CH_NAME, CH_EXT, CH_QUOTE, CH_ESC, CH_SIZE_LF, CH_DATA, CH_CR,
 	    CH_LF, CH_TRAILER, CH_FIELD, CH_VALUE, CH_TRAILER_LF, CH_END_LF,
 	    CH_DONE } state;
 	uint64_t left;			/* of the chunk */
@@ -357,7 +359,11 @@ enum kind {
 	K_LOG, K_HEALTHY, K_READY, K_METRICS
 };
 
+enum form { TEXT, JSON, HTML };
+
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
+
+#define TMP 48				/* bytes: a name in .tmp */
 
 /* An upload: check and write go together, piece by piece. */
 struct upload {
@@ -366,7 +372,7 @@ struct upload {
 	struct meta meta;
 	bool hash;			/* MD5 is wanted */
 	int fd;				/* the temporary file, or -1 */
-	char tmp[48];			/* its name in .tmp */
+	char tmp[TMP];			/* its name in .tmp */
 	int64_t size;
 	unsigned char digest[16];
 };
@@ -385,8 +391,10 @@ struct request {
 	enum method method;
 	enum kind kind;
 	enum right right;		/* on that name */
-	bool keep, http10, html, json;
+	enum form form;			/* of pages, by Accept */
+	bool keep, http10;
 	bool fronted;			/* came by a unix socket */
+	bool tls;			/* or rather a TLS hello */
 	bool has_id, has_md5, force;
 	int64_t length;			/* of the body, or -1: chunked */
 	char name[NAME_LEN_MAX + 1];	/* of the state, or the path */
@@ -404,7 +412,8 @@ struct request {
 	size_t len, cap;
 	struct upload *up;
 
-	/* what the commit found, for the log */
+	/* what the commit found and did, for the log */
+	const char *event;
 	struct meta old;
 	struct lock lock;		/* the lock that stood in the way */
 	struct lock asked;		/* the lock info that was sent */
@@ -522,6 +531,15 @@ buf_room(struct buf *b, size_t n)
 	return true;
 }
 
+/* The list with room for one more than its n elements: it doubles whenever n
+ * is a power of two. NULL, and the list is as it was, if memory ran out. */
+static void *
+grow(void *list, size_t n, size_t size)
+{
+	return (n & (n - 1)) != 0 ? list :
+	    realloc(list, (n > 0 ? 2 * n : 1) * size);
+}
+
 static void
 buf_add(struct buf *b, const void *data, size_t n)
 {
@@ -554,6 +572,23 @@ buf_fmt(struct buf *b, const char *fmt, ...)
 		b->len += (size_t)n;
 	}
 	va_end(again);
+}
+
+/* Appends a number, in digits at least; what printf does, and many times as
+ * fast: every answer and every log line has several. */
+static void
+buf_num(struct buf *b, int64_t n, int digits)
+{
+	char text[24], *p = text + sizeof(text);
+	uint64_t v = n < 0 ? 0 - (uint64_t)n : (uint64_t)n;
+
+	do {
+		*--p = (char)('0' + v % 10);
+		v /= 10;
+	} while (--digits > 0 || v > 0);
+	if (n < 0)
+		*--p = '-';
+	buf_add(b, p, (size_t)(text + sizeof(text) - p));
 }
 
 static void
@@ -1347,7 +1382,9 @@ json_feed(struct json *j, const void *data, size_t n)
 				continue;
 			}
 		}
-		if (!json_byte(j, p[i]))
+		if (p[i] == ' ' && j->state < JS_STRING)
+			;		/* indentation, much of any state */
+		else if (!json_byte(j, p[i]))
 			return false;
 		j->at++;
 		i++;
@@ -1362,6 +1399,17 @@ json_done(struct json *j)
 	if (j->why == NULL && j->state != JS_END)
 		j->why = j->at == 0 ? "is empty" : "ends too early";
 	return j->why == NULL;
+}
+
+/* Keeps a text for show: without what a terminal would obey. */
+static void
+json_show(char *to, size_t size, const struct json *j)
+{
+	span_copy(to, size, (struct span){ j->text,
+	    j->len < JSON_TEXT ? j->len : JSON_TEXT - 1 });
+	for (; *to != '\0'; to++)
+		if ((unsigned char)*to < 0x20 || *to == 0x7f)
+			*to = ' ';
 }
 
 static void
@@ -1418,13 +1466,13 @@ lock_on(struct json *j, char what)
 		if (j->len <= ID_MAX && memchr(j->text, 0, j->len) == NULL)
 			json_keep(l->id, sizeof(l->id), j);
 	} else if (j->word[1] == W_OPERATION)
-		json_keep(l->operation, sizeof(l->operation), j);
+		json_show(l->operation, sizeof(l->operation), j);
 	else if (j->word[1] == W_INFO)
-		json_keep(l->info, sizeof(l->info), j);
+		json_show(l->info, sizeof(l->info), j);
 	else if (j->word[1] == W_WHO)
-		json_keep(l->who, sizeof(l->who), j);
+		json_show(l->who, sizeof(l->who), j);
 	else if (j->word[1] == W_CREATED)
-		json_keep(l->created, sizeof(l->created), j);
+		json_show(l->created, sizeof(l->created), j);
 }
 
 /* ==== HTTP parser ========================================================
@@ -1467,8 +1515,9 @@ http_host_ok(struct span h)
 		p++;
 	} else {
 		for (; p < end && *p != ':'; p++)
-			if (!is_token((unsigned char)*p) &&
-			    strchr("();=,", *p) == NULL)
+			if (strchr("#^`|", *p) != NULL ||
+			    (!is_token((unsigned char)*p) &&
+			    strchr("();=,", *p) == NULL))
 				return false;
 		if (p == h.ptr)
 			return false;
@@ -1485,140 +1534,78 @@ http_host_ok(struct span h)
 	return port <= 65535;
 }
 
+/* A head that is refused: why, and minus the status. */
 static int
-on_host(struct head *h, struct span v)
+http_bad(struct head *h, int status, const char *why)
 {
-	if (h->seen_host || !http_host_ok(v))
-		return -400;
-	h->seen_host = true;
-	if (h->host.len == 0)		/* absolute form goes first */
-		h->host = v;
-	return 0;
+	h->why = why;
+	return -status;
 }
 
+/* Content-Length: digits and nothing else. */
 static int
-on_length(struct head *h, struct span v)
+http_length(struct head *h, struct span v)
 {
-	size_t i;
-
-	if (h->length != -1 || v.len == 0)
-		return -400;
-	h->length = 0;
-	for (i = 0; i < v.len; i++) {
-		if (v.ptr[i] < '0' || v.ptr[i] > '9')
-			return -400;
-		if (h->length > INT64_MAX / 10 - 1)
-			h->length = INT64_MAX / 10;	/* 413 will follow */
-		h->length = h->length * 10 + (v.ptr[i] - '0');
+	for (h->length = v.len > 0 ? 0 : -1; v.len > 0; v.ptr++, v.len--) {
+		if (*v.ptr < '0' || *v.ptr > '9')
+			return http_bad(h, 400, "Content-Length is not a "
+			    "number");
+		if (h->length < INT64_MAX / 100)	/* else 413 follows */
+			h->length = h->length * 10 + (*v.ptr - '0');
 	}
-	return 0;
+	return h->length != -1 ? 0 :
+	    http_bad(h, 400, "Content-Length is empty");
 }
 
 /* RFC 9112, 6.1 and 6.3: chunked, once and last; we know no other coding. */
 static int
-on_coding(struct head *h, struct span v)
+http_coding(struct head *h, struct span v)
 {
 	struct span item = { NULL, 0 };
 	unsigned items = 0, chunked = 0;
 
-	if (h->seen_coding)
-		return -400;
-	h->seen_coding = true;
-	while (span_next(&v, &item)) {
-		items++;
+	for (; span_next(&v, &item); items++)
 		chunked += span_is(item, "chunked");
-	}
+	if (h->minor == 0 || h->length != -1)
+		return http_bad(h, 400, "Transfer-Encoding goes neither with "
+		    "Content-Length nor with HTTP/1.0");
 	if (chunked != 1 || !span_is(item, "chunked"))
-		return -400;
+		return http_bad(h, 400, "Transfer-Encoding does not end in "
+		    "chunked");
 	h->chunked = true;
-	return items == 1 ? 0 : -501;
+	return items == 1 ? 0 : http_bad(h, 501, "the only transfer coding "
+	    "known here is chunked");
 }
 
-static int
-on_connection(struct head *h, struct span v)
-{
-	struct span item;
-
-	while (span_next(&v, &item)) {
-		if (span_is(item, "close"))
-			h->keep = false;
-		else if (span_is(item, "keep-alive") && h->minor == 0)
-			h->keep = true;
-	}
-	return 0;
-}
-
-static int
-on_expect(struct head *h, struct span v)
-{
-	if (h->minor == 0)		/* RFC 9110, 10.1.1 */
-		return 0;
-	h->expects = true;
-	return span_is(v, "100-continue") ? 0 : -417;
-}
-
-static int
-on_authorization(struct head *h, struct span v)
-{
-	if (h->authorization.ptr != NULL)
-		return -400;		/* which of them is meant? */
-	h->authorization = v;
-	return 0;
-}
-
-static int
-on_md5(struct head *h, struct span v)
-{
-	if (h->md5.ptr != NULL)
-		return -400;
-	h->md5 = v;
-	return 0;
-}
-
-static int
-on_accept(struct head *h, struct span v)
+/* Is word in a comma-separated list? Parameters after ";" do not count. */
+static bool
+http_lists(struct span list, const char *word)
 {
 	struct span item;
 	const char *semi;
 
-	while (span_next(&v, &item)) {
+	while (span_next(&list, &item)) {
 		if ((semi = memchr(item.ptr, ';', item.len)) != NULL)
 			item.len = (size_t)(semi - item.ptr);
-		h->html |= span_is(item, "text/html");
-		h->json |= span_is(item, "application/json");
+		if (span_is(item, word))
+			return true;
 	}
-	return 0;
+	return false;
 }
 
-static int
-on_origin(struct head *h, struct span v)
-{
-	(void)v;			/* whatever it says, it is a page */
-	h->origin = true;
-	return 0;
-}
-
-static int
-on_forwarded(struct head *h, struct span v)
-{
-	h->forwarded = v;		/* the last one: our own front's */
-	return 0;
-}
-
-static const struct {
-	const char *name;
-	int (*on)(struct head *, struct span);
-} http_fields[] = {
-	{ "host", on_host },
-	{ "content-length", on_length },
-	{ "transfer-encoding", on_coding },
-	{ "connection", on_connection },
-	{ "expect", on_expect },
-	{ "authorization", on_authorization },
-	{ "content-md5", on_md5 },
-	{ "accept", on_accept },
-	{ "origin", on_origin },
-	{ "x-forwarded-for", on_forwarded },
+/* The fields that mean something here. What may come twice is a list, and
+ * then the last line counts, for a front adds its own at the end. */
+static const struct { const char *name; bool twice; } http_fields[F_COUNT] = {
+	[F_HOST] = { "host", false },
+	[F_LENGTH] = { "content-length", false },
+	[F_CODING] = { "transfer-encoding", false },
+	[F_CONNECTION] = { "connection", true },
+	[F_EXPECT] = { "expect", false },
+	[F_AUTHORIZATION] = { "authorization", false },
+	[F_MD5] = { "content-md5", false },
+	[F_ACCEPT] = { "accept", true },
+	[F_ORIGIN] = { "origin", true },
+	[F_FORWARDED] = { "x-forwarded-for", true },
 };
 
 /* One field line, without its CRLF. */
@@ -1631,8 +1618,10 @@ http_field(struct head *h, const char *p, const char *end)
 	while (p < end && is_token((unsigned char)*p))
 		p++;
 	name.len = (size_t)(p - name.ptr);
+	/* obs-fold and "Name :" end here. */
 	if (name.len == 0 || p == end || *p != ':')
-		return -400;		/* obs-fold and "Name :" end here */
+		return http_bad(h, 400, "a field line does not begin with a "
+		    "name and a colon");
 	for (p++; p < end && (*p == ' ' || *p == '\t'); p++)
 		continue;
 	while (end > p && (end[-1] == ' ' || end[-1] == '\t'))
@@ -1640,10 +1629,18 @@ http_field(struct head *h, const char *p, const char *end)
 	value = (struct span){ p, (size_t)(end - p) };
 	for (; p < end; p++)
 		if (!is_value((unsigned char)*p))
-			return -400;
-	for (i = 0; i < sizeof(http_fields) / sizeof(*http_fields); i++)
-		if (span_is(name, http_fields[i].name))
-			return http_fields[i].on(h, value);
+			return http_bad(h, 400, "a field's value has a "
+			    "control character");
+	for (i = 0; i < F_COUNT; i++)
+		if (span_is(name, http_fields[i].name)) {
+			if (h->field[i].ptr != NULL && !http_fields[i].twice)
+				return http_bad(h, 400, "a field that may "
+				    "stand once stands twice");
+			h->field[i] = value;
+		}
+	/* "close" must be seen in whichever line it stands. */
+	if (span_is(name, "connection") && http_lists(value, "close"))
+		h->keep = false;
 	return 0;
 }
 
@@ -1658,15 +1655,13 @@ http_absolute(struct head *h)
 
 	if (h->target.len <= scheme || (scheme == 7 &&
 	    strncasecmp(p, "http://", 7) != 0))
-		return -400;
+		return http_bad(h, 400, "the target is no path and no URL");
 	host = p += scheme;
 	while (p < end && *p != '/' && *p != '?')
 		p++;
 	h->host = (struct span){ host, (size_t)(p - host) };
-	if (!http_host_ok(h->host))
-		return -400;
-	if (p < end && *p == '?')
-		return -400;		/* no path: names nothing here */
+	if (!http_host_ok(h->host) || (p < end && *p == '?'))
+		return http_bad(h, 400, "the target's host is malformed");
 	h->target = p < end ? (struct span){ p, (size_t)(end - p) } :
 	    (struct span){ "/", 1 };
 	return 0;
@@ -1683,7 +1678,8 @@ http_request_line(struct head *h, const char *p, const char *end)
 	while (p < end && is_token((unsigned char)*p))
 		p++;
 	if (p == word || p == end || *p != ' ')
-		return -400;
+		return http_bad(h, 400, "the request does not begin with a "
+		    "method");
 	for (m = 0; m < M_COUNT; m++)
 		if (strlen(method_names[m]) == (size_t)(p - word) &&
 		    memcmp(word, method_names[m], (size_t)(p - word)) == 0)
@@ -1695,31 +1691,45 @@ http_request_line(struct head *h, const char *p, const char *end)
 	if (h->target.len == 0 || end - p != 9 ||
 	    memcmp(p, " HTTP/", 6) != 0 || p[6] < '0' || p[6] > '9' ||
 	    p[7] != '.' || p[8] < '0' || p[8] > '9')
-		return -400;
+		return http_bad(h, 400, "the request line is not: method, "
+		    "target, HTTP/1.1");
 	if (p[6] != '1')
-		return -505;
+		return http_bad(h, 505, "the version is not HTTP/1.x");
 	h->minor = p[8] == '0' ? 0 : 1;
-	h->keep = h->minor == 1;
 	if (h->target.len > TARGET_MAX)
-		return -414;
+		return http_bad(h, 414, "the target is too long");
 	if (m == M_COUNT)
-		return -501;
+		return http_bad(h, 501, "the method is not known here");
 	if (h->target.len == 1 && *word == '*')
-		status = m == M_OPTIONS ? 0 : -400;
+		status = m == M_OPTIONS ? 0 :
+		    http_bad(h, 400, "only OPTIONS goes with *");
 	else if (*word != '/')
 		status = http_absolute(h);
 	return status;
 }
 
-/* The rules that need the whole head: RFC 9112, 3.2, 6.1, 6.3. */
+/* The rules that need the whole head: RFC 9112, 3.2, 6; 9110, 10.1.1. */
 static int
-http_whole(const struct head *h)
+http_whole(struct head *h)
 {
-	if (h->minor == 1 && !h->seen_host)
-		return -400;
-	if (h->chunked && (h->length != -1 || h->minor == 0))
-		return -400;
-	return 0;
+	const struct span *f = h->field;
+	int status = 0;
+
+	if (f[F_HOST].ptr == NULL ? h->minor == 1 : !http_host_ok(f[F_HOST]))
+		return http_bad(h, 400, "Host is missing or malformed");
+	if (h->host.len == 0)		/* else the absolute form's */
+		h->host = f[F_HOST];
+	if (h->minor == 0)
+		h->keep = h->keep &&
+		    http_lists(f[F_CONNECTION], "keep-alive");
+	if (f[F_LENGTH].ptr != NULL)
+		status = http_length(h, f[F_LENGTH]);
+	if (status == 0 && f[F_CODING].ptr != NULL)
+		status = http_coding(h, f[F_CODING]);
+	if (status == 0 && f[F_EXPECT].ptr != NULL && h->minor == 1 &&
+	    !span_is(f[F_EXPECT], "100-continue"))
+		status = http_bad(h, 417, "only 100-continue can be expected");
+	return status;
 }
 
 /*
@@ -1738,7 +1748,8 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 	for (p = data + *seen; (lf = memchr(p, '\n',
 	    (size_t)(data + len - p))) != NULL; p = lf + 1) {
 		if (lf == data || lf[-1] != '\r')
-			return -400;
+			return http_bad(h, 400, "a line does not end in CR "
+			    "LF");
 		if (lf - data >= 3 && lf[-2] == '\n') {
 			end = lf + 1;
 			break;
@@ -1749,16 +1760,17 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 		return 0;
 	*h = (struct head){ .length = -1, .minor = 1, .keep = true };
 	if ((lf = memchr(data, '\n', len)) == NULL)
-		return -414;
+		return http_bad(h, 414, "the request line is too long");
 	status = http_request_line(h, data, lf - 1);
 	if (status != 0)
 		return status;
 	if (end == NULL || end - data > HEAD_MAX)
-		return -431;
+		return http_bad(h, 431, "the head is larger than 16 KiB");
 	for (line = lf + 1; line < end - 2; line = lf + 1) {
 		lf = memchr(line, '\n', (size_t)(end - line));
 		if (++fields > FIELDS_MAX)
-			return -431;
+			return http_bad(h, 431, "there are more than 100 "
+			    "fields");
 		if ((status = http_field(h, line, lf - 1)) != 0)
 			return status;
 	}
@@ -1781,19 +1793,24 @@ chunk_size(struct chunks *c, unsigned char b)
 		    CH_QUOTE : b == '"' ? CH_EXT : CH_ESC;
 		return 0;
 	}
+	/* After ";" comes a name: neither "=" nor nothing. */
+	if (c->state == CH_NAME && b != ' ' && b != '\t' && !is_token(b))
+		return -400;
 	if (b == '\r') {
 		c->state = CH_SIZE_LF;
 		return c->digits > 0 ? 0 : -400;
 	}
-	if (c->state == CH_EXT) {
-		c->state = b == '"' ? CH_QUOTE : CH_EXT;
+	if (c->state == CH_NAME && (b == ' ' || b == '\t'))
+		return 0;
+	if (c->state == CH_NAME || c->state == CH_EXT) {
+		c->state = b == '"' ? CH_QUOTE : b == ';' ? CH_NAME : CH_EXT;
 		return is_value(b) ? 0 : -400;
 	}
 	if ((v = hex_value(b)) != -1) {
 		c->left = c->left << 4 | (unsigned)v;
 		return ++c->digits <= 15 ? 0 : -413;
 	}
-	c->state = CH_EXT;		/* RFC 9112, 7.1.1: only by ";" */
+	c->state = CH_NAME;		/* RFC 9112, 7.1.1: only by ";" */
 	return b == ';' && c->digits > 0 ? 0 : -400;
 }
 
@@ -1868,7 +1885,7 @@ chunk_decode(struct chunks *c, struct span in, size_t *used, char *out,
 			c->state = c->left > 0 ? CH_DATA : CH_TRAILER;
 			status = b == '\n' ? 0 : -400;
 			break;
-		case CH_SIZE: case CH_EXT: case CH_QUOTE: case CH_ESC:
+		case CH_SIZE: case CH_NAME: case CH_EXT: case CH_QUOTE: case CH_ESC:
 			status = chunk_size(c, b);
 			break;
 		default:
@@ -2105,7 +2122,7 @@ name_route(struct span target, struct request *r, bool *found)
 		(void)cut_suffix(path, ".tfstate");
 	if (name_wrong(path) != NULL)
 		return name_wrong(path);
-	(void)snprintf(r->name, sizeof(r->name), "%s", path);
+	span_copy(r->name, sizeof(r->name), span(path));
 	return NULL;
 }
 
@@ -2159,12 +2176,13 @@ name_query(struct span query, struct request *r)
 
 static struct {
 	int root;			/* the directory */
-	int guard;			/* .guard */
+	int guard;			/* .guard, for the jobs in lanes */
+	int aside;			/* .guard, for everyone else */
 	uint64_t token;			/* ours, in the names of uploads */
 	pthread_mutex_t mutex;		/* for what follows */
 	uint64_t uploads;
 	bool low;			/* below the reserve */
-} store = { .root = -1, .guard = -1, .mutex = PTHREAD_MUTEX_INITIALIZER };
+} store = { .root = -1, .guard = -1, .aside = -1, .mutex = PTHREAD_MUTEX_INITIALIZER };
 
 struct place {
 	int dir;
@@ -2176,6 +2194,25 @@ dir_leave(int dir)
 {
 	if (dir != store.root)
 		close_quietly(dir);
+}
+
+/* Has the directory been removed under us? Then nothing can be looked up in
+ * it, and ENOENT must not be read as "no such state". */
+static bool
+store_gone(void)
+{
+	struct stat st;
+
+	return fstat(store.root, &st) == -1 || st.st_nlink == 0;
+}
+
+/* Returns -1, with ENOENT only if that is the whole truth. */
+static int
+errno_absent(void)
+{
+	if (errno == ENOENT)
+		errno = store_gone() ? ESTALE : ENOENT;
+	return -1;
 }
 
 /* Opens one directory in another; -1 with errno. A missing one is made, if
@@ -2215,22 +2252,12 @@ dir_enter(int base, const char *path, size_t len, bool create)
 		next = dir_step(dir, part, create);
 		dir_leave(dir);
 		if ((dir = next) == -1)
-			return -1;
+			return errno_absent();
 		n += n < len;
 		path += n;
 		len -= n;
 	}
 	return dir;
-}
-
-/* Has the directory been removed under us? Then nothing can be looked up in
- * it, and ENOENT must not be read as "no such state". */
-static bool
-store_gone(void)
-{
-	struct stat st;
-
-	return fstat(store.root, &st) == -1 || st.st_nlink == 0;
 }
 
 /* Finds where a name's files lie. Left by dir_leave(p->dir). */
@@ -2242,13 +2269,6 @@ place_open(const char *name, bool create, struct place *p)
 	p->leaf = slash == NULL ? name : slash + 1;
 	p->dir = dir_enter(store.root, name,
 	    slash == NULL ? 0 : (size_t)(slash - name), create);
-	if ((p->dir == -1 && errno == ENOENT) || p->dir == store.root) {
-		if (store_gone()) {
-			p->dir = -1;
-			errno = ESTALE;
-		} else if (p->dir == -1)
-			errno = ENOENT;
-	}
 	return p->dir == -1 ? -1 : 0;
 }
 
@@ -2270,8 +2290,8 @@ file_open(int dir, const char *name, int how, struct stat *st)
 
 	if (st == NULL)
 		st = &mine;
-	if (fd == -1)
-		return -1;
+	if (fd == -1 || (how & O_EXCL) != 0)
+		return fd;		/* what we created is ordinary */
 	if (fstat(fd, st) == 0) {
 		if (S_ISREG(st->st_mode))
 			return fd;
@@ -2286,8 +2306,9 @@ place_file(const struct place *p, const char *suffix, int how,
     struct stat *st)
 {
 	char leaf[LEAF];
+	int fd = file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
 
-	return file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
+	return fd == -1 ? errno_absent() : fd;
 }
 
 /* Opens a state for reading; -1 with errno, ENOENT only if there is none. */
@@ -2331,12 +2352,13 @@ static void
 meta_read(int fd, struct meta *m, bool brief)
 {
 	struct json j = { .on = brief ? meta_on_brief : meta_on, .to = m };
-	off_t at = 0, max = brief ? META_MAX : LIST_MAX;
+	/* -s must know the serial, wherever it stands. */
+	off_t at = 0, max = conf.strict ? INT64_MAX : META_MAX;
 	char data[8192];
 	ssize_t n;
 
 	*m = (struct meta){ 0 };
-	while (at < max && !j.stop &&
+	while ((at < max || !brief) && !j.stop &&
 	    (n = read_at(fd, data, sizeof(data), at)) > 0 &&
 	    json_feed(&j, data, (size_t)n))
 		at += n;
@@ -2389,24 +2411,30 @@ store_fits(int64_t n)
 	return -1;
 }
 
-/* Creates an upload's file, .tmp/TOKEN-NUMBER. */
-static int
-tmp_create(struct upload *up)
+/* A new name, .tmp/TOKEN-NUMBER. */
+static void
+tmp_name(char out[TMP])
 {
 	uint64_t number;
 
 	(void)pthread_mutex_lock(&store.mutex);
 	number = store.uploads++;
 	(void)pthread_mutex_unlock(&store.mutex);
-	(void)snprintf(up->tmp, sizeof(up->tmp), ".tmp/%016llx-%llu",
+	(void)snprintf(out, TMP, ".tmp/%016llx-%llu",
 	    (unsigned long long)store.token, (unsigned long long)number);
+}
+
+static int
+tmp_create(struct upload *up)
+{
+	tmp_name(up->tmp);
 	up->fd = file_open(store.root, up->tmp, O_WRONLY | O_CREAT | O_EXCL,
 	    NULL);
 	if (up->fd == -1 && errno == ENOENT &&	/* someone tidied up */
 	    mkdirat(store.root, ".tmp", 0700) == 0)
 		up->fd = file_open(store.root, up->tmp,
 		    O_WRONLY | O_CREAT | O_EXCL, NULL);
-	return up->fd == -1 ? -1 : 0;
+	return up->fd == -1 ? errno_absent() : 0;
 }
 
 static void
@@ -2459,75 +2487,107 @@ history_link(const struct place *p, int dir, uint64_t serial, char id[LEAF])
 	return -1;
 }
 
-static int
-newest_first(const void *a, const void *b)
+/* Is it ID.tfstate? */
+static bool
+is_version_file(const char *name)
 {
-	return strcmp(*(char *const *)b, *(char *const *)a);
+	char id[LEAF];
+
+	span_copy(id, sizeof(id), span(name));
+	return cut_suffix(id, STATE) && is_version(id);
+}
+
+struct names {
+	char **list;
+	size_t n;
+	bool failed;			/* memory ran out */
+};
+
+static void
+names_add(struct names *v, const char *name)
+{
+	char **list = grow(v->list, v->n, sizeof(*list));
+
+	if (list == NULL || (list[v->n] = strdup(name)) == NULL)
+		v->failed = true;
+	else
+		v->n++;
+	if (list != NULL)
+		v->list = list;
+}
+
+static int
+names_order(const void *a, const void *b)
+{
+	return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
 static void
-names_free(char **names, size_t n)
+names_sort(struct names *v)
 {
-	while (n > 0)
-		free(names[--n]);
-	free(names);
+	if (v->n > 0)
+		qsort(v->list, v->n, sizeof(*v->list), names_order);
 }
 
-/* Lists the history's file names without .tfstate, newest first. Owns dir.
- * Returns how many, in a malloced array of malloced strings, or -1. */
-static ssize_t
-history_list(int dir, char ***names)
+static void
+names_free(struct names *v)
 {
-	DIR *d = fdopendir(dir);
-	struct dirent *e;
-	size_t n = 0;
-	char **more;
+	while (v->n > 0)
+		free(v->list[--v->n]);
+	free(v->list);
+}
 
-	*names = NULL;
+/* Lists the IDs in a history, oldest first; its directory stays open. */
+static int
+history_list(int dir, struct names *ids)
+{
+	int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *d = copy == -1 ? NULL : fdopendir(copy);
+	struct dirent *e;
+
 	if (d == NULL) {
-		close_quietly(dir);
+		close_quietly(copy);
 		return -1;
 	}
-	while ((e = readdir(d)) != NULL) {
-		if (!cut_suffix(e->d_name, STATE) || !is_version(e->d_name))
-			continue;
-		if (n % 64 == 0) {
-			more = realloc(*names, (n + 64) * sizeof(*more));
-			if (more == NULL)
-				break;
-			*names = more;
-		}
-		if (((*names)[n] = strdup(e->d_name)) == NULL)
-			break;
-		n++;
-	}
+	while ((e = readdir(d)) != NULL)
+		if (is_version_file(e->d_name) &&
+		    cut_suffix(e->d_name, STATE))
+			names_add(ids, e->d_name);
 	(void)closedir(d);
-	if (n > 0)
-		qsort(*names, n, sizeof(**names), newest_first);
-	return (ssize_t)n;
+	names_sort(ids);
+	return 0;
 }
 
 /* Removes all but the newest keep versions, and never the one just made: a
- * clock that was set back must not lose what it should save. */
+ * clock that was set back must not lose what it should save. Owns dir. */
 static void
 history_prune(int dir, const char *just_made)
 {
-	int copy = fcntl(dir, F_DUPFD_CLOEXEC, 0);
-	char **names, leaf[LEAF];
-	ssize_t n, i;
+	DIR *d = fdopendir(dir);
+	struct dirent *e;
+	char oldest[LEAF];
+	unsigned n = 0;
 
-	if (copy == -1 || lseek(copy, 0, SEEK_SET) == -1) {
-		close_quietly(copy);
+	if (d == NULL) {
+		close_quietly(dir);
 		return;
 	}
-	n = history_list(copy, &names);
-	for (i = (ssize_t)conf.keep; i < n; i++) {
-		(void)snprintf(leaf, sizeof(leaf), "%.64s" STATE, names[i]);
-		if (strcmp(leaf, just_made) != 0)
-			(void)unlinkat(dir, leaf, 0);	/* next time, then */
-	}
-	if (n >= 0)
-		names_free(names, (size_t)n);
+	do {				/* once, unless -k was lowered */
+		rewinddir(d);
+		oldest[0] = '\0';
+		for (n = 0; (e = readdir(d)) != NULL;) {
+			if (!is_version_file(e->d_name) )
+				continue;
+			n++;
+			if (strcmp(e->d_name, just_made) == 0)
+				continue;
+			if (*oldest == '\0' || strcmp(e->d_name, oldest) < 0)
+				(void)snprintf(oldest, LEAF, "%.*s", LEAF - 1,
+				    e->d_name);
+		}
+	} while (n > conf.keep && *oldest != '\0' &&
+	    unlinkat(dir, oldest, 0) == 0 && n > conf.keep + 1);
+	(void)closedir(d);
 }
 
 /* ---- a cache of small states, for the loop alone ----
@@ -2834,6 +2894,15 @@ user_right(const struct request *r, const char *name)
 	return right;
 }
 
+/* v without its first n bytes and the spaces that follow. */
+static struct span
+after_spaces(struct span v, size_t n)
+{
+	while (n < v.len && v.ptr[n] == ' ')
+		n++;
+	return (struct span){ v.ptr + n, v.len - n };
+}
+
 /* Takes user and secret from Authorization: Basic or Bearer (RFC 7617,
  * 6750). False if it shows none. */
 static bool
@@ -2843,7 +2912,7 @@ user_shows(struct request *r, struct span v)
 	ssize_t n;
 
 	if (v.len > 6 && strncasecmp(v.ptr, "basic ", 6) == 0) {
-		v = (struct span){ v.ptr + 6, v.len - 6 };
+		v = after_spaces(v, 6);
 		n = base64_decode(v, text, sizeof(text) - 1);
 		if (n == -1 || memchr(text, 0, (size_t)n) != NULL)
 			return false;
@@ -2857,8 +2926,9 @@ user_shows(struct request *r, struct span v)
 		return true;
 	}
 	if (v.len > 7 && strncasecmp(v.ptr, "bearer ", 7) == 0) {
-		sha256(v.ptr + 7, v.len - 7, r->secret);
-		return true;
+		v = after_spaces(v, 7);
+		sha256(v.ptr, v.len, r->secret);
+		return v.len > 0;
 	}
 	return false;
 }
@@ -2974,30 +3044,31 @@ users_parse(char *text, const char *file)
 static struct users *
 users_read(const char *file)
 {
-	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+	struct buf text = { 0 };
 	struct stat st;
-	char *text = NULL;
 	ssize_t n = -1;
 
-	if (fd != -1 && fstat(fd, &st) == 0 && st.st_size < 1 << 20 &&
-	    (text = calloc(1, (size_t)st.st_size + 1)) != NULL)
-		n = read_at(fd, text, (size_t)st.st_size, 0);
-	if (n == -1) {
+	if (fd != -1 && fstat(fd, &st) == 0 && buf_room(&text, USERS_MAX))
+		while ((n = read(fd, text.data + text.len,
+		    USERS_MAX - text.len)) > 0)
+			text.len += (size_t)n;
+	if (n == -1)
 		complain("cannot read the users in %s: %s", file,
-		    fd != -1 && text == NULL ? "too large" : strerror(errno));
+		    strerror(errno));
+	else if (text.len == USERS_MAX ||
+	    memchr(text.data, 0, text.len) != NULL)
+		complain("%s: this is no list of users", file);
+	else {
+		if ((st.st_mode & 077) != 0)
+			complain("others can read %s: chmod 600 it", file);
 		close_quietly(fd);
-		free(text);
-		return NULL;
+		text.data[text.len] = '\0';
+		return users_parse(text.data, file);
 	}
-	if ((st.st_mode & 077) != 0)
-		complain("others can read %s: chmod 600 it", file);
 	close_quietly(fd);
-	if (memchr(text, 0, (size_t)n) != NULL) {
-		complain("%s: it is not text", file);
-		free(text);
-		return NULL;
-	}
-	return users_parse(text, file);
+	buf_free(&text);
+	return NULL;
 }
 
 /* ==== jobs ===============================================================
@@ -3019,9 +3090,11 @@ struct lane {				/* a name with a job that runs */
 
 /* What a job leaves to be done once its answer is on its way. */
 struct after {
+	int fresh;			/* a lock file, to be synced, or -1 */
 	int old;			/* the replaced state, to be freed */
 	int history;			/* a directory to be pruned, or -1 */
 	char made[LEAF];		/* in it, just now */
+	char broken[TMP];		/* where a broken lock was put */
 };
 
 static struct {
@@ -3049,7 +3122,7 @@ static struct {
  * that are none.
  */
 static int
-guard_set(short type, off_t byte, bool wait)
+guard_set(int fd, short type, off_t byte, bool wait)
 {
 	struct flock l = { .l_type = type, .l_whence = SEEK_SET,
 	    .l_start = byte, .l_len = 1 };
@@ -3059,7 +3132,7 @@ guard_set(short type, off_t byte, bool wait)
 	int how = wait ? F_SETLKW : F_SETLK;
 #endif
 
-	while (fcntl(store.guard, how, &l) == -1)
+	while (fcntl(fd, how, &l) == -1)
 		if (errno != EINTR && errno != EDEADLK)
 			return -1;
 	return 0;
@@ -3091,12 +3164,12 @@ guard_take(const char *name)
 {
 	struct stat st;
 
-	if (guard_set(F_WRLCK, guard_byte(name), true) == -1)
+	if (guard_set(store.guard, F_WRLCK, guard_byte(name), true) == -1)
 		return -1;
 	if (fstat(store.guard, &st) == 0 && st.st_nlink > 0)
 		return 0;
 	/* Removed: another server would lock another file of that name. */
-	(void)guard_set(F_UNLCK, guard_byte(name), false);
+	(void)guard_set(store.guard, F_UNLCK, guard_byte(name), false);
 	errno = ESTALE;
 	return -1;
 }
@@ -3105,7 +3178,48 @@ static void
 guard_drop(const char *name)
 {
 	/* Cannot fail: it shortens what we hold, and needs no waiting. */
-	(void)guard_set(F_UNLCK, guard_byte(name), false);
+	(void)guard_set(store.guard, F_UNLCK, guard_byte(name), false);
+}
+
+/*
+ * The guard for one who stands in no lane: the listing, the sweep. A second
+ * descriptor, for to its own holder a record lock is no obstacle, and one at
+ * a time, for the same reason.
+ */
+static pthread_mutex_t aside_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+static int
+aside_take(const char *name)
+{
+	(void)pthread_mutex_lock(&aside_mutex);
+	if (guard_set(store.aside, F_WRLCK, guard_byte(name), true) == 0)
+		return 0;
+	(void)pthread_mutex_unlock(&aside_mutex);
+	return -1;
+}
+
+static void
+aside_drop(const char *name)
+{
+	(void)guard_set(store.aside, F_UNLCK, guard_byte(name), false);
+	(void)pthread_mutex_unlock(&aside_mutex);
+}
+
+/* Reads a lock without meaning to change it. What looks like a freeze may be
+ * a lock whose info is being written: under the guard it is whole. */
+static int
+lock_look(const struct place *p, const char *name, struct lock *l)
+{
+	int status = lock_read(p, l);
+
+	if (status == -1 || !l->foreign)
+		return status;
+	lock_free(l);
+	if (aside_take(name) == -1)
+		return -1;
+	status = lock_read(p, l);
+	aside_drop(name);
+	return status;
 }
 
 /* ---- lanes and threads ---- */
@@ -3228,17 +3342,18 @@ job_thread(void *unused)
 	struct lane *lane;
 
 	for (;;) {
-		struct after a = { .old = -1, .history = -1 };
+		struct after a = { -1, -1, -1, "", "" };
 
 		r = job_take();
 		lane = r->lane;
 		r->run(r, &a);
 		job_answer(r);		/* r is the loop's again */
+		close_quietly(a.fresh);
 		close_quietly(a.old);
-		if (a.history != -1) {
+		if (a.history != -1)
 			history_prune(a.history, a.made);
-			close_quietly(a.history);
-		}
+		if (a.broken[0] != '\0')
+			(void)unlinkat(store.root, a.broken, 0);
 		(void)pthread_mutex_lock(&jobs.mutex);
 		if (lane != NULL)
 			lane_leave(lane);
@@ -3350,6 +3465,13 @@ refuse_errno(struct request *r, const char *what)
 	    status == 507 ? "no room is left on the disk" : strerror(e));
 }
 
+static int
+done(struct request *r)
+{
+	r->status = 200;
+	return 0;
+}
+
 /* The answer is the holder's lock info: every client knows to read it. */
 static int
 refuse_locked(struct request *r, int status)
@@ -3449,24 +3571,6 @@ log_event(struct request *r, const struct place *p, const char *event)
 	buf_free(&b);
 }
 
-/* Ends a job: logs what became of it, leaves the place. Where there is no
- * directory, there is no log either. */
-static void
-job_end(struct request *r, struct place *p, const char *event)
-{
-	if (p->dir == -1 && place_open(r->name, false, p) == -1)
-		return;
-	log_event(r, p, r->status == 200 ? event : "refused");
-	dir_leave(p->dir);
-}
-
-static int
-done(struct request *r)
-{
-	r->status = 200;
-	return 0;
-}
-
 /* ---- bodies ---- */
 
 static int
@@ -3564,145 +3668,120 @@ lock_info_read(struct request *r)
 	return 0;
 }
 
-/* ---- LOCK and UNLOCK ---- */
+/* ---- the deeds ----
+ *
+ * LOCK, UNLOCK, write and delete differ in what they want of a request and
+ * in what they do under the guard. How they are done is the same, and stands
+ * in commit(), below them. Each function returns 0 or the status of a
+ * refusal; what a deed did is told by the event, for the log.
+ */
 
-/* Looks and takes, under the guard. *fd is the lock file, to be synced. */
 static int
-lock_look(struct request *r, struct place *p, int *fd, const char **event)
+lock_prepare(struct request *r)
 {
+	int status = lock_info_read(r);
+
+	if (status == 0 && r->len == 0)
+		return refuse(r, 400, "LOCK wants lock info: a JSON object "
+		    "with an ID");
+	return status;
+}
+
+/* Puts a broken lock back where it was. */
+static void
+lock_mend(struct place *p, struct after *a)
+{
+	char leaf[LEAF];
+
+	if (a->broken[0] != '\0' && renameat(store.root, a->broken, p->dir,
+	    leaf_name(leaf, p, LOCK)) == 0)
+		a->broken[0] = '\0';
+}
+
+static int
+lock_publish(struct request *r, struct place *p, struct after *a)
+{
+	char leaf[LEAF];
+
 	if (lock_read(p, &r->lock) == -1)
 		return refuse_errno(r, "read the lock");
+	r->event = "lock";
 	if (lock_is(&r->lock, r->id)) {	/* a repetition: promise 6 */
-		*fd = place_file(p, LOCK, O_RDONLY, NULL);
-		return *fd == -1 ? refuse_errno(r, "read the lock") : 0;
+		a->fresh = place_file(p, LOCK, O_RDONLY, NULL);
+		return a->fresh == -1 ? refuse_errno(r, "read the lock") : 0;
 	}
 	if (r->lock.held) {
 		if (!lock_stale(&r->lock) || r->right < R_WRITE)
 			return refuse_locked(r, 423);
 		/* The broken run can do no harm: its ID opens nothing now. */
-		if (lock_remove(p) == -1)
+		tmp_name(a->broken);
+		if (renameat(p->dir, leaf_name(leaf, p, LOCK), store.root,
+		    a->broken) == -1) {
+			a->broken[0] = '\0';
 			return refuse_errno(r, "break the stale lock");
-		*event = "break";
+		}
+		r->event = "break";
 	}
-	*fd = lock_create(p, r->body, r->len);
-	return *fd == -1 ? refuse_errno(r, "write the lock") : 0;
+	if ((a->fresh = lock_create(p, r->body, r->len)) != -1)
+		return 0;
+	(void)refuse_errno(r, "write the lock");
+	lock_mend(p, a);
+	return r->status;
 }
 
 /* The lock could not be synced: nobody is told of it, so nobody has it. */
-static int
-lock_take_back(struct request *r, struct place *p)
+static void
+lock_take_back(struct request *r, struct place *p, struct after *a)
 {
 	struct lock l;
-	int e = errno;
 
-	if (guard_take(r->name) == 0) {
-		if (lock_read(p, &l) == 0 && lock_is(&l, r->id))
-			(void)lock_remove(p);
-		lock_free(&l);
-		guard_drop(r->name);
-	}
-	errno = e;
-	return refuse_errno(r, "sync the lock");
-}
-
-static int
-lock_commit(struct request *r, struct place *p, const char **event)
-{
-	int fd = -1, status = lock_info_read(r), failed;
-
-	if (status != 0)
-		return status;
-	if (r->len == 0)
-		return refuse(r, 400, "LOCK wants lock info: a JSON object "
-		    "with an ID");
-	if (place_open(r->name, true, p) == -1)
-		return refuse_errno(r, "open the lock's directory");
-	if (guard_take(r->name) == -1)
-		return refuse_errno(r, "guard the name");
-	status = lock_look(r, p, &fd, event);
+	if (lock_is(&r->lock, r->id) || guard_take(r->name) == -1)
+		return;			/* a repetition: it was there before */
+	if (lock_read(p, &l) == 0 && lock_is(&l, r->id) &&
+	    lock_remove(p) == 0)
+		lock_mend(p, a);
+	lock_free(&l);
 	guard_drop(r->name);
-	if (status != 0)
-		return status;
-	failed = sync_fd(fd) == -1 || sync_fd(p->dir) == -1;
-	close_quietly(fd);
-	if (failed)
-		return lock_take_back(r, p);
-	return done(r);
 }
 
-static void
-job_lock(struct request *r, struct after *a)
-{
-	struct place p = { .dir = -1 };
-	const char *event = "lock";
-
-	(void)a;
-	(void)lock_commit(r, &p, &event);
-	job_end(r, &p, event);
-}
-
-/* Looks and releases, under the guard. */
 static int
-unlock_look(struct request *r, struct place *p, const char **event)
+unlock_prepare(struct request *r)
+{
+	int status = lock_info_read(r);
+
+	/* An empty body is terraform's force-unlock, unless ?ID= names one. */
+	r->force = r->len == 0 && !r->has_id;
+	if (status == 0 && r->force && r->right < R_WRITE)
+		return refuse(r, 403, "the user may not force-unlock this "
+		    "state");
+	return status;
+}
+
+static int
+unlock_publish(struct request *r, struct place *p, struct after *a)
 {
 	bool made_up;
 
+	(void)a;
 	if (lock_read(p, &r->lock) == -1)
 		return refuse_errno(r, "read the lock");
-	if (!r->lock.held)
+	if (!r->lock.held)		/* a repetition, perhaps */
 		return 0;
 	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
 	made_up = r->lock.foreign && strcmp(r->id, r->lock.id) == 0 &&
 	    r->right == R_WRITE;
 	if (!r->force && !made_up && !lock_is(&r->lock, r->id))
 		return refuse_locked(r, 409);
-	*event = r->force || made_up ? "force-unlock" : "unlock";
+	r->event = r->force || made_up ? "force-unlock" : "unlock";
 	return lock_remove(p) == -1 ? refuse_errno(r, "remove the lock") : 0;
 }
 
 static int
-unlock_commit(struct request *r, struct place *p, const char **event)
+refuse_broken(struct request *r)
 {
-	int status = lock_info_read(r);
-
-	if (status != 0)
-		return status;
-	/* An empty body is terraform's force-unlock, unless ?ID= names one. */
-	r->force = r->len == 0 && !r->has_id;
-	if (r->force && r->right < R_WRITE)
-		return refuse(r, 403, "the user may not force-unlock this "
-		    "state");
-	if (place_open(r->name, false, p) == -1)
-		return errno == ENOENT ? done(r) :
-		    refuse_errno(r, "open the lock's directory");
-	if (guard_take(r->name) == -1)
-		return refuse_errno(r, "guard the name");
-	status = unlock_look(r, p, event);
-	guard_drop(r->name);
-	if (status != 0)
-		return status;
-	/* Even if nothing was locked: the answer to an earlier try may have
-	 * been lost because this very sync failed. */
-	if (sync_fd(p->dir) == -1)
-		return refuse_errno(r, "sync the directory");
-	return done(r);
+	return refuse(r, 409, "nothing is locked: the lock %s was broken or "
+	    "released", r->id);
 }
-
-static void
-job_unlock(struct request *r, struct after *a)
-{
-	struct place p = { .dir = -1 };
-	const char *event = "unlock";
-
-	(void)a;
-	(void)unlock_commit(r, &p, &event);
-	if (r->status == 200 && !r->lock.held)
-		dir_leave(p.dir);	/* nothing happened */
-	else
-		job_end(r, &p, event);
-}
-
-/* ---- writes ---- */
 
 /* Promise 4: under the lock's own ID, or with none when nothing is locked.
  * An ID whose lock is gone was broken: another run may have written. */
@@ -3714,36 +3793,7 @@ write_allowed(struct request *r, const struct place *p)
 		return refuse_errno(r, "read the lock");
 	if (r->lock.held && !(r->has_id && lock_is(&r->lock, r->id)))
 		return refuse_locked(r, 423);
-	if (!r->lock.held && r->has_id)
-		return refuse(r, 409, "nothing is locked: the lock %s was "
-		    "broken or released", r->id);
-	return 0;
-}
-
-/* May a write that is about to begin go on? What is refused here need not
- * be uploaded first. The write itself will look again. */
-static void
-job_look(struct request *r, struct after *a)
-{
-	struct place p = { .dir = -1 };
-	int status = 0;
-
-	(void)a;
-	if (store_fits(r->length > 0 ? r->length : 0) == -1)
-		status = refuse_errno(r, "write the state");
-	if (place_open(r->name, false, &p) == -1) {
-		if (errno == ENOENT && r->has_id && status == 0)
-			(void)refuse(r, 409, "nothing is locked: the lock %s "
-			    "was broken or released", r->id);
-		else if (errno != ENOENT)
-			(void)refuse_errno(r, "open the state's directory");
-		return;
-	}
-	if (status == 0)
-		status = write_allowed(r, &p);
-	if (status != 0)
-		log_event(r, &p, "refused");
-	dir_leave(p.dir);
+	return !r->lock.held && r->has_id ? refuse_broken(r) : 0;
 }
 
 /* -s: what terraform itself would want to be asked about. */
@@ -3752,7 +3802,10 @@ write_strict(struct request *r)
 {
 	const struct meta *new = &r->up->meta, *old = &r->old;
 
-	if (old->known && (!new->known || new->serial < old->serial))
+	if (old->known && !new->known)
+		return refuse(r, 409, "strict: it has no whole number as its "
+		    "serial");
+	if (old->known && new->serial < old->serial)
 		return refuse(r, 409, "strict: serial %llu is lower than the "
 		    "present %llu", (unsigned long long)new->serial,
 		    (unsigned long long)old->serial);
@@ -3763,13 +3816,11 @@ write_strict(struct request *r)
 }
 
 /* Opens what is to be replaced or deleted, reads its serial, and links it
- * into the history. *exists tells whether there was anything. */
+ * into the history: a->old stays -1 if there is nothing. */
 static int
-old_keep(struct request *r, struct place *p, struct after *a, bool *exists)
+old_keep(struct request *r, struct place *p, struct after *a)
 {
-	a->old = place_file(p, STATE, O_RDONLY, NULL);
-	*exists = a->old != -1;
-	if (!*exists)
+	if ((a->old = place_file(p, STATE, O_RDONLY, NULL)) == -1)
 		return errno == ENOENT ? 0 : refuse_errno(r, "read the state "
 		    "that is there");
 	meta_read(a->old, &r->old, true);
@@ -3784,111 +3835,140 @@ old_keep(struct request *r, struct place *p, struct after *a, bool *exists)
 	return 0;
 }
 
-/* Undoes old_keep when what should have followed did not. */
-static void
-old_forget(struct after *a)
+/* What should have followed old_keep could not be done. */
+static int
+old_forget(struct request *r, struct after *a, const char *what)
 {
 	int saved = errno;
 
-	if (a->history != -1 && a->made[0] != '\0')
+	if (a->history != -1)
 		(void)unlinkat(a->history, a->made, 0);
 	errno = saved;
+	return refuse_errno(r, what);
 }
 
-/* Looks and publishes, under the guard. */
+/*
+ * The history's own directory is not synced: the promise is about the new
+ * state. A journal writes both together; without one, a power cut within
+ * seconds may cost the old version its second name.
+ */
 static int
 write_publish(struct request *r, struct place *p, struct after *a)
 {
 	char leaf[LEAF];
-	bool exists;
 	int status = write_allowed(r, p);
 
-	if (status != 0 || (status = old_keep(r, p, a, &exists)) != 0)
+	r->event = "write";
+	if (status != 0 || (status = old_keep(r, p, a)) != 0)
 		return status;
 	if (renameat(store.root, r->up->tmp, p->dir,
-	    leaf_name(leaf, p, STATE)) == -1) {
-		old_forget(a);
-		return refuse_errno(r, "put the state in its place");
-	}
+	    leaf_name(leaf, p, STATE)) == -1)
+		return old_forget(r, a, "put the state in its place");
 	r->up->tmp[0] = '\0';
 	return 0;
 }
 
 static int
-write_commit(struct request *r, struct place *p, struct after *a)
+delete_prepare(struct request *r)
 {
-	int status = upload_end(r);
+	return r->right < R_WRITE ?
+	    refuse(r, 403, "the user may not delete this state") : 0;
+}
 
-	if (status != 0)
+/* Removes the name; its other one, in the history, is on disk before. */
+static int
+delete_publish(struct request *r, struct place *p, struct after *a)
+{
+	char leaf[LEAF];
+	int status = write_allowed(r, p);
+
+	r->event = "delete";
+	if (status != 0 || (status = old_keep(r, p, a)) != 0)
 		return status;
-	if (place_open(r->name, true, p) == -1)
-		return refuse_errno(r, "open the state's directory");
+	if (a->old == -1)
+		return refuse(r, 404, "there is no such state");
+	if ((a->history != -1 && sync_fd(a->history) == -1) ||
+	    unlinkat(p->dir, leaf_name(leaf, p, STATE), 0) == -1)
+		return old_forget(r, a, "remove the state");
+	return 0;
+}
+
+static const struct deed {
+	int (*prepare)(struct request *);
+	int (*publish)(struct request *, struct place *, struct after *);
+	bool create;			/* the name's directory, if need be */
+} deed_lock = { lock_prepare, lock_publish, true },
+  deed_unlock = { unlock_prepare, unlock_publish, false },
+  deed_write = { upload_end, write_publish, true },
+  deed_delete = { delete_prepare, delete_publish, false };
+
+/* Looks and publishes under the name's guard. */
+static int
+commit_guarded(struct request *r, const struct deed *d, struct place *p,
+    struct after *a)
+{
+	int status;
+
+	if (place_open(r->name, d->create, p) == -1) {
+		if (errno != ENOENT)
+			return refuse_errno(r, "open the state's directory");
+		/* No directory: no lock to release, no state to delete. */
+		return d == &deed_delete ?
+		    refuse(r, 404, "there is no such state") : 0;
+	}
 	if (guard_take(r->name) == -1)
 		return refuse_errno(r, "guard the name");
-	status = write_publish(r, p, a);
+	status = d->publish(r, p, a);
 	guard_drop(r->name);
-	if (status != 0)
-		return status;
-	/*
-	 * The history's own directory is not synced: the promise is about the
-	 * new state. A journal writes both together; without one, a power cut
-	 * within seconds may cost the old version its second name.
-	 */
-	if (sync_fd(p->dir) == -1)
-		return refuse_errno(r, "sync the directory");
-	return done(r);
+	return status;
+}
+
+/*
+ * A deed, first step to last. The directory is synced even if nothing was
+ * there to be done: an earlier try may have done it, and its answer been
+ * lost because this very sync failed.
+ */
+static void
+commit(struct request *r, const struct deed *d, struct after *a)
+{
+	struct place p = { .dir = -1 };
+	int status = d->prepare(r);
+
+	if (status == 0)
+		status = commit_guarded(r, d, &p, a);
+	if (status == 0 && p.dir != -1 && ((a->fresh != -1 &&
+	    sync_fd(a->fresh) == -1) || sync_fd(p.dir) == -1)) {
+		status = refuse_errno(r, "sync");
+		if (d == &deed_lock)
+			lock_take_back(r, &p, a);
+	}
+	if (status == 0)
+		(void)done(r);
+	if (p.dir == -1 && status != 404)	/* refused: where is its log? */
+		(void)place_open(r->name, false, &p);
+	if (p.dir != -1 && status != 404 && (status != 0 || r->event != NULL))
+		log_event(r, &p, status == 0 ? r->event : "refused");
+	if (p.dir != -1)
+		dir_leave(p.dir);
+}
+
+static void
+job_lock(struct request *r, struct after *a)
+{
+	commit(r, &deed_lock, a);
+}
+
+static void
+job_unlock(struct request *r, struct after *a)
+{
+	commit(r, &deed_unlock, a);
 }
 
 static void
 job_write(struct request *r, struct after *a)
 {
-	struct place p = { .dir = -1 };
-
-	(void)write_commit(r, &p, a);
+	commit(r, &deed_write, a);
 	tmp_remove(r->up);
-	job_end(r, &p, "write");
-}
-
-/* Removes the name, under the guard; the history is on disk before. */
-static int
-delete_publish(struct request *r, struct place *p, struct after *a)
-{
-	char leaf[LEAF];
-	bool exists;
-	int status = write_allowed(r, p);
-
-	if (status != 0 || (status = old_keep(r, p, a, &exists)) != 0)
-		return status;
-	if (!exists)
-		return refuse(r, 404, "there is no such state");
-	if ((a->history != -1 && sync_fd(a->history) == -1) ||
-	    unlinkat(p->dir, leaf_name(leaf, p, STATE), 0) == -1) {
-		old_forget(a);
-		return refuse_errno(r, "remove the state");
-	}
-	return 0;
-}
-
-static int
-delete_commit(struct request *r, struct place *p, struct after *a)
-{
-	int status;
-
-	if (r->right < R_WRITE)
-		return refuse(r, 403, "the user may not delete this state");
-	if (place_open(r->name, false, p) == -1)
-		return errno == ENOENT ?
-		    refuse(r, 404, "there is no such state") :
-		    refuse_errno(r, "open the state's directory");
-	if (guard_take(r->name) == -1)
-		return refuse_errno(r, "guard the name");
-	status = delete_publish(r, p, a);
-	guard_drop(r->name);
-	if (status != 0)
-		return status;
-	if (sync_fd(p->dir) == -1)
-		return refuse_errno(r, "sync the directory");
-	return done(r);
 }
 
 /* With unlock_method DELETE at the state's own address, terraform's unlock
@@ -3896,29 +3976,46 @@ delete_commit(struct request *r, struct place *p, struct after *a)
 static void
 job_delete(struct request *r, struct after *a)
 {
-	struct place p = { .dir = -1 };
+	commit(r, r->len > 0 || r->has_md5 ? &deed_unlock : &deed_delete, a);
+}
 
-	if (r->len > 0 || r->has_md5) {
-		job_unlock(r, a);
+/* May a write that is about to begin go on? What is refused here need not
+ * be uploaded first. The write itself will look again. */
+static void
+job_look(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+	int status = 0;
+
+	(void)a;
+	if (store_fits(r->length > 0 ? r->length : 0) == -1)
+		status = refuse_errno(r, "write the state");
+	if (place_open(r->name, false, &p) == -1) {
+		if (errno != ENOENT)
+			(void)refuse_errno(r, "open the state's directory");
+		else if (status == 0 && r->has_id)
+			(void)refuse_broken(r);
 		return;
 	}
-	if (delete_commit(r, &p, a) == 404) {
-		dir_leave(p.dir);	/* no log for what never was */
-		return;
+	if (status == 0 && guard_take(r->name) == -1)
+		status = refuse_errno(r, "guard the name");
+	else if (status == 0) {
+		status = write_allowed(r, &p);
+		guard_drop(r->name);
 	}
-	job_end(r, &p, "delete");
+	if (status != 0)
+		log_event(r, &p, "refused");
+	dir_leave(p.dir);
 }
 
 /* ==== pages ==============================================================
  *
  * For people who look, and for machines that watch: the states, a state's
- * versions, what changed, metrics. Each page is one walk whose findings are
- * written as text, JSON or HTML, by a commit thread, because it reads many
- * files; a page stands in a lane like everything else, so that there is one
- * listing at a time, however many are asked for.
+ * versions, what changed, metrics. A commit thread writes them, because they
+ * read many files, and they stand in lanes like everything else: there is
+ * one listing at a time, however many are asked for. A table is written once
+ * and comes out as text, JSON or HTML.
  */
-#define ROWS_MAX 5000			/* of an HTML page; search for more */
-
 static const char page_css[] =
     ":root{color-scheme:light dark;--dim:#666;--line:#ddd;--hot:#b3261e}"
     "@media(prefers-color-scheme:dark){:root{--dim:#999;--line:#333;"
@@ -3930,9 +4027,10 @@ static const char page_css[] =
     "th{text-align:left;font-weight:500;color:var(--dim)}"
     "td,th{padding:.4rem .8rem .4rem 0;border-bottom:1px solid var(--line);"
     "vertical-align:top}"
+    ".n,td:nth-child(5),td:last-child{white-space:nowrap}"
     ".n{text-align:right;font-variant-numeric:tabular-nums}"
     ".dim{color:var(--dim)}.hot{color:var(--hot)}"
-    "td:first-child{overflow-wrap:anywhere}"
+    "td:first-child{overflow-wrap:anywhere;min-width:14rem}"
     "pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:1rem;"
     "overflow-x:auto;border-radius:.4rem}"
     "input{font:inherit;width:100%;box-sizing:border-box;padding:.5rem .7rem;"
@@ -3944,7 +4042,7 @@ static const char page_css[] =
     "border-bottom:1px solid var(--line)}td{border:0;padding:0}"
     "td:empty{display:none}"
     "td:first-child{flex-basis:100%;font-weight:600}"
-    "td[data-h]::before{content:attr(data-h) ' ';color:var(--dim)}}";
+    "td[data-h]:not(:first-child)::before{content:attr(data-h) ' ';color:var(--dim)}}";
 
 static const char page_js[] =
     "const q=document.querySelector('input'),"
@@ -3953,7 +4051,9 @@ static const char page_js[] =
     "q.addEventListener('input',()=>{const s=q.value.toLowerCase();"
     "for(const r of rows)"
     "r.hidden=!r.cells[0].textContent.toLowerCase().includes(s);"
-    "for(const n of names)n.textContent=encodeURI(q.value.trim()||'demo')});";
+    "for(const n of names)n.textContent="
+    "(q.value.trim()||'demo').split('/').map(encodeURIComponent).join('/')"
+    "});";
 
 static void
 buf_csp_hash(struct buf *b, const char *what, const char *text)
@@ -3973,7 +4073,7 @@ page_csp(struct buf *b)
 	buf_str(b, "Content-Security-Policy: default-src 'none'");
 	buf_csp_hash(b, "style-src", page_css);
 	buf_csp_hash(b, "script-src", page_js);
-	buf_str(b, "; form-action 'self'; base-uri 'none'; "
+	buf_str(b, "; img-src data:; form-action 'self'; base-uri 'none'; "
 	    "frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n");
 }
 
@@ -3993,13 +4093,6 @@ html_begin(struct buf *b, const char *title)
 }
 
 static void
-page_type(struct request *r)
-{
-	r->type = r->html ? "text/html; charset=utf-8" :
-	    r->json ? "application/json" : "text/plain; charset=utf-8";
-}
-
-static void
 size_text(char out[32], int64_t n)
 {
 	static const char units[] = "KMGT";
@@ -4014,6 +4107,135 @@ size_text(char out[32], int64_t n)
 		(void)snprintf(out, 32, "%lld B", (long long)n);
 	else
 		(void)snprintf(out, 32, "%.*f %ciB", v < 10, v, units[i]);
+}
+
+/* ---- tables ---- */
+
+struct column {
+	const char *key;		/* in JSON */
+	const char *title;		/* elsewhere; NULL: only in JSON */
+	int width;			/* of text; negative: to the left */
+	bool number;
+};
+
+static void
+page_begin(struct request *r, const char *title, const struct column *c)
+{
+	static const char *const types[] = { "text/plain; charset=utf-8",
+	    "application/json", "text/html; charset=utf-8" };
+	struct buf *b = &r->text;
+
+	r->type = types[r->form];
+	if (r->form == JSON) {
+		buf_str(b, "[");
+		return;
+	}
+	if (r->form == HTML) {
+		html_begin(b, title);
+		return;
+	}
+	for (; c->key != NULL; c++)
+		if (c->title != NULL)
+			buf_fmt(b, "%*s  ", c->width, c->title);
+	buf_str(b, "\n");
+}
+
+static void
+table_begin(struct request *r, const struct column *c)
+{
+	struct buf *b = &r->text;
+
+	if (r->form != HTML)
+		return;
+	buf_str(b, "<table><thead><tr>");
+	for (; c->key != NULL; c++)
+		if (c->title != NULL)
+			buf_fmt(b, "<th%s>%s", c->number ? " class=n" : "",
+			    c->title);
+	buf_str(b, "<th></thead><tbody>\n");
+}
+
+static void
+row_begin(struct request *r, bool first)
+{
+	buf_str(&r->text, r->form == HTML ? "<tr>" : r->form == TEXT ? "" :
+	    first ? "\n{" : ",\n{");
+}
+
+static void
+row_end(struct request *r)
+{
+	buf_str(&r->text, r->form == JSON ? "}" : "\n");
+}
+
+/* A key of a JSON object, with the comma that it may need before it. */
+static void
+json_key(struct buf *b, const char *key)
+{
+	if (b->len > 0 && b->data[b->len - 1] != '{')
+		buf_str(b, ",");
+	buf_fmt(b, "\"%s\":", key);
+}
+
+/* Appends key and value; null in place of nothing. */
+static void
+json_member(struct buf *b, const char *key, const char *value)
+{
+	json_key(b, key);
+	if (*value == '\0')
+		buf_str(b, "null");
+	else
+		buf_json(b, value);
+}
+
+static void
+html_link(struct buf *b, const char *base, const char *path, const char *text)
+{
+	buf_fmt(b, "<a href=\"%s", base);
+	buf_url(b, path);
+	buf_str(b, "\">");
+	buf_html(b, text);
+	buf_str(b, "</a> ");
+}
+
+/* A cell: its value for machines, and as people like to see it. base is what
+ * an HTML link to it begins with, or NULL. */
+static void
+cell(struct request *r, const struct column *c, const char *value,
+    const char *shown, const char *base)
+{
+	struct buf *b = &r->text;
+
+	if (r->form == JSON && c->number && *value != '\0') {
+		json_key(b, c->key);
+		buf_str(b, value);
+	} else if (r->form == JSON)
+		json_member(b, c->key, value);
+	else if (c->title == NULL)
+		return;
+	else if (r->form == TEXT)
+		buf_fmt(b, "%*s  ", c->width, *shown != '\0' ? shown : "-");
+	else {
+		buf_fmt(b, "<td%s data-h=\"%s\" title=\"",
+		    c->number ? " class=n" : "", c->title);
+		buf_html(b, value);
+		buf_str(b, "\">");
+		if (base != NULL)
+			html_link(b, base, value, shown);
+		else
+			buf_html(b, shown);
+	}
+}
+
+static void
+page_end(struct request *r)
+{
+	buf_str(&r->text, r->form == JSON ? "\n]\n" :
+	    r->form == HTML ? "</html>\n" : "");
+	if (r->text.failed)
+		(void)refuse(r, 503, "the page does not fit in memory");
+	else
+		(void)done(r);
 }
 
 /* ---- a walk over the states ---- */
@@ -4084,6 +4306,7 @@ walk_states(struct walk *w)
 
 	if (dir == -1 || store_gone()) {
 		close_quietly(dir);
+		errno = dir == -1 ? errno : ESTALE;
 		return -1;
 	}
 	walk_dir(w, dir, 0, 0);
@@ -4092,16 +4315,22 @@ walk_states(struct walk *w)
 
 /* ---- the listing ---- */
 
-struct entry {
-	char *name;
-	bool state, lock;
+/* In the order of the cells that row_cells writes. */
+static const struct column listing_columns[] = {
+	{ "name", "State", -24, false },
+	{ "serial", "Serial", 6, true },
+	{ "resources", "Resources", 9, true },
+	{ "size", "Size", 9, true },
+	{ "modified", "Changed", -15, false },
+	{ "terraform_version", "Terraform", -9, false },
+	{ "lineage", NULL, 0, false },
+	{ "lock", "Lock", -4, false },
+	{ NULL, NULL, 0, false }
 };
 
 struct listing {
 	struct request *r;
-	struct entry *list;
-	size_t n, cap;
-	bool failed;
+	struct names names;
 };
 
 /* A state, as it is shown. */
@@ -4111,221 +4340,125 @@ struct row {
 	struct stat st;
 	struct meta meta;
 	struct lock lock;
-	size_t width;			/* of the text's first column */
 };
 
 static void
 listing_on(struct walk *w, int dir, const char *leaf, bool is_lock)
 {
 	struct listing *l = w->to;
-	struct entry *more;
-	size_t cap = l->cap > 0 ? 2 * l->cap : 64;
 
 	(void)dir;
 	(void)leaf;
-	if (user_right(l->r, w->name) == R_NONE ||
-	    (l->r->query[0] != '\0' &&
-	    strstr(w->name, l->r->query) == NULL))
-		return;
-	if (l->n == l->cap) {
-		if ((more = realloc(l->list, cap * sizeof(*more))) == NULL) {
-			l->failed = true;
-			return;
-		}
-		l->list = more;
-		l->cap = cap;
-	}
-	l->list[l->n] = (struct entry){ strdup(w->name), !is_lock, is_lock };
-	if (l->list[l->n].name == NULL)
-		l->failed = true;
-	else
-		l->n++;
-}
-
-static int
-by_name(const void *a, const void *b)
-{
-	return strcmp(((const struct entry *)a)->name,
-	    ((const struct entry *)b)->name);
-}
-
-/* Sorts, and makes one entry of a state and its lock. */
-static void
-listing_sort(struct listing *l)
-{
-	size_t i, n = 0;
-
-	if (l->n > 0)
-		qsort(l->list, l->n, sizeof(*l->list), by_name);
-	for (i = 0; i < l->n; i++) {
-		if (n > 0 && strcmp(l->list[n - 1].name,
-		    l->list[i].name) == 0) {
-			l->list[n - 1].state |= l->list[i].state;
-			l->list[n - 1].lock |= l->list[i].lock;
-			free(l->list[i].name);
-		} else
-			l->list[n++] = l->list[i];
-	}
-	l->n = n;
+	(void)is_lock;			/* a name may have only a lock */
+	if (user_right(l->r, w->name) != R_NONE &&
+	    strstr(w->name, l->r->query) != NULL)
+		names_add(&l->names, w->name);
 }
 
 /* Looks at one state. What went away meanwhile is shown as not there. */
 static void
-row_read(struct row *row, const struct entry *e)
+row_read(struct row *row, const char *name)
 {
 	struct place p;
 	int fd;
 
-	*row = (struct row){ .name = e->name, .width = row->width };
-	if (place_open(e->name, false, &p) == -1)
+	*row = (struct row){ .name = name };
+	if (place_open(name, false, &p) == -1)
 		return;
-	fd = e->state ? place_file(&p, STATE, O_RDONLY, &row->st) : -1;
-	if (fd != -1) {
+	if ((fd = place_file(&p, STATE, O_RDONLY, &row->st)) != -1) {
 		row->exists = true;
-		if (row->st.st_size <= LIST_MAX)
-			meta_read(fd, &row->meta, false);
-		else
-			meta_read(fd, &row->meta, true);
+		meta_read(fd, &row->meta, row->st.st_size > LIST_MAX);
 		close_quietly(fd);
 	}
-	if (e->lock)
-		(void)lock_read(&p, &row->lock);
+	(void)lock_look(&p, name, &row->lock);
 	dir_leave(p.dir);
 }
 
 static void
-row_text(struct buf *b, const struct row *row)
+row_lock_json(struct buf *b, const struct lock *l)
 {
-	char size[32] = "-", age[40] = "-", held[32];
+	char since[32];
 
-	if (row->exists) {
-		size_text(size, (int64_t)row->st.st_size);
-		age_text(age, time(NULL) - row->st.st_mtime);
-	}
-	buf_fmt(b, "%-*s  ", (int)row->width, row->name);
-	if (row->meta.known)
-		buf_fmt(b, "%6llu", (unsigned long long)row->meta.serial);
-	else
-		buf_str(b, "     -");
-	buf_fmt(b, "  %9s  %-11s", size, age);
-	if (row->lock.held) {
-		age_text(held, time(NULL) - row->lock.since);
-		buf_fmt(b, "  %s %s%s%s%s for %s, ID ",
-		    row->lock.foreign ? "frozen:" : "locked by",
-		    row->lock.foreign ? row->lock.info : row->lock.who,
-		    *row->lock.operation != '\0' ? " (" : "",
-		    row->lock.operation,
-		    *row->lock.operation != '\0' ? ")" : "", held);
-		buf_str(b, row->lock.id);
-	}
-	buf_str(b, "\n");
-}
-
-static void
-json_member(struct buf *b, const char *key, const char *value)
-{
-	buf_fmt(b, "\"%s\":", key);
-	if (*value == '\0')
+	json_key(b, "lock");
+	if (!l->held) {
 		buf_str(b, "null");
-	else
-		buf_json(b, value);
-	buf_str(b, ",");
-}
-
-static void
-row_json(struct buf *b, const struct row *row)
-{
-	char text[32];
-
+		return;
+	}
+	time_text(since, (int64_t)l->since * 1000, false);
 	buf_str(b, "{");
-	json_member(b, "name", row->name);
-	if (row->meta.known)
-		buf_fmt(b, "\"serial\":%llu,",
-		    (unsigned long long)row->meta.serial);
-	else
-		buf_str(b, "\"serial\":null,");
-	json_member(b, "lineage", row->meta.lineage);
-	json_member(b, "terraform_version", row->meta.version);
-	if (row->exists) {
-		time_text(text, (int64_t)row->st.st_mtime * 1000, false);
-		if (row->st.st_size <= LIST_MAX)
-			buf_fmt(b, "\"resources\":%u,", row->meta.resources);
-		else
-			buf_str(b, "\"resources\":null,");
-		buf_fmt(b, "\"size\":%lld,\"modified\":\"%s\",\"lock\":",
-		    (long long)row->st.st_size, text);
-	} else
-		buf_str(b, "\"resources\":null,\"size\":null,"
-		    "\"modified\":null,\"lock\":");
-	if (row->lock.held) {
-		buf_str(b, "{");
-		json_member(b, "id", row->lock.id);
-		json_member(b, "who", row->lock.who);
-		json_member(b, "operation", row->lock.operation);
-		json_member(b, "info", row->lock.info);
-		json_member(b, "created", row->lock.created);
-		time_text(text, (int64_t)row->lock.since * 1000, false);
-		buf_fmt(b, "\"since\":\"%s\"}}", text);
-	} else
-		buf_str(b, "null}");
+	json_member(b, "id", l->id);
+	json_member(b, "who", l->who);
+	json_member(b, "operation", l->operation);
+	json_member(b, "info", l->info);
+	json_member(b, "created", l->created);
+	json_member(b, "since", since);
+	buf_str(b, "}");
 }
 
+/* Who holds the lock, since when and for what, in words. */
 static void
-html_link(struct buf *b, const char *base, const char *name, const char *text)
+row_lock(struct request *r, const struct lock *l)
 {
-	buf_fmt(b, "<a href=\"%s", base);
-	buf_url(b, name);
-	buf_str(b, "\">");
-	buf_html(b, text);
-	buf_str(b, "</a>");
-}
-
-static void
-row_html_lock(struct buf *b, const struct lock *l)
-{
+	struct buf *b = &r->text, words = { 0 };
 	char age[32];
 
+	if (r->form == JSON) {
+		row_lock_json(b, l);
+		return;
+	}
+	if (r->form == HTML)
+		buf_str(b, "<td class=hot>");
+	if (!l->held)
+		return;
 	age_text(age, time(NULL) - l->since);
-	buf_fmt(b, "<span class=hot>%s</span> ",
-	    l->foreign ? "frozen" : "locked");
-	buf_html(b, l->foreign ? l->info : l->who);
-	buf_str(b, " <span class=dim>");
-	buf_html(b, l->operation);
-	buf_fmt(b, " for %s, ID ", age);
-	buf_html(b, l->id);
-	buf_str(b, "</span>");
+	buf_fmt(&words, "%s %s%s%s%s for %s, ID %s",
+	    l->foreign ? "frozen:" : "locked by",
+	    l->foreign ? l->info : l->who, *l->operation != '\0' ? " (" : "",
+	    l->operation, *l->operation != '\0' ? ")" : "", age, l->id);
+	if (words.failed)
+		b->failed = true;
+	else if (r->form == HTML)
+		buf_html(b, words.data);
+	else
+		buf_str(b, words.data);
+	buf_free(&words);
 }
 
 static void
-row_html(struct buf *b, const struct row *row)
+row_cells(struct request *r, const struct row *row)
 {
-	char size[32] = "", age[32] = "", when[32] = "";
+	const struct column *c = listing_columns;
+	const struct meta *m = &row->meta;
+	char serial[24] = "", resources[24] = "", bytes[24] = "", size[32] = "";
+	char when[32] = "", age[48] = "";
 
-	buf_str(b, "<tr><td>");
-	html_link(b, "/", row->name, row->name);
-	buf_str(b, "<td class=n data-h=serial>");
-	if (row->meta.known)
-		buf_fmt(b, "%llu", (unsigned long long)row->meta.serial);
-	buf_str(b, "<td class=n data-h=resources>");
+	if (m->known)
+		(void)snprintf(serial, sizeof(serial), "%llu",
+		    (unsigned long long)m->serial);
 	if (row->exists) {
 		if (row->st.st_size <= LIST_MAX)
-			buf_fmt(b, "%u", row->meta.resources);
+			(void)snprintf(resources, sizeof(resources), "%u",
+			    m->resources);
+		(void)snprintf(bytes, sizeof(bytes), "%lld",
+		    (long long)row->st.st_size);
 		size_text(size, (int64_t)row->st.st_size);
-		age_text(age, time(NULL) - row->st.st_mtime);
 		time_text(when, (int64_t)row->st.st_mtime * 1000, false);
+		age_text(age, time(NULL) - row->st.st_mtime);
+		(void)snprintf(age + strlen(age), 8, " ago");
 	}
-	buf_fmt(b, "<td class=n>%s<td><time datetime=\"%s\" title=\"%s\">"
-	    "%s%s</time><td class=dim data-h=terraform>", size, when, when,
-	    age, *age != '\0' ? " ago" : "no state yet");
-	buf_html(b, row->meta.version);
-	buf_str(b, "<td>");
-	if (row->lock.held)
-		row_html_lock(b, &row->lock);
-	buf_str(b, "<td>");
-	html_link(b, "/-/versions/", row->name, "versions");
-	buf_str(b, " ");
-	html_link(b, "/-/log/", row->name, "log");
-	buf_str(b, "\n");
+	cell(r, c++, row->name, row->name, "/");
+	cell(r, c++, serial, serial, NULL);
+	cell(r, c++, resources, resources, NULL);
+	cell(r, c++, bytes, size, NULL);
+	cell(r, c++, when, age, NULL);
+	cell(r, c++, m->version, m->version, NULL);
+	cell(r, c++, m->lineage, m->lineage, NULL);
+	row_lock(r, &row->lock);
+	if (r->form == HTML) {
+		buf_str(&r->text, "<td>");
+		html_link(&r->text, "/-/versions/", row->name, "versions");
+		html_link(&r->text, "/-/log/", row->name, "log");
+	}
 }
 
 /* The block that a newcomer copies, for the name that was searched for. */
@@ -4349,66 +4482,47 @@ html_backend(struct buf *b, const struct request *r)
 		    ? r->query : "demo");
 		buf_str(b, "</span>\"\n");
 	}
-	buf_str(b, "  }\n}</pre>\n");
+	buf_fmt(b, "  }\n}</pre>\n<script>%s</script>", page_js);
 }
 
 static void
-listing_html(struct request *r, const struct listing *l)
+html_search(struct buf *b, const char *query)
 {
-	struct buf *b = &r->text;
-	struct row row = { 0 };
-	size_t i;
-
-	html_begin(b, "States");
 	buf_str(b, "<form><input type=search name=q aria-label=\"Search by "
 	    "name\" placeholder=\"Search by name\" autocomplete=off "
 	    "autofocus value=\"");
-	buf_html(b, r->query);
-	buf_str(b, "\"></form>\n<table><thead><tr><th>State<th class=n>Serial"
-	    "<th class=n>Resources<th class=n>Size<th>Changed<th>Terraform"
-	    "<th>Lock<th></thead><tbody>\n");
-	for (i = 0; i < l->n && i < ROWS_MAX; i++) {
-		row_read(&row, &l->list[i]);
-		row_html(b, &row);
-		lock_free(&row.lock);
-	}
-	buf_str(b, "</tbody></table>\n");
-	if (l->n == 0)
-		buf_str(b, "<p class=dim>No states here.</p>\n");
-	if (i < l->n)
-		buf_fmt(b, "<p class=dim>and %zu more: search for them.</p>\n",
-		    l->n - i);
-	html_backend(b, r);
-	buf_fmt(b, "<script>%s</script></html>\n", page_js);
+	buf_html(b, query);
+	buf_str(b, "\"></form>\n");
 }
 
 static void
-listing_plain(struct request *r, const struct listing *l)
+listing_write(struct request *r, struct names *names)
 {
-	struct row row = { .width = 4 };
-	size_t i, n;
+	struct row row;
+	size_t i, shown = 0;
 
-	for (i = 0; i < l->n && !r->json; i++) {
-		n = strlen(l->list[i].name);
-		if (n > row.width && n <= 60)
-			row.width = n;
-	}
-	if (r->json)
-		buf_str(&r->text, "[");
-	else
-		buf_fmt(&r->text, "%-*s  SERIAL       SIZE  AGE          "
-		    "LOCK\n", (int)row.width, "NAME");
-	for (i = 0; i < l->n; i++) {
-		row_read(&row, &l->list[i]);
-		if (r->json) {
-			buf_str(&r->text, i > 0 ? ",\n" : "\n");
-			row_json(&r->text, &row);
-		} else
-			row_text(&r->text, &row);
+	page_begin(r, "States", listing_columns);
+	if (r->form == HTML)
+		html_search(&r->text, r->query);
+	table_begin(r, listing_columns);
+	for (i = 0; i < names->n; i++) {
+		/* A state and its lock are two files of one name. */
+		if (i > 0 && strcmp(names->list[i], names->list[i - 1]) == 0)
+			continue;
+		if (r->form == HTML && shown == ROWS_MAX)
+			break;
+		row_read(&row, names->list[i]);
+		row_begin(r, shown++ == 0);
+		row_cells(r, &row);
+		row_end(r);
 		lock_free(&row.lock);
 	}
-	if (r->json)
-		buf_str(&r->text, "\n]\n");
+	if (r->form == HTML) {
+		buf_str(&r->text, "</tbody></table>\n<p class=dim>");
+		buf_str(&r->text, i < names->n ? "And more: search for them." :
+		    shown == 0 ? "No states here." : "");
+		html_backend(&r->text, r);
+	}
 }
 
 static void
@@ -4422,105 +4536,90 @@ page_root(struct request *r, struct after *a)
 		(void)refuse_errno(r, "list the states");
 		return;
 	}
-	listing_sort(&l);
-	page_type(r);
-	if (r->html)
-		listing_html(r, &l);
-	else
-		listing_plain(r, &l);
-	while (l.n > 0)
-		free(l.list[--l.n].name);
-	free(l.list);
-	if (l.failed || r->text.failed)
-		(void)refuse(r, 503, "too many states to list in memory");
-	else
-		(void)done(r);
+	names_sort(&l.names);
+	listing_write(r, &l.names);
+	r->text.failed |= l.names.failed;
+	names_free(&l.names);
+	page_end(r);
 }
 
 /* ---- versions and what changed ---- */
 
+static const struct column version_columns[] = {
+	{ "id", "Version", -32, false },
+	{ "serial", "Serial", 6, true },
+	{ "size", "Size", 9, true },
+	{ "time", "Replaced", -24, false },
+	{ NULL, NULL, 0, false }
+};
+
 /* One version: when it was replaced, and its serial, are in its ID. */
 static void
-version_row(struct request *r, const char *id, int64_t size, bool first)
+version_cells(struct request *r, const char *id, int64_t bytes,
+    const char *base, const char *changes)
 {
-	struct buf *b = &r->text;
+	const struct column *c = version_columns;
 	const char *serial = strchr(id, '-') + 1;
-	char when[40], text[32];
+	char when[40], text[32], size[32];
 
 	(void)snprintf(when, sizeof(when), "%.4s-%.2s-%.2sT%.2s:%.2s:%.7s",
 	    id, id + 4, id + 6, id + 9, id + 11, id + 13);
-	size_text(text, size);
-	if (r->json) {
-		buf_fmt(b, "%s\n{\"id\":\"%s\",\"serial\":%s,\"size\":%lld,"
-		    "\"time\":\"%s\"}", first ? "" : ",", id, serial,
-		    (long long)size, when);
-	} else if (r->html) {
-		buf_fmt(b, "<tr><td><a href=\"/-/versions/");
-		buf_url(b, r->name);
-		buf_fmt(b, "/%s\">%s</a><td class=n data-h=serial>%s"
-		    "<td class=n>%s<td>%s<td><a href=\"/-/changes/", id, id,
-		    serial, text, when);
-		buf_url(b, r->name);
-		buf_fmt(b, "/%s\">changes</a>\n", id);
-	} else
-		buf_fmt(b, "%-32s  %6s  %9s\n", id, serial, text);
-}
-
-static void
-versions_head(struct request *r)
-{
-	if (r->json)
-		buf_str(&r->text, "[");
-	else if (r->html) {
-		html_begin(&r->text, r->name);
-		buf_str(&r->text, "<p>");
-		html_link(&r->text, "/", r->name, "the present state");
-		buf_str(&r->text, ", ");
-		html_link(&r->text, "/-/changes/", r->name,
-		    "what its last write changed");
-		buf_str(&r->text, ", ");
-		html_link(&r->text, "/-/log/", r->name, "log");
-		buf_str(&r->text, "</p>\n<table><thead><tr><th>Version"
-		    "<th class=n>Serial<th class=n>Size<th>Replaced<th>"
-		    "</thead><tbody>\n");
-	} else
-		buf_str(&r->text, "ID                                "
-		    "SERIAL       SIZE\n");
+	(void)snprintf(text, sizeof(text), "%lld", (long long)bytes);
+	size_text(size, bytes);
+	cell(r, c++, id, id, base);
+	cell(r, c++, serial, serial, NULL);
+	cell(r, c++, text, size, NULL);
+	cell(r, c++, when, when, NULL);
+	if (r->form == HTML) {
+		buf_str(&r->text, "<td>");
+		html_link(&r->text, changes, id, "changes");
+	}
 }
 
 static void
 page_versions(struct request *r, struct after *a)
 {
-	int dir = history_enter(r->name, false), copy;
-	char leaf[LEAF], **names = NULL;
+	int dir = history_enter(r->name, false);
+	struct names ids = { NULL, 0, false };
+	struct buf base = { 0 }, changes = { 0 };
+	char leaf[LEAF];
 	struct stat st;
-	ssize_t n = 0, i;
+	size_t i;
 
 	(void)a;
-	copy = dir == -1 ? -1 : fcntl(dir, F_DUPFD_CLOEXEC, 0);
-	if ((dir == -1 && (errno != ENOENT || store_gone())) ||
-	    (dir != -1 && copy == -1) ||
-	    (copy != -1 && (n = history_list(copy, &names)) == -1)) {
+	if (dir == -1 ? errno != ENOENT : history_list(dir, &ids) == -1) {
 		(void)refuse_errno(r, "read the history");
 		close_quietly(dir);
 		return;
 	}
-	page_type(r);
-	versions_head(r);
-	for (i = 0; i < n; i++) {
-		(void)snprintf(leaf, sizeof(leaf), "%.64s" STATE, names[i]);
-		if (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == 0)
-			version_row(r, names[i], (int64_t)st.st_size, i == 0);
+	page_begin(r, r->name, version_columns);
+	if (r->form == HTML) {
+		html_link(&r->text, "/", r->name, "the present state");
+		html_link(&r->text, "/-/changes/", r->name, "its changes");
+		html_link(&r->text, "/-/log/", r->name, "log");
 	}
-	if (r->json)
-		buf_str(&r->text, "\n]\n");
-	if (r->html)
-		buf_fmt(&r->text, "</tbody></table>%s</html>\n", n > 0 ? "" :
-		    "<p class=dim>No earlier versions.</p>");
+	buf_str(&base, "/-/versions/");
+	buf_url(&base, r->name);
+	buf_str(&base, "/");
+	buf_str(&changes, "/-/changes/");
+	buf_url(&changes, r->name);
+	buf_str(&changes, "/");
+	table_begin(r, version_columns);
+	for (i = ids.n; i > 0; i--) {
+		(void)snprintf(leaf, LEAF, "%.64s" STATE, ids.list[i - 1]);
+		if (base.failed || changes.failed ||
+		    fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1)
+			continue;
+		row_begin(r, i == ids.n);
+		version_cells(r, ids.list[i - 1], (int64_t)st.st_size,
+		    base.data, changes.data);
+		row_end(r);
+	}
+	buf_free(&base);
+	buf_free(&changes);
+	names_free(&ids);
 	close_quietly(dir);
-	if (names != NULL)
-		names_free(names, (size_t)n);
-	(void)done(r);
+	page_end(r);
 }
 
 /* Opens an earlier version for reading. */
@@ -4532,7 +4631,7 @@ version_open(const char *name, const char *id, struct stat *st)
 
 	if (dir == -1)
 		return -1;
-	(void)snprintf(leaf, sizeof(leaf), "%.64s" STATE, id);
+	(void)snprintf(leaf, LEAF, "%.64s" STATE, id);
 	fd = file_open(dir, leaf, O_RDONLY, st);
 	close_quietly(dir);
 	return fd;
@@ -4547,40 +4646,27 @@ struct item {
 struct items {
 	int fd;
 	struct item *list;
-	size_t n, cap;
+	size_t n;
 	size_t first;			/* of the resource being read */
+	uint64_t begun;			/* the instance being read */
 	char module[JSON_TEXT], type[JSON_TEXT], name[JSON_TEXT];
 	char key[JSON_TEXT + 8];
 	bool data, failed;
 };
 
 static void
-items_begin(struct items *it, uint64_t at)
+items_add(struct items *it, uint64_t at, uint64_t end)
 {
-	struct item *more;
-	size_t cap = it->cap > 0 ? 2 * it->cap : 64;
+	struct item *list = grow(it->list, it->n, sizeof(*list));
 
-	if (it->n == it->cap) {
-		if ((more = realloc(it->list, cap * sizeof(*more))) == NULL) {
-			it->failed = true;
-			return;
-		}
-		it->list = more;
-		it->cap = cap;
-	}
-	it->list[it->n++] = (struct item){ .at = at };
-	it->key[0] = '\0';
-}
-
-/* The instance is over; until the resource is, its address is its key. */
-static void
-items_end(struct items *it, uint64_t end)
-{
-	struct item *item = &it->list[it->n - 1];
-
-	item->len = end - item->at;
-	if ((item->address = strdup(it->key)) == NULL)
+	if (list == NULL || (list[it->n].address = strdup(it->key)) == NULL)
 		it->failed = true;
+	else {
+		list[it->n].at = at;
+		list[it->n++].len = end - at;
+	}
+	if (list != NULL)
+		it->list = list;
 }
 
 /* The resource is over: now all parts of its instances' addresses are
@@ -4589,28 +4675,27 @@ static void
 items_name(struct items *it)
 {
 	struct buf b;
-	size_t i;
 
-	for (i = it->first; i < it->n; i++) {
+	for (; it->first < it->n; it->first++) {
 		b = (struct buf){ 0 };
 		buf_fmt(&b, "%s%s%s%s.%s%s", it->module,
 		    *it->module != '\0' ? "." : "", it->data ? "data." : "",
-		    it->type, it->name, it->list[i].address != NULL ?
-		    it->list[i].address : "");
-		free(it->list[i].address);
-		it->list[i].address = b.data;
+		    it->type, it->name, it->list[it->first].address);
+		free(it->list[it->first].address);
+		it->list[it->first].address = b.data;
 		it->failed |= b.failed;
 	}
-	it->first = it->n;
 	it->module[0] = it->type[0] = it->name[0] = '\0';
 	it->data = false;
 }
 
+/* resources[i] stands at depth 2, its instances[k] at depth 4. */
 static void
 items_on(struct json *j, char what)
 {
 	struct items *it = j->to;
 	enum word w = j->word[j->depth];
+	
 
 	if (j->word[1] != W_RESOURCES || it->failed)
 		return;
@@ -4624,19 +4709,20 @@ items_on(struct json *j, char what)
 		json_keep(it->name, sizeof(it->name), j);
 	else if (j->depth == 3 && what == 's' && w == W_MODE)
 		it->data = strcmp(j->text, "data") == 0;
-	if (j->word[3] != W_INSTANCES)
+	if (j->depth < 4 || j->word[3] != W_INSTANCES)
 		return;
-	if (j->depth == 4 && what == '{')
-		items_begin(it, j->at);
-	else if (j->depth == 4 && what == '}' && it->n > it->first)
-		items_end(it, j->at + 1);
-	else if (j->depth == 5 && w == W_INDEX_KEY && strchr("sn", what))
+	if (j->depth == 4 && what == '{') {
+		it->begun = j->at;
+		it->key[0] = '\0';
+	} else if (j->depth == 4 && what == '}')
+		items_add(it, it->begun, j->at + 1);
+	else if (w == W_INDEX_KEY && (what == 's' || what == 'n'))
 		(void)snprintf(it->key, sizeof(it->key), what == 's' ?
 		    "[\"%s\"]" : "[%s]", j->text);
 }
 
 static int
-by_address(const void *a, const void *b)
+items_order(const void *a, const void *b)
 {
 	return strcmp(((const struct item *)a)->address,
 	    ((const struct item *)b)->address);
@@ -4660,42 +4746,34 @@ items_read(struct items *it)
 	char data[8192];
 	off_t at = 0;
 	ssize_t n;
-	size_t i;
 
 	while (it->fd != -1 && (n = read_at(it->fd, data, sizeof(data), at)) > 0
 	    && json_feed(&j, data, (size_t)n))
 		at += n;
-	for (i = 0; i < it->n; i++)
-		if (it->list[i].address == NULL)	/* torn off */
-			it->failed = true;
 	if (!it->failed && it->n > 0)
-		qsort(it->list, it->n, sizeof(*it->list), by_address);
+		qsort(it->list, it->n, sizeof(*it->list), items_order);
 }
 
 /* Are two instances the same, byte for byte? */
 static bool
-item_same(const struct items *a, const struct item *x, const struct items *b,
-    const struct item *y)
+item_same(int a, const struct item *x, int b, const struct item *y)
 {
 	char one[2048], two[2048];
-	uint64_t at = 0;
+	uint64_t at;
 	size_t n;
 
-	if (x->len != y->len)
-		return false;
-	for (; at < x->len; at += n) {
+	for (at = 0; x->len == y->len && at < x->len; at += n) {
 		n = x->len - at < sizeof(one) ? (size_t)(x->len - at) :
 		    sizeof(one);
-		if (read_at(a->fd, one, n, (off_t)(x->at + at)) !=
-		    (ssize_t)n ||
-		    read_at(b->fd, two, n, (off_t)(y->at + at)) !=
-		    (ssize_t)n || memcmp(one, two, n) != 0)
+		if (read_at(a, one, n, (off_t)(x->at + at)) != (ssize_t)n ||
+		    read_at(b, two, n, (off_t)(y->at + at)) != (ssize_t)n ||
+		    memcmp(one, two, n) != 0)
 			return false;
 	}
-	return true;
+	return x->len == y->len;
 }
 
-/* Writes the addresses of one kind of change, '+', '-' or '~'. */
+/* Writes the addresses of one kind of change: '+', '-' or '~'. */
 static void
 changes_list(struct request *r, char kind, const struct items *old,
     const struct items *new)
@@ -4703,7 +4781,6 @@ changes_list(struct request *r, char kind, const struct items *old,
 	struct buf *b = &r->text;
 	const char *address;
 	size_t i = 0, k = 0;
-	bool first = true;
 	int side;
 	char is;
 
@@ -4712,23 +4789,20 @@ changes_list(struct request *r, char kind, const struct items *old,
 		    strcmp(old->list[i].address, new->list[k].address);
 		address = side > 0 ? new->list[k].address :
 		    old->list[i].address;
-		is = side > 0 ? '+' : side < 0 ? '-' :
-		    item_same(old, &old->list[i], new, &new->list[k]) ? '=' :
-		    '~';
+		is = side > 0 ? '+' : side < 0 ? '-' : item_same(old->fd,
+		    &old->list[i], new->fd, &new->list[k]) ? '=' : '~';
 		i += side <= 0;
 		k += side >= 0;
 		if (is != kind)
 			continue;
-		if (r->json) {
-			buf_str(b, first ? "" : ",");
+		if (r->form == JSON) {
+			buf_str(b, b->data[b->len - 1] == '[' ? "" : ",");
 			buf_json(b, address);
-		} else if (r->html) {
-			buf_fmt(b, "<tr><td>%c <code>", kind);
-			buf_html(b, address);
-			buf_str(b, "</code>\n");
-		} else
-			buf_fmt(b, "%c %s\n", kind, address);
-		first = false;
+			continue;
+		}
+		buf_fmt(b, r->form == HTML ? "<tr><td>%c " : "%c ", kind);
+		(r->form == HTML ? buf_html : buf_str)(b, address);
+		buf_str(b, "\n");
 	}
 }
 
@@ -4739,36 +4813,54 @@ changes_write(struct request *r, const char *before, const struct items *old,
 	static const struct { char kind; const char *word; } kinds[] = {
 		{ '+', "added" }, { '-', "removed" }, { '~', "changed" }
 	};
+	static const struct column none[] = { { NULL, NULL, 0, false } };
 	struct buf *b = &r->text;
 	size_t i;
 
-	page_type(r);
-	if (r->json) {
+	if (r->form == HTML) {
+		page_begin(r, r->name, none);
+		buf_fmt(b, "<p>%s compared with %s: resources added (+), "
+		    "removed (-), changed (~). ",
+		    *r->version != '\0' ? r->version : "The present state",
+		    *before != '\0' ? before : "nothing, for it is the first");
+		html_link(b, "/-/versions/", r->name, "All versions");
+		table_begin(r, none);
+	} else if (r->form == JSON) {
+		r->type = "application/json";
 		buf_str(b, "{");
 		json_member(b, "name", r->name);
 		json_member(b, "id", r->version);
 		json_member(b, "before", before);
-	} else if (r->html) {
-		html_begin(b, r->name);
-		buf_fmt(b, "<p>%s compared with %s: resources added (+), "
-		    "removed (-), changed (~).</p>\n<p>",
-		    *r->version != '\0' ? r->version : "The present state",
-		    *before != '\0' ? before : "nothing, for it is the first");
-		html_link(b, "/-/versions/", r->name, "all versions");
-		buf_str(b, "</p>\n<table><tbody>\n");
-	}
+	} else
+		r->type = "text/plain; charset=utf-8";
 	for (i = 0; i < 3; i++) {
-		if (r->json)
-			buf_fmt(b, "%s\"%s\":[", i > 0 ? "," : "",
-			    kinds[i].word);
+		if (r->form == JSON) {
+			json_key(b, kinds[i].word);
+			buf_str(b, "[");
+		}
 		changes_list(r, kinds[i].kind, old, new);
-		if (r->json)
+		if (r->form == JSON)
 			buf_str(b, "]");
 	}
-	if (r->json)
-		buf_str(b, "}\n");
-	if (r->html)
-		buf_str(b, "</tbody></table></html>\n");
+	buf_str(b, r->form == JSON ? "}\n" : r->form == HTML ?
+	    "</tbody></table></html>\n" : "");
+}
+
+/* The version before the one asked for; the present one comes last. */
+static void
+version_before(const struct request *r, char out[64])
+{
+	int dir = history_enter(r->name, false);
+	struct names ids = { NULL, 0, false };
+	size_t i;
+
+	*out = '\0';
+	if (dir != -1 && history_list(dir, &ids) == 0)
+		for (i = 0; i < ids.n && (*r->version == '\0' ||
+		    strcmp(ids.list[i], r->version) < 0); i++)
+			(void)snprintf(out, 64, "%.63s", ids.list[i]);
+	names_free(&ids);
+	close_quietly(dir);
 }
 
 /* What a version changed against the one before it. */
@@ -4776,40 +4868,52 @@ static void
 page_changes(struct request *r, struct after *a)
 {
 	struct items old = { .fd = -1 }, new = { .fd = -1 };
-	char **names = NULL, before[64] = "";
+	char before[64];
 	struct stat st;
-	int dir = history_enter(r->name, false);
-	ssize_t n = dir == -1 ? 0 : history_list(dir, &names), i;
 
 	(void)a;
+	version_before(r, before);
 	new.fd = *r->version != '\0' ? version_open(r->name, r->version, &st) :
 	    state_open(r->name, &st);
 	if (new.fd == -1) {
-		if (errno == ENOENT)
-			(void)refuse(r, 404, "there is no such version");
-		else
-			(void)refuse_errno(r, "read the version");
-	} else {
-		for (i = 0; i < n && *before == '\0'; i++)
-			if (*r->version == '\0' ||
-			    strcmp(names[i], r->version) < 0)
-				span_copy(before, sizeof(before),
-				    span(names[i]));
-		if (*before != '\0')
-			old.fd = version_open(r->name, before, &st);
-		items_read(&old);
-		items_read(&new);
-		if (old.failed || new.failed)
-			(void)refuse(r, 503, "the states cannot be compared");
-		else {
-			changes_write(r, before, &old, &new);
-			(void)done(r);
-		}
+		(void)(errno == ENOENT ?
+		    refuse(r, 404, "there is no such version") :
+		    refuse_errno(r, "read the version"));
+		return;
+	}
+	if (*before != '\0')
+		old.fd = version_open(r->name, before, &st);
+	items_read(&old);
+	items_read(&new);
+	if (old.failed || new.failed)
+		(void)refuse(r, 503, "the states cannot be compared");
+	else {
+		changes_write(r, before, &old, &new);
+		(void)done(r);
 	}
 	items_free(&old);
 	items_free(&new);
-	if (n > 0)
-		names_free(names, (size_t)n);
+}
+
+/* ---- a lock ---- */
+
+static void
+page_lock(struct request *r, struct after *a)
+{
+	struct place p = { .dir = -1 };
+
+	(void)a;
+	if ((place_open(r->name, false, &p) == -1 && errno != ENOENT) ||
+	    (p.dir != -1 && lock_look(&p, r->name, &r->lock) == -1))
+		(void)refuse_errno(r, "read the lock");
+	else if (!r->lock.held)
+		(void)refuse(r, 404, "it is not locked");
+	else {
+		lock_tell(&r->lock, &r->text);
+		r->type = "application/json";
+		(void)done(r);
+	}
+	dir_leave(p.dir);
 }
 
 /* ---- is it well? ---- */
@@ -4954,8 +5058,7 @@ static struct {
 	uint64_t requests[M_COUNT + 1][STATUSES];	/* last row: none */
 	uint64_t took[DURATIONS + 1];
 	double took_sum;
-	uint64_t received, sent, accepted, refusals, unlogged;
-	unsigned connections;
+	uint64_t received, sent, accepted, refusals, unlogged, connections;
 } counters;
 
 static size_t
@@ -4981,6 +5084,23 @@ now_ok(struct request *r)
 static int
 now_metrics(struct request *r)
 {
+	static const struct {
+		const char *name, *type, *help;
+		const uint64_t *value;
+	} plain[] = {
+		{ "http_received_bytes_total", "counter", "Bytes received.",
+		    &counters.received },
+		{ "http_sent_bytes_total", "counter", "Bytes sent.",
+		    &counters.sent },
+		{ "http_refusals_total", "counter", "Requests answered with "
+		    "400 or above.", &counters.refusals },
+		{ "log_lines_lost_total", "counter", "Log lines dropped "
+		    "because nobody read stdout.", &counters.unlogged },
+		{ "connections_accepted_total", "counter", "Connections "
+		    "accepted.", &counters.accepted },
+		{ "connections", "gauge", "Connections now.",
+		    &counters.connections },
+	};
 	struct buf *b = &r->text;
 	uint64_t sum = 0;
 	size_t i, m;
@@ -5013,20 +5133,9 @@ now_metrics(struct request *r)
 	    "statesrv_http_request_duration_seconds_count %llu\n",
 	    (unsigned long long)sum, counters.took_sum,
 	    (unsigned long long)sum);
-	metric(b, "http_received_bytes_total", "counter", "Bytes received.",
-	    (double)counters.received);
-	metric(b, "http_sent_bytes_total", "counter", "Bytes sent.",
-	    (double)counters.sent);
-	metric(b, "http_refusals_total", "counter",
-	    "Requests answered with 400 or above.",
-	    (double)counters.refusals);
-	metric(b, "log_lines_lost_total", "counter",
-	    "Log lines dropped because nobody read stdout.",
-	    (double)counters.unlogged);
-	metric(b, "connections_accepted_total", "counter",
-	    "Connections accepted.", (double)counters.accepted);
-	metric(b, "connections", "gauge", "Connections now.",
-	    (double)counters.connections);
+	for (i = 0; i < sizeof(plain) / sizeof(*plain); i++)
+		metric(b, plain[i].name, plain[i].type, plain[i].help,
+		    (double)*plain[i].value);
 	return 0;
 }
 
@@ -5073,35 +5182,12 @@ now_state(struct request *r)
 	return done(r);
 }
 
-static int
-now_lock(struct request *r)
-{
-	struct place p;
-	int status = 0;
-
-	if (place_open(r->name, false, &p) == -1) {
-		if (errno != ENOENT)
-			return refuse_errno(r, "read the lock");
-	} else {
-		if (lock_read(&p, &r->lock) == -1)
-			status = refuse_errno(r, "read the lock");
-		dir_leave(p.dir);
-	}
-	if (status != 0)
-		return status;
-	if (!r->lock.held)
-		return refuse(r, 404, "it is not locked");
-	lock_tell(&r->lock, &r->text);
-	r->type = "application/json";
-	return done(r);
-}
-
 /* Sends a file as it is. */
 static int
 now_file(struct request *r, int fd, const struct stat *st, const char *what)
 {
 	if (fd == -1)
-		return errno == ENOENT && !store_gone() ?
+		return errno == ENOENT ?
 		    refuse(r, 404, "there is no such %s", what) :
 		    refuse_errno(r, "read it");
 	r->file = fd;
@@ -5159,8 +5245,8 @@ static const struct action {
 		[M_UNLOCK] = { R_PLAN, B_INFO, NULL, job_unlock },
 	},
 	[K_LOCK] = {
-		[M_GET] = { R_READ, B_NONE, now_lock, NULL },
-		[M_HEAD] = { R_READ, B_NONE, now_lock, NULL },
+		[M_GET] = { R_READ, B_NONE, NULL, page_lock },
+		[M_HEAD] = { R_READ, B_NONE, NULL, page_lock },
 		[M_POST] = { R_PLAN, B_INFO, NULL, job_lock },
 		[M_PUT] = { R_PLAN, B_INFO, NULL, job_lock },
 		[M_LOCK] = { R_PLAN, B_INFO, NULL, job_lock },
@@ -5253,7 +5339,7 @@ admit(struct request *r, const struct head *h, bool guarded)
 	if (guarded && !host_is_local(h->host))
 		return refuse(r, 403, "the Host is not this machine: without "
 		    "users, a loopback server answers to localhost only");
-	if (h->origin && r->method != M_GET && r->method != M_HEAD &&
+	if (h->field[F_ORIGIN].ptr != NULL && r->method != M_GET && r->method != M_HEAD &&
 	    r->method != M_OPTIONS)
 		return refuse(r, 403, "no web page may change a state");
 	if ((mark = memchr(target.ptr, '?', target.len)) != NULL) {
@@ -5262,7 +5348,7 @@ admit(struct request *r, const struct head *h, bool guarded)
 		target.len = (size_t)(mark - target.ptr);
 	}
 	wrong = name_route(target, r, &found);
-	if ((status = admit_user(r, h->authorization)) != 0)
+	if ((status = admit_user(r, h->field[F_AUTHORIZATION])) != 0)
 		return status;
 	if (wrong != NULL)
 		return refuse(r, 400, "%s", wrong);
@@ -5298,10 +5384,10 @@ admit_body(struct request *r, const struct head *h)
 	if (r->length > max)
 		return refuse(r, act->body == B_INFO ? 400 : 413,
 		    "the body is larger than %lld bytes", (long long)max);
-	if (h->md5.ptr == NULL)
+	if (h->field[F_MD5].ptr == NULL)
 		return 0;
 	r->has_md5 = true;
-	if (base64_decode(h->md5, r->md5, 16) != 16)
+	if (base64_decode(h->field[F_MD5], r->md5, 16) != 16)
 		return refuse(r, 400, "Content-MD5 is not the base64 of 16 "
 		    "bytes");
 	return 0;
@@ -5355,6 +5441,7 @@ struct conn {
 	bool unread;			/* more of a body would have come */
 	bool expects;			/* 100-continue is to be sent */
 	unsigned blanks;		/* empty lines skipped */
+	unsigned served;		/* requests */
 	int64_t since;			/* ms: last change of state */
 	int64_t active;			/* ms: poll last had news */
 	int64_t deadline;		/* ms */
@@ -5374,7 +5461,8 @@ static struct {
 	struct conn **at;		/* NULL for the first base entries */
 	unsigned base;			/* wake pipe and listeners */
 	unsigned hot;			/* end of the busy ones */
-	unsigned n, max;
+	unsigned n;
+	unsigned max;			/* connections */
 	struct conn *spare;
 } set;
 
@@ -5390,6 +5478,7 @@ static struct {
 	int64_t stop;			/* when to give up waiting */
 	int64_t rest;			/* no accepting until then */
 	pid_t child;			/* the wrapper's command, or 0 */
+	bool shares_terminal;		/* it and we, in the foreground */
 	int status;			/* its exit status */
 	char locked[ID_MAX + 1];	/* the lock it took last */
 	struct buf log;			/* of this turn */
@@ -5525,7 +5614,7 @@ logfmt(const char *key, const char *value)
 {
 	const unsigned char *p = (const unsigned char *)value;
 
-	buf_fmt(&loop.log, " %s=", key);
+	buf_str(&loop.log, key);
 	while (*p > ' ' && *p != '"' && *p != '=' && *p != '\\' && *p != 0x7f)
 		p++;
 	if (*p == '\0' && *value != '\0')
@@ -5540,6 +5629,7 @@ log_request(const struct request *r, int64_t us)
 {
 	static int64_t second;
 	static char when[32];
+	struct buf *b = &loop.log;
 	int64_t ms = clock_us(CLOCK_REALTIME) / 1000;
 	bool named = r->kind != K_STAR && r->kind != K_ROOT &&
 	    r->kind < K_HEALTHY;
@@ -5550,21 +5640,30 @@ log_request(const struct request *r, int64_t us)
 		second = ms / 1000;
 		time_text(when, ms, false);
 	}
-	buf_fmt(&loop.log, "time=%.20s%03dZ client=%s", when, (int)(ms % 1000),
-	    *r->client != '\0' ? r->client : "unix");
+	buf_str(b, "time=");
+	buf_add(b, when, 20);
+	buf_num(b, ms % 1000, 3);
+	buf_str(b, "Z client=");
+	buf_str(b, *r->client != '\0' ? r->client : "unix");
 	if (*r->user != '\0')
-		logfmt("user", r->user);
-	buf_fmt(&loop.log, " method=%s", r->method < M_COUNT ?
-	    method_names[r->method] : "-");
+		logfmt(" user=", r->user);
+	buf_str(b, " method=");
+	buf_str(b, r->method < M_COUNT ? method_names[r->method] : "-");
 	if (*r->name != '\0')
-		logfmt(named ? "name" : "path", r->name);
-	buf_fmt(&loop.log, " status=%d bytes=%lld ms=%lld.%03d", r->status,
-	    (long long)r->sent, (long long)(us / 1000), (int)(us % 1000));
+		logfmt(named ? " name=" : " path=", r->name);
+	buf_str(b, " status=");
+	buf_num(b, r->status, 1);
+	buf_str(b, " bytes=");
+	buf_num(b, r->sent, 1);
+	buf_str(b, " ms=");
+	buf_num(b, us / 1000, 1);
+	buf_str(b, ".");
+	buf_num(b, us % 1000, 3);
 	if (*r->id != '\0')
-		logfmt("id", r->id);
+		logfmt(" id=", r->id);
 	if (*r->why != '\0')
-		logfmt("why", r->why);
-	buf_str(&loop.log, "\n");
+		logfmt(" why=", r->why);
+	buf_str(b, "\n");
 }
 
 /*
@@ -5618,15 +5717,20 @@ static void
 trace(const char *mark, const char *data, size_t len)
 {
 	const char *p = data, *end = data + len, *lf;
+	size_t name;
 
 	if (!conf.verbose)
 		return;
 	for (; p < end; p = lf + 1) {
 		if ((lf = memchr(p, '\n', (size_t)(end - p))) == NULL)
 			lf = end;
-		if (*mark == '>' && end - p > 14 &&
-		    strncasecmp(p, "authorization:", 14) == 0)
-			(void)fprintf(stderr, "%s Authorization: ***\n", mark);
+		for (name = 0; p + name < lf && p[name] != ':'; name++)
+			continue;
+		if (name >= 6 && (strncasecmp(p + name - 6, "cookie", 6) == 0 ||
+		    (name >= 13 && strncasecmp(p + name - 13, "authorization",
+		    13) == 0)))
+			(void)fprintf(stderr, "%s %.*s: ***\n", mark,
+			    (int)name, p);
 		else
 			(void)fprintf(stderr, "%s %.*s\n", mark,
 			    (int)(lf - p), p);
@@ -5646,6 +5750,16 @@ conn_go(struct conn *c, enum conn_state state)
 	set.fd[c->slot].events = row->events;
 	/* A descriptor that nobody waits for would report POLLHUP for ever. */
 	set.fd[c->slot].fd = row->events != 0 ? c->fd : ~c->fd;
+}
+
+/* Bytes have come or gone: a second more for every RATE of them, so that a
+ * trickle ends, but never credit for a longer silence than at first. */
+static void
+conn_progress(struct conn *c)
+{
+	c->deadline = c->since + BODY_MS + c->got * 1000 / RATE;
+	if (c->deadline > loop.now + BODY_MS)
+		c->deadline = loop.now + BODY_MS;
 }
 
 static void
@@ -5705,7 +5819,7 @@ static void
 reply_fields(const struct request *r, struct buf *b)
 {
 	static int64_t second = -1;
-	static char date[40];
+	static char date[48];
 	int64_t now = clock_us(CLOCK_REALTIME) / 1000000;
 	time_t t = (time_t)now;
 	struct tm tm;
@@ -5714,16 +5828,24 @@ reply_fields(const struct request *r, struct buf *b)
 		second = now;
 		(void)gmtime_r(&t, &tm);
 		(void)strftime(date, sizeof(date),
-		    "%a, %d %b %Y %H:%M:%S GMT", &tm);
+		    "\r\nDate: %a, %d %b %Y %H:%M:%S GMT", &tm);
 	}
-	buf_fmt(b, "HTTP/1.1 %d %s\r\nDate: %s\r\n", r->status,
-	    statuses[status_index(r->status)].reason, date);
-	if (r->status != 204)
-		buf_fmt(b, "Content-Length: %lld\r\n",
-		    (long long)r->data.len + (long long)r->left);
-	if (r->type != NULL && r->status != 204)
-		buf_fmt(b, "Content-Type: %s\r\nX-Content-Type-Options: "
-		    "nosniff\r\nCache-Control: no-store\r\n", r->type);
+	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
+	buf_num(b, r->status, 3);
+	buf_str(b, " ");
+	buf_str(b, statuses[status_index(r->status)].reason);
+	buf_str(b, date);
+	if (r->status != 204) {
+		buf_str(b, "\r\nContent-Length: ");
+		buf_num(b, (int64_t)r->data.len + (int64_t)r->left, 1);
+	}
+	if (r->type != NULL && r->status != 204) {
+		buf_str(b, "\r\nContent-Type: ");
+		buf_str(b, r->type);
+		buf_str(b, "\r\nX-Content-Type-Options: nosniff"
+		    "\r\nCache-Control: no-store");
+	}
+	buf_str(b, "\r\n");
 	if (r->type != NULL && strncmp(r->type, "text/html", 9) == 0)
 		page_csp(b);
 	if (r->status == 401)
@@ -5817,6 +5939,19 @@ conn_refuse(struct conn *c, int status, const char *why)
 
 /* ---- C_HEAD ---- */
 
+/* Takes over an address that a front tells, if it is one. */
+static void
+peer_told(char *out, size_t size, struct span address)
+{
+	unsigned char bytes[16];
+	char text[INET6_ADDRSTRLEN];
+
+	span_copy(text, sizeof(text), address);
+	if (inet_pton(AF_INET, text, bytes) == 1 ||
+	    inet_pton(AF_INET6, text, bytes) == 1)
+		(void)snprintf(out, size, "%s", text);
+}
+
 /* What a front says about its client: the PROXY protocol, version 1. Only a
  * front can connect to a unix socket, by the rights of its file. */
 static enum step
@@ -5834,8 +5969,9 @@ conn_proxy(struct conn *c)
 	(void)strtok_r(line, " \r\n", &save);	/* PROXY */
 	(void)strtok_r(NULL, " \r\n", &save);	/* TCP4 */
 	address = strtok_r(NULL, " \r\n", &save);
+	(void)snprintf(c->peer, sizeof(c->peer), "unix");
 	if (address != NULL)
-		(void)snprintf(c->peer, sizeof(c->peer), "%.45s", address);
+		peer_told(c->peer, sizeof(c->peer), span(address));
 	c->at = n;
 	return NEXT;
 }
@@ -5865,41 +6001,25 @@ conn_compact(struct conn *c)
 	c->seen = 0;
 }
 
-static const char *
-parse_error(int status)
-{
-	switch (status) {
-	case 414:
-		return "the request target is too long";
-	case 417:
-		return "the only expectation known is 100-continue";
-	case 431:
-		return "the head has more than 16 KiB or 100 fields";
-	case 501:
-		return "the method or the transfer coding is not known here";
-	case 505:
-		return "the only version known is HTTP/1.x";
-	default:
-		return "the request is malformed";
-	}
-}
-
 /* Copies what outlives the head, asks whether it may come in. */
 static int
-request_read(struct request *r, const struct head *h, bool guarded)
+request_read(struct conn *c, const struct head *h)
 {
-	struct span item, list = h->forwarded;
+	struct request *r = c->r;
+	struct span last = { NULL, 0 }, list = h->field[F_FORWARDED];
 	int status;
 
 	r->method = h->method;
 	r->keep = h->keep;
 	r->http10 = h->minor == 0;
-	r->html = h->html;
-	r->json = h->json && !h->html;
+	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
+	    http_lists(h->field[F_ACCEPT], "application/json") ? JSON : TEXT;
 	span_copy(r->host, sizeof(r->host), h->host);
-	while (r->fronted && span_next(&list, &item))
-		span_copy(r->client, sizeof(r->client), item);
-	status = admit(r, h, guarded);
+	while (span_next(&list, &last))
+		continue;
+	if (c->fronted && c->peer[0] == '\0' && last.len > 0)
+		peer_told(r->client, sizeof(r->client), last);
+	status = admit(r, h, c->guarded);
 	return status != 0 ? status : admit_body(r, h);
 }
 
@@ -5908,13 +6028,13 @@ static enum step
 conn_request(struct conn *c, const struct head *h)
 {
 	struct request *r = c->r;
-	int status = request_read(r, h, c->guarded);
+	int status = request_read(c, h);
 
 	c->chunks = (struct chunks){ 0 };
 	c->got = 0;
-	c->expects = h->expects;
+	c->expects = h->field[F_EXPECT].ptr != NULL && h->minor == 1;
 	c->unread = h->chunked || h->length > 0;
-	if (status == 401 && h->authorization.ptr != NULL) {
+	if (status == 401 && h->field[F_AUTHORIZATION].ptr != NULL) {
 		conn_go(c, C_DENY);
 		return WAIT;
 	}
@@ -5925,8 +6045,10 @@ conn_request(struct conn *c, const struct head *h)
 		return NEXT;
 	if (upload_begin(r) != 0)
 		return conn_answer(c);
-	/* One that is long in coming is asked for only if it can land. */
-	if (!c->expects && !h->chunked && r->length <= BODY_MEM)
+	/* A body that is large, or has not begun to come, is waited for only
+	 * if the write could land. */
+	if (!c->expects && !h->chunked && r->length <= BODY_MEM &&
+	    (c->at < c->used || r->length == 0))
 		return NEXT;
 	conn_go(c, C_JOB);
 	if (job_submit(r, job_look, true) == 0)
@@ -5938,7 +6060,7 @@ conn_request(struct conn *c, const struct head *h)
 static enum step
 conn_parse(struct conn *c)
 {
-	struct head h;
+	struct head h = { .why = "too many empty lines" };
 	enum step step;
 	int n;
 
@@ -5959,11 +6081,11 @@ conn_parse(struct conn *c)
 		return WAIT;
 	if ((c->r = request_new(c)) == NULL)
 		return GONE;
-	if (n < 0 && *c->in == 0x16)
-		return conn_refuse(c, 400, "this is TLS, and the port speaks "
-		    "plain HTTP");
+	/* Go's client, seeing HTTP/1.0, says at once what is the matter. */
+	c->r->tls = *c->in == 0x16;
 	if (n < 0)
-		return conn_refuse(c, -n, parse_error(-n));
+		return conn_refuse(c, -n, c->r->tls ? "this is TLS, and the "
+		    "port speaks plain HTTP" : h.why);
 	trace(">", c->in, (size_t)n);
 	c->at = (size_t)n;
 	c->blanks = 0;
@@ -5976,8 +6098,11 @@ conn_head(struct conn *c)
 	enum step step;
 	ssize_t n;
 
+	set.fd[c->slot].events = POLLIN;
 	for (;;) {
-		if (c->used > c->at) {
+		if (c->used == c->at)
+			c->used = c->at = c->seen = 0;
+		else {
 			if (!c->begun)
 				c->deadline = loop.now + HEAD_MS;
 			c->begun = true;
@@ -5994,7 +6119,7 @@ conn_head(struct conn *c)
 			break;
 		c->used += (size_t)n;
 	}
-	if (c->used == c->at)
+	if (c->used == 0)
 		head_return(c);
 	return WAIT;
 }
@@ -6128,7 +6253,7 @@ conn_body(struct conn *c)
 	ssize_t n;
 	int status;
 
-	if (c->expects && body_continue(c) == GONE)
+	if (c->expects && !body_complete(c) && body_continue(c) == GONE)
 		return GONE;
 	for (;;) {
 		if (!body_complete(c) && !body_room(r, size))
@@ -6141,7 +6266,7 @@ conn_body(struct conn *c)
 			    "the body is too large");
 		if (body_complete(c))
 			return body_done(c);
-		c->deadline = c->since + BODY_MS + c->got * 1000 / RATE;
+		conn_progress(c);
 		if (state && r->len == size) {
 			trace(">", r->body, r->len);
 			conn_go(c, C_JOB);
@@ -6240,9 +6365,15 @@ reply_end(struct conn *c)
 	c->begun = false;
 	if (keep && !loop.stopping) {
 		conn_go(c, C_HEAD);
-		if (c->used > c->at || c->readable)
+		if (c->used == c->at && !c->readable) {
+			head_return(c);
+			return WAIT;
+		}
+		if (++c->served % TURN_MAX != 0)
 			return NEXT;
-		head_return(c);
+		/* The others' turn. It can be written to: so poll will bring
+		 * us back at once, whatever is in the buffer. */
+		set.fd[c->slot].events |= POLLOUT;
 		return WAIT;
 	}
 	/* To close with bytes unread would reset the connection, and the
@@ -6276,7 +6407,7 @@ conn_reply(struct conn *c)
 		    errno == EINTR ? WAIT : GONE;
 	counters.sent += (uint64_t)n;
 	c->got += n;
-	c->deadline = c->since + REPLY_MS + c->got * 1000 / RATE;
+	conn_progress(c);
 	return c->out_at < c->out.len || r->left > 0 ? WAIT : NEXT;
 }
 
@@ -6298,7 +6429,7 @@ static const struct state_row conn_states[C_COUNT] = {
 	[C_BODY]  = { conn_body,  POLLIN,  BODY_MS  },
 	[C_JOB]   = { conn_job,   0,       0        },
 	[C_DENY]  = { conn_job,   0,       DENY_MS  },
-	[C_REPLY] = { conn_reply, POLLOUT, REPLY_MS },
+	[C_REPLY] = { conn_reply, POLLOUT, BODY_MS },
 	[C_DRAIN] = { conn_drain, POLLIN,  DRAIN_MS },
 };
 
@@ -6323,9 +6454,10 @@ conn_late(struct conn *c)
 
 /* ---- accepting ---- */
 
-/* Makes room by closing the connection that is idle for longest. */
+/* Makes room by closing the connection that is idle for longest, and for
+ * so many milliseconds at least. */
 static bool
-conn_evict(void)
+conn_evict(int64_t ms)
 {
 	struct conn *c, *oldest = NULL;
 	unsigned i;
@@ -6336,7 +6468,7 @@ conn_evict(void)
 		    (oldest == NULL || c->since < oldest->since))
 			oldest = c;
 	}
-	if (oldest == NULL)
+	if (oldest == NULL || loop.now - oldest->since < ms)
 		return false;
 	conn_close(oldest);
 	return true;
@@ -6409,7 +6541,7 @@ conn_accept(unsigned slot)
 	int fd, n;
 
 	for (n = 0; n < 64; n++) {
-		if (set.n == set.max && !conn_evict()) {
+		if (set.n - set.base >= set.max && !conn_evict(0)) {
 			loop.rest = loop.now + 50;
 			return;
 		}
@@ -6422,7 +6554,7 @@ conn_accept(unsigned slot)
 		}
 		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
 		    errno == ENOMEM) {
-			if (!conn_evict()) {
+			if (!conn_evict(1000)) {
 				loop.rest = loop.now + 50;
 				return;
 			}
@@ -6437,6 +6569,13 @@ conn_accept(unsigned slot)
  * the wrapper: statesrv NAME COMMAND.
  */
 
+/* What we change of what we were started with, for the wrapper's command. */
+static struct {
+	mode_t mask;
+	struct rlimit files;
+	struct sigaction pipe, hup;
+} inherited;
+
 /* Bytes that nobody can guess. */
 static void
 random_bytes(void *out, size_t n)
@@ -6450,12 +6589,15 @@ random_bytes(void *out, size_t n)
 
 /* ---- the directory ---- */
 
-static void
-store_mkdir(const char *name)
+/* Makes a directory if there is none; true if there was none. */
+static bool
+store_mkdir(int dir, const char *name)
 {
-	if (mkdirat(store.root, name, 0700) == -1 && errno != EEXIST)
-		die(1, "cannot create %s in %s: %s", name, conf.dir,
-		    strerror(errno));
+	if (mkdirat(dir, name, 0700) == 0)
+		return true;
+	if (errno != EEXIST)
+		die(1, "cannot create %s: %s", name, strerror(errno));
+	return false;
 }
 
 /* The history needs hard links; better to hear of it now. */
@@ -6494,10 +6636,12 @@ store_sweep(void)
 	while ((e = readdir(d)) != NULL) {
 		token = strtoull(e->d_name, NULL, 16);
 		if (e->d_name[0] == '.' || token == store.token ||
-		    guard_set(F_WRLCK, guard_server_byte(token), false) == -1)
+		    guard_set(store.guard, F_WRLCK, guard_server_byte(token),
+		    false) == -1)
 			continue;
 		(void)unlinkat(dirfd(d), e->d_name, 0);
-		(void)guard_set(F_UNLCK, guard_server_byte(token), false);
+		(void)guard_set(store.guard, F_UNLCK,
+		    guard_server_byte(token), false);
 	}
 	(void)closedir(d);
 }
@@ -6532,27 +6676,28 @@ store_look_at_fs(void)
 static void
 store_open(void)
 {
+	bool new = store_mkdir(AT_FDCWD, conf.dir);
 	int parent;
 
-	if (mkdir(conf.dir, 0700) == -1 && errno != EEXIST)
-		die(1, "cannot create %s: %s", conf.dir, strerror(errno));
 	store.root = open(conf.dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (store.root == -1)
 		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
-	store_mkdir(".tmp");
-	store_mkdir(".history");
+	new |= store_mkdir(store.root, ".tmp");
+	new |= store_mkdir(store.root, ".history");
 	store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT, NULL);
-	if (store.guard == -1)
+	store.aside = file_open(store.root, ".guard", O_RDWR, NULL);
+	if (store.guard == -1 || store.aside == -1)
 		die(1, "cannot open %s/.guard: %s", conf.dir,
 		    strerror(errno));
 	/* A new directory's own name must be on the disk as well. */
 	parent = openat(store.root, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (sync_fd(store.root) == -1 ||
-	    (parent != -1 && sync_fd(parent) == -1))
+	if (new && (sync_fd(store.root) == -1 ||
+	    (parent != -1 && sync_fd(parent) == -1)))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(parent);
 	random_bytes(&store.token, sizeof(store.token));
-	if (guard_set(F_WRLCK, guard_server_byte(store.token), false) == -1)
+	if (guard_set(store.guard, F_WRLCK, guard_server_byte(store.token),
+	    false) == -1)
 		die(1, "%s has no record locks (%s): choose another file "
 		    "system", conf.dir, strerror(errno));
 	store_sweep();
@@ -6572,13 +6717,13 @@ sweep_on(struct walk *w, int dir, const char *leaf, bool is_lock)
 
 	if (!is_lock || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
 	    !S_ISREG(st.st_mode) || st.st_size > 0 ||
-	    guard_take(w->name) == -1)
+	    aside_take(w->name) == -1)
 		return;
 	if (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
 	    st.st_size == 0 && unlinkat(dir, leaf, 0) == 0)
 		complain("%s: removed an empty lock, left by a crash",
 		    w->name);
-	guard_drop(w->name);
+	aside_drop(w->name);
 }
 
 static void
@@ -6687,15 +6832,18 @@ listener_add(int fd)
 	set.fd[set.base++] = (struct pollfd){ .fd = fd, .events = POLLIN };
 }
 
-/* A socket file that nobody listens on any more is in the way. */
+/* A socket file that nobody listens on any more is in the way. Any other
+ * kind of file refuses connections too, and is not ours to remove. */
 static void
 stale_socket(const struct sockaddr_storage *a, socklen_t len)
 {
 	const struct sockaddr_un *path = (const void *)a;
 	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	struct stat st;
 
 	if (fd != -1 && connect(fd, (const struct sockaddr *)a, len) == -1 &&
-	    errno == ECONNREFUSED)
+	    errno == ECONNREFUSED && lstat(path->sun_path, &st) == 0 &&
+	    S_ISSOCK(st.st_mode))
 		(void)unlink(path->sun_path);
 	close_quietly(fd);
 }
@@ -6738,11 +6886,11 @@ inherited_listeners(void)
 }
 
 static void
-listeners_open(mode_t mask)
+listeners_open(void)
 {
 	size_t i;
 
-	(void)umask(mask);
+	(void)umask(inherited.mask);
 	if (conf.command != NULL)
 		listener_open("127.0.0.1:0");
 	else if (inherited_listeners() == 0) {
@@ -6761,12 +6909,13 @@ listeners_open(mode_t mask)
 static void
 limits_set(void)
 {
-	struct rlimit files, core = { 0, 0 };
+	struct rlimit files;
 	rlim_t spare;
+	size_t size;
 
-	(void)setrlimit(RLIMIT_CORE, &core);	/* it would hold secrets */
 	if (getrlimit(RLIMIT_NOFILE, &files) == -1)
 		die(1, "cannot read the limits: %s", strerror(errno));
+	inherited.files = files;
 	files.rlim_cur = files.rlim_max;
 	if (files.rlim_cur > SLOTS_MAX * 4)
 		files.rlim_cur = SLOTS_MAX * 4;
@@ -6780,9 +6929,9 @@ limits_set(void)
 	/* An upload or a large answer is a second descriptor. */
 	set.max = files.rlim_cur - spare < SLOTS_MAX ?
 	    (unsigned)(files.rlim_cur - spare) : SLOTS_MAX;
-	set.max += (unsigned)(sizeof(listeners) / sizeof(*listeners));
-	set.fd = calloc(set.max + 1, sizeof(*set.fd));
-	set.at = calloc(set.max + 1, sizeof(*set.at));
+	size = set.max + sizeof(listeners) / sizeof(*listeners) + 1;
+	set.fd = calloc(size, sizeof(*set.fd));
+	set.at = calloc(size, sizeof(*set.at));
 	if (set.fd == NULL || set.at == NULL)
 		die(1, "out of memory");
 }
@@ -6907,8 +7056,12 @@ users_start(void)
 		die(2, "%s is set and %s is not: set both, or none",
 		    has_name ? "TF_HTTP_USERNAME" : "TF_HTTP_PASSWORD",
 		    has_name ? "TF_HTTP_PASSWORD" : "TF_HTTP_USERNAME");
-	} else if (has_name)
+	} else if (has_name) {
+		if (strchr(name, ':') != NULL || strlen(name) > 63)
+			die(2, "TF_HTTP_USERNAME has a colon, or more than 63 "
+			    "bytes: no client could show it");
 		users = users_single(name, secret);
+	}
 }
 
 /* SIGHUP: a file that is no good leaves the users as they were. */
@@ -6945,12 +7098,25 @@ command_start(void)
 	users = users_single("statesrv", secret);
 	buf_fmt(&url, "%s/", listeners[0].name);
 	buf_url(&url, conf.command_name);
+	loop.shares_terminal = isatty(STDIN_FILENO) == 1 &&
+	    tcgetpgrp(STDIN_FILENO) == getpgrp();
 	if (url.failed || (loop.child = fork()) == -1)
 		die(1, "cannot fork: %s", strerror(errno));
+	/* Both of us do this, for who knows which one runs first. */
+	if (!loop.shares_terminal)
+		(void)setpgid(loop.child, loop.child);
 	if (loop.child > 0) {
 		buf_free(&url);
 		return;
 	}
+#ifdef __linux__
+	(void)prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
+#endif
+	/* It finds everything as we found it. */
+	(void)umask(inherited.mask);
+	(void)setrlimit(RLIMIT_NOFILE, &inherited.files);
+	(void)sigaction(SIGPIPE, &inherited.pipe, NULL);
+	(void)sigaction(SIGHUP, &inherited.hup, NULL);
 	for (i = 0; i < 3; i++)
 		(void)setenv(keys[i], url.data, 1);
 	(void)setenv("TF_HTTP_USERNAME", "statesrv", 1);
@@ -6978,20 +7144,38 @@ command_ended(void)
 	loop.stopping = true;
 }
 
+/* Appends a word as a shell wants it, and a space. */
+static void
+buf_shell(struct buf *b, const char *s)
+{
+	buf_str(b, "'");
+	for (; *s != '\0'; s++)
+		buf_add(b, *s == '\'' ? "'\\''" : s, *s == '\'' ? 4 : 1);
+	buf_str(b, "' ");
+}
+
 /* Names the lock that the command left behind, with what releases it. */
 static void
 command_farewell(void)
 {
+	struct buf line = { 0 };
 	struct place p;
 	struct lock l;
 
 	if (place_open(conf.command_name, false, &p) == -1)
 		return;
-	if (lock_read(&p, &l) == 0 && lock_is(&l, loop.locked))
-		complain("%s is still locked by %s (%s). If nothing runs any "
-		    "more, release it with\n\tstatesrv -d '%s' '%s' "
-		    "terraform force-unlock -force '%s'", conf.command_name,
-		    l.who, l.operation, conf.dir, conf.command_name, l.id);
+	if (lock_read(&p, &l) == 0 && lock_is(&l, loop.locked)) {
+		buf_shell(&line, conf.program);
+		buf_shell(&line, "-d");
+		buf_shell(&line, conf.dir);
+		buf_shell(&line, conf.command_name);
+		buf_str(&line, "terraform force-unlock -force ");
+		buf_shell(&line, l.id);
+		complain("%s is still locked by '%s' (%s). If nothing runs any "
+		    "more, release it with\n\t%s", conf.command_name, l.who,
+		    l.operation, line.data);
+		buf_free(&line);
+	}
 	lock_free(&l);
 	dir_leave(p.dir);
 }
@@ -7003,7 +7187,8 @@ static void
 on_signal(int sig)
 {
 	int saved = errno;
-	char c = sig == SIGHUP ? 'H' : sig == SIGCHLD ? 'C' : 'T';
+	char c = sig == SIGHUP ? 'H' : sig == SIGCHLD ? 'C' :
+	    sig == SIGINT ? 'I' : sig == SIGQUIT ? 'Q' : 'T';
 
 	(void)!write(jobs.wake[1], &c, 1);
 	errno = saved;
@@ -7024,24 +7209,41 @@ signals_set(void)
 		die(1, "cannot make a pipe: %s", strerror(errno));
 	(void)sigemptyset(&act.sa_mask);
 	act.sa_flags = SA_RESTART;
-	(void)sigaction(SIGPIPE, &ignore, NULL);
+	(void)sigaction(SIGPIPE, &ignore, &inherited.pipe);
 	(void)sigaction(SIGTERM, &act, NULL);
 	(void)sigaction(SIGINT, &act, NULL);
-	(void)sigaction(SIGHUP, &act, NULL);
+	(void)sigaction(SIGHUP, &act, &inherited.hup);
 	(void)sigaction(SIGCHLD, &act, NULL);
 	set.fd[0] = (struct pollfd){ .fd = jobs.wake[0], .events = POLLIN };
 	set.base = 1;
 }
 
-/* In the wrapper the terminal's signals are the command's: it gets them from
- * the terminal too, and we wait for what it makes of them. */
+/* What the terminal sends, the command gets from it, if they share it. Else
+ * it has a process group of its own, and gets from us what we get. */
 static void
 signals_leave_to_command(void)
 {
-	struct sigaction ignore = { .sa_handler = SIG_IGN };
+	struct sigaction act = { .sa_handler = loop.shares_terminal ?
+	    SIG_IGN : on_signal, .sa_flags = SA_RESTART };
 
-	(void)sigaction(SIGINT, &ignore, NULL);
-	(void)sigaction(SIGQUIT, &ignore, NULL);
+	(void)sigemptyset(&act.sa_mask);
+	(void)sigaction(SIGINT, &act, NULL);
+	(void)sigaction(SIGQUIT, &act, NULL);
+}
+
+/* Passes a signal on, once a second: timeout(1) signals its child, and then
+ * the child's group; and a second TERM makes terraform drop everything. */
+static void
+command_signal(char c)
+{
+	static int64_t last;
+
+	if (loop.now - last < 1000 && last != 0)
+		return;
+	last = loop.now;
+	(void)kill(loop.shares_terminal ? loop.child : -loop.child,
+	    c == 'H' ? SIGHUP : c == 'I' ? SIGINT : c == 'Q' ? SIGQUIT :
+	    SIGTERM);
 }
 
 /* ---- the loop ---- */
@@ -7081,10 +7283,10 @@ loop_signal(char c)
 	else if (c == 'H' && loop.child == 0)
 		users_again();
 	else if (c != 'J' && loop.child > 0)
-		(void)kill(loop.child, c == 'H' ? SIGHUP : SIGTERM);
-	else if (c == 'T' && loop.stopping)
+		command_signal(c);
+	else if (c != 'J' && loop.stopping)
 		_exit(1);
-	else if (c == 'T')
+	else if (c != 'J')
 		loop_stop();
 }
 
@@ -7120,6 +7322,7 @@ loop_deadlines(void)
 		c = set.at[i - 1];
 		if (c->deadline <= loop.now) {
 			conn_late(c);
+			soonest = loop.now;	/* it may have a new one */
 			continue;
 		}
 		if (c->deadline < soonest)
@@ -7157,7 +7360,7 @@ static unsigned
 loop_poll(void)
 {
 	static int64_t next_all;
-	static bool silent = true;
+	static bool silent = true, silent_before = true;
 	bool few = set.n - set.base <= FLAT;
 	bool all = few || silent || loop.now >= next_all;
 	int64_t wait = HOT_MS;
@@ -7173,12 +7376,16 @@ loop_poll(void)
 			wait = -1;
 		n = set.n;
 	}
-	if (loop.log.len > 0)
+	/* Lines are written by the dozen, or when a millisecond was quiet. */
+	if (loop.log.len > 4096 || (loop.log.len > 0 && silent_before))
 		log_flush();
+	else if (loop.log.len > 0 && (wait > 1 || wait < 0))
+		wait = 1;
 	got = poll(set.fd, n, (int)wait);
 	loop.now = clock_us(CLOCK_MONOTONIC) / 1000;
 	if (all)
 		next_all = loop.now + HOT_MS + set.n / 250;
+	silent_before = got == 0;
 	silent = !all && got == 0;
 	return got > 0 ? n : 0;
 }
@@ -7211,7 +7418,7 @@ loop_turn(struct conn **ready)
 static void
 loop_run(void)
 {
-	struct conn **ready = calloc(set.max + 1, sizeof(struct conn *));
+	struct conn **ready = calloc(set.max, sizeof(struct conn *));
 
 	if (ready == NULL)
 		die(1, "out of memory");
@@ -7241,7 +7448,7 @@ check(const char *text)
 	    sizeof(patience)) == -1 ||
 	    connect(fd, (struct sockaddr *)&a, len) == -1 ||
 	    write_all(fd, ask, sizeof(ask) - 1) == -1 ||
-	    recv(fd, answer, 12, MSG_WAITALL) != 12)
+	    recv(fd, answer, 12, MSG_WAITALL) == -1)
 		die(1, "%s does not answer: %s", text, strerror(errno));
 	close_quietly(fd);
 	if (strcmp(answer, "HTTP/1.1 200") != 0)
@@ -7305,48 +7512,29 @@ number(char option, const char *text, unsigned min, unsigned max)
 static void
 option(int c)
 {
+	struct sockaddr_storage address;
+
 	switch (c) {
-	case 'b':
-		conf.break_hours = number('b', optarg, 1, 1000000);
-		break;
-	case 'c':
-		conf.check = true;
-		break;
-	case 'd':
-		conf.dir = optarg;
-		break;
-	case 'h':
-		usage(stdout);
-		exit(0);
-	case 'k':
-		conf.keep = number('k', optarg, 0, 1000000);
-		break;
+	case 'b': conf.break_hours = number('b', optarg, 1, 1000000); break;
+	case 'c': conf.check = true; break;
+	case 'd': conf.dir = optarg; break;
+	case 'h': usage(stdout); exit(0);
+	case 'k': conf.keep = number('k', optarg, 0, 1000000); break;
 	case 'l':
 		if (conf.listeners == 16)
 			die(2, "-l can be given 16 times at most");
+		(void)address_read(optarg, &address);
 		conf.listen[conf.listeners++] = optarg;
 		break;
 	case 'm':
 		conf.body_max = (int64_t)number('m', optarg, 1, 1 << 20) << 20;
 		break;
-	case 'n':
-		conf.open = true;
-		break;
-	case 's':
-		conf.strict = true;
-		break;
-	case 'u':
-		conf.users = optarg;
-		break;
-	case 'v':
-		conf.verbose = true;
-		break;
-	case 'V':
-		(void)puts("statesrv " VERSION);
-		exit(0);
-	default:
-		usage(stderr);
-		exit(2);
+	case 'n': conf.open = true; break;
+	case 's': conf.strict = true; break;
+	case 'u': conf.users = optarg; break;
+	case 'v': conf.verbose = true; break;
+	case 'V': (void)puts("statesrv " VERSION); exit(0);
+	default: usage(stderr); exit(2);
 	}
 }
 
@@ -7379,8 +7567,9 @@ greet(void)
 	struct stat st;
 	unsigned i;
 
-	loop.log_blocks = fstat(STDOUT_FILENO, &st) == 0 &&
-	    !S_ISREG(st.st_mode);
+	loop.log_blocks = isatty(STDOUT_FILENO) == 1 ||
+	    (fstat(STDOUT_FILENO, &st) == 0 &&
+	    (S_ISFIFO(st.st_mode) || S_ISSOCK(st.st_mode)));
 	for (i = 1; i < set.base && conf.command == NULL; i++)
 		(void)printf("statesrv: listening on %s\n",
 		    listeners[i - 1].name);
@@ -7403,8 +7592,10 @@ sweep_start(void)
 int
 main(int argc, char **argv)
 {
-	mode_t mask = umask(077);
+	const struct rlimit none = { 0, 0 };
 
+	inherited.mask = umask(077);
+	conf.program = argv[0];
 	options(argc, argv);
 	if (conf.check)
 		return check(conf.listeners > 0 ? conf.listen[0] :
@@ -7418,11 +7609,15 @@ main(int argc, char **argv)
 	signals_set();
 	users_start();
 	store_open();
-	listeners_open(mask);
+	listeners_open();
 	if (conf.command != NULL) {
 		command_start();
 		signals_leave_to_command();
 	}
+	if (conf.verbose)
+		complain("-v: heads and bodies will be shown, and the secrets "
+		    "in the states with them");
+	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */
 	sandbox();
 	sweep_start();
 	greet();
