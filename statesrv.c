@@ -2381,7 +2381,9 @@ store_room(struct room *room)
 
 	if (fstatvfs(store.root, &fs) == -1)
 		return -1;
-	room->free = (uint64_t)fs.f_bavail * fs.f_frsize;
+	/* Some network file systems do not tell. */
+	room->free = fs.f_blocks == 0 ? UINT64_MAX / 2 :
+	    (uint64_t)fs.f_bavail * fs.f_frsize;
 	small = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
 	room->reserve = small < RESERVE ? small : RESERVE;
 	low = room->free < room->reserve;
@@ -5712,6 +5714,16 @@ count_request(const struct request *r, int64_t us)
 	counters.took_sum += seconds;
 }
 
+/* A request has been answered: counts and logs it. */
+static void
+request_told(const struct request *r)
+{
+	int64_t us = clock_us(CLOCK_MONOTONIC) - r->start;
+
+	count_request(r, us);
+	log_request(r, us);
+}
+
 /* -v: what goes over the wire, on stderr, credentials blanked. */
 static void
 trace(const char *mark, const char *data, size_t len)
@@ -5767,6 +5779,8 @@ conn_close(struct conn *c)
 {
 	if (c->r != NULL) {
 		assert(c->state != C_JOB);
+		if (c->r->status != 0)	/* done, and nobody to tell it to */
+			request_told(c->r);
 		request_abandon(c->r);
 	}
 	set_remove(c);
@@ -6351,11 +6365,9 @@ static enum step
 reply_end(struct conn *c)
 {
 	struct request *r = c->r;
-	int64_t us = clock_us(CLOCK_MONOTONIC) - r->start;
 	bool keep = r->keep;
 
-	count_request(r, us);
-	log_request(r, us);
+	request_told(r);
 	if (r->run == job_lock && r->status == 200)
 		(void)snprintf(loop.locked, sizeof(loop.locked), "%s", r->id);
 	buf_free(&c->out);

@@ -7314,16 +7314,16 @@ unspy() {
 # an answer counts from when it was begun.
 steps() {
 	awk '
-	/resumed>/ {
-		sub(/.*resumed>/, "")
-		$0 = part[was = FILENAME $1] $0
+	{ thread = $1; what = "" }
+	/ resumed>/ {
+		sub(/.* resumed>/, "")
+		$0 = part[thread] $0
 	}
-	/<unfinished/ && !/sendto|sendmsg|writev/ {
-		part[$1] = $0
-		sub(/<unfinished.*/, "", part[$1])
+	/<unfinished/ && !/ (sendto|sendmsg|writev)\(/ {
+		part[thread] = $0
+		sub(/<unfinished.*/, "", part[thread])
 		next
 	}
-	{ what = "" }
 	/write.*\/\.tmp\// { what = "write" }
 	/write.*\.lock>/ { what = "write" }
 	/fsync.*<[^>]*states(\/[^.>]*)?>/ { what = "dirsync" }
