@@ -346,6 +346,7 @@ struct meta {
 struct lock {
 	bool held;
 	bool foreign;			/* made by hand: not lock info */
+	bool torso;			/* left by one who died creating it */
 	time_t since;			/* the file's mtime */
 	char id[ID_MAX + 1];
 	char operation[64], info[256], who[128], created[64];
@@ -657,12 +658,13 @@ time_text(char out[32], int64_t ms, bool basic)
 {
 	time_t t = (time_t)(ms / 1000);
 	struct tm tm;
-	size_t n;
 
+	/* strftime would look for a time zone, outside the sandbox. */
 	(void)gmtime_r(&t, &tm);
-	n = strftime(out, 24, basic ? "%Y%m%dT%H%M%S" : "%Y-%m-%dT%H:%M:%S",
-	    &tm);
-	(void)snprintf(out + n, 32 - n, ".%03dZ", (int)(ms % 1000));
+	(void)snprintf(out, 32, basic ? "%04d%02d%02dT%02d%02d%02d.%03dZ" :
+	    "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ", (tm.tm_year + 1900) % 10000,
+	    tm.tm_mon + 1, tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec,
+	    (int)(ms % 1000));
 }
 
 /* "3 days" and the like: how long ago. */
@@ -1274,7 +1276,7 @@ json_between(struct json *j, unsigned char c)
 	switch (j->state) {
 	case JS_START:
 		return c == '{' ? json_open(j, c) :
-		    json_wrong(j, "is not a JSON object");
+		    json_wrong(j, "does not begin with {");
 	case JS_FIRST_KEY:
 	case JS_KEY:
 		if (c == '}' && j->state == JS_FIRST_KEY)
@@ -2178,6 +2180,7 @@ static struct {
 	int root;			/* the directory */
 	int guard;			/* .guard, for the jobs in lanes */
 	int aside;			/* .guard, for everyone else */
+	bool remote;			/* on a network file system */
 	uint64_t token;			/* ours, in the names of uploads */
 	pthread_mutex_t mutex;		/* for what follows */
 	uint64_t uploads;
@@ -2196,22 +2199,25 @@ dir_leave(int dir)
 		close_quietly(dir);
 }
 
-/* Has the directory been removed under us? Then nothing can be looked up in
- * it, and ENOENT must not be read as "no such state". */
-static bool
-store_gone(void)
+/* Has the directory been removed under us, or its host been lost? Then
+ * nothing can be looked up in it. */
+static int
+store_there(void)
 {
 	struct stat st;
 
-	return fstat(store.root, &st) == -1 || st.st_nlink == 0;
+	if (fstat(store.root, &st) == -1)
+		return -1;
+	errno = EIDRM;
+	return st.st_nlink == 0 ? -1 : 0;
 }
 
 /* Returns -1, with ENOENT only if that is the whole truth. */
 static int
 errno_absent(void)
 {
-	if (errno == ENOENT)
-		errno = store_gone() ? ESTALE : ENOENT;
+	if (errno == ENOENT && store_there() == 0)
+		errno = ENOENT;
 	return -1;
 }
 
@@ -2688,8 +2694,8 @@ lock_made_up(struct lock *l)
 	const char *p = l->raw, *end = p + l->len;
 	size_t n, len = 0;
 
-	*l = (struct lock){ .held = true, .foreign = true, .since = l->since,
-	    .raw = l->raw, .len = l->len };
+	*l = (struct lock){ .held = true, .foreign = true, .torso = l->torso,
+	    .since = l->since, .raw = l->raw, .len = l->len };
 	(void)snprintf(l->id, sizeof(l->id), "made-by-hand");
 	while (p < end && (unsigned char)*p >= ' ' && *p != 0x7f) {
 		n = utf8_length(p);	/* raw ends in a NUL */
@@ -2716,6 +2722,10 @@ lock_read(const struct place *p, struct lock *l)
 		return errno == ENOENT ? 0 : -1;
 	l->held = true;
 	l->since = st.st_mtime;
+	/* Under the guard. A remote host's bytes may still be on their way,
+	 * but not for a quarter of a minute. */
+	l->torso = st.st_size == 0 && (st.st_mode & 0100) != 0 &&
+	    (!store.remote || time(NULL) - l->since > 15);
 	l->raw = malloc(LOCK_INFO_MAX + 1);
 	if (l->raw != NULL)
 		n = read_at(fd, l->raw, LOCK_INFO_MAX, 0);
@@ -2771,15 +2781,21 @@ lock_remove(const struct place *p)
 	return unlinkat(p->dir, leaf_name(leaf, p, LOCK), 0);
 }
 
-/* Creates the lock file; what could not be written whole is removed again.
- * Returns its descriptor, not synced yet, or -1. */
+/*
+ * Creates the lock file; what could not be written whole is removed again.
+ * Returns its descriptor, not synced yet, or -1. Until it is written its mode
+ * is 0700: so an empty one that we left by dying here, of which nobody was
+ * told, is not taken for one that somebody made with touch.
+ */
 static int
 lock_create(const struct place *p, const void *info, size_t len)
 {
-	int fd = place_file(p, LOCK, O_WRONLY | O_CREAT | O_EXCL, NULL);
-	int saved;
+	char leaf[LEAF];
+	int fd = openat(p->dir, leaf_name(leaf, p, LOCK), O_WRONLY | O_CREAT |
+	    O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0700), saved;
 
-	if (fd != -1 && write_all(fd, info, len) == -1) {
+	if (fd != -1 && (write_all(fd, info, len) == -1 ||
+	    fchmod(fd, 0600) == -1)) {
 		saved = errno;
 		(void)close(fd);
 		(void)lock_remove(p);
@@ -3037,7 +3053,10 @@ users_parse(char *text, const char *file)
 		wrong = "it names no user";
 	if (wrong == NULL)
 		return u;
-	complain("%s, line %zu: %s", file, number, wrong);
+	if (u->n == 0 && line == NULL)
+		complain("%s: %s", file, wrong);
+	else
+		complain("%s, line %zu: %s", file, number, wrong);
 	users_drop(u);
 	return NULL;
 }
@@ -3172,7 +3191,7 @@ guard_take(const char *name)
 		return 0;
 	/* Removed: another server would lock another file of that name. */
 	(void)guard_set(store.guard, F_UNLCK, guard_byte(name), false);
-	errno = ESTALE;
+	errno = EIDRM;
 	return -1;
 }
 
@@ -3451,17 +3470,18 @@ refuse_errno(struct request *r, const char *what)
 		status = 507;
 		break;
 	case EMFILE: case ENFILE: case ENOMEM: case EINTR: case EAGAIN:
-	case EBUSY: case ETIMEDOUT: case ENOLCK: case EIO:
+	case EBUSY: case ETIMEDOUT: case ENOLCK: case EIO: case ENOTCONN:
+	case ESTALE:
 		status = 503;
 		break;
 	default:
 		break;
 	}
 	complain("%s: cannot %s: %s", r->name, what,
-	    e == ESTALE ? "the directory, or .guard in it, was removed" :
+	    e == EIDRM ? "the directory, or .guard in it, was removed" :
 	    strerror(e));
 	return refuse(r, status, "cannot %s: %s", what,
-	    e == ESTALE ? "the directory was removed under the server" :
+	    e == EIDRM ? "the directory was removed under the server" :
 	    e == ELOOP ? "it is a symbolic link" :
 	    e == EISDIR ? "it is not an ordinary file" :
 	    status == 507 ? "no room is left on the disk" : strerror(e));
@@ -3689,24 +3709,52 @@ lock_prepare(struct request *r)
 	return status;
 }
 
-/* Puts a broken lock back where it was. */
-static void
-lock_mend(struct place *p, struct after *a)
+/* Reads the lock under the guard, for one who may change it. */
+static int
+lock_guarded(struct request *r, struct place *p)
 {
+	lock_free(&r->lock);
+	if (lock_read(p, &r->lock) == -1)
+		return refuse_errno(r, "read the lock");
+	if (!r->lock.torso)
+		return 0;
+	complain("%s: removed an empty lock, left by a crash", r->name);
+	lock_free(&r->lock);
+	r->lock = (struct lock){ 0 };
+	return lock_remove(p) == -1 ? refuse_errno(r, "remove a torn lock") : 0;
+}
+
+/* Puts a new lock in the place of a stale one, at no moment leaving none; the
+ * old one is kept until the new one is on disk. The broken run can do no harm:
+ * its ID opens nothing now. */
+static int
+lock_break(struct request *r, struct place *p, struct after *a)
+{
+	struct upload up = { .fd = -1 };
 	char leaf[LEAF];
 
-	if (a->broken[0] != '\0' && renameat(store.root, a->broken, p->dir,
-	    leaf_name(leaf, p, LOCK)) == 0)
+	(void)leaf_name(leaf, p, LOCK);
+	tmp_name(a->broken);
+	if (linkat(p->dir, leaf, store.root, a->broken, 0) == -1)
 		a->broken[0] = '\0';
+	if (a->broken[0] == '\0' || tmp_create(&up) == -1 ||
+	    write_all(up.fd, r->body, r->len) == -1 ||
+	    renameat(store.root, up.tmp, p->dir, leaf) == -1) {
+		(void)refuse_errno(r, "break the stale lock");
+		tmp_remove(&up);
+		return r->status;
+	}
+	a->fresh = up.fd;
+	return 0;
 }
 
 static int
 lock_publish(struct request *r, struct place *p, struct after *a)
 {
-	char leaf[LEAF];
+	int status = lock_guarded(r, p);
 
-	if (lock_read(p, &r->lock) == -1)
-		return refuse_errno(r, "read the lock");
+	if (status != 0)
+		return status;
 	r->event = "lock";
 	if (lock_is(&r->lock, r->id)) {	/* a repetition: promise 6 */
 		a->fresh = place_file(p, LOCK, O_RDONLY, NULL);
@@ -3715,33 +3763,32 @@ lock_publish(struct request *r, struct place *p, struct after *a)
 	if (r->lock.held) {
 		if (!lock_stale(&r->lock) || r->right < R_WRITE)
 			return refuse_locked(r, 423);
-		/* The broken run can do no harm: its ID opens nothing now. */
-		tmp_name(a->broken);
-		if (renameat(p->dir, leaf_name(leaf, p, LOCK), store.root,
-		    a->broken) == -1) {
-			a->broken[0] = '\0';
-			return refuse_errno(r, "break the stale lock");
-		}
 		r->event = "break";
+		return lock_break(r, p, a);
 	}
-	if ((a->fresh = lock_create(p, r->body, r->len)) != -1)
-		return 0;
-	(void)refuse_errno(r, "write the lock");
-	lock_mend(p, a);
-	return r->status;
+	a->fresh = lock_create(p, r->body, r->len);
+	if (a->fresh == -1 && errno == EEXIST &&	/* made by hand, now */
+	    lock_guarded(r, p) == 0 && r->lock.held)
+		return refuse_locked(r, 423);
+	return a->fresh == -1 ? refuse_errno(r, "write the lock") : 0;
 }
 
 /* The lock could not be synced: nobody is told of it, so nobody has it. */
 static void
 lock_take_back(struct request *r, struct place *p, struct after *a)
 {
+	char leaf[LEAF];
 	struct lock l;
 
 	if (lock_is(&r->lock, r->id) || guard_take(r->name) == -1)
 		return;			/* a repetition: it was there before */
-	if (lock_read(p, &l) == 0 && lock_is(&l, r->id) &&
-	    lock_remove(p) == 0)
-		lock_mend(p, a);
+	if (lock_read(p, &l) == 0 && lock_is(&l, r->id)) {
+		if (a->broken[0] == '\0')
+			(void)lock_remove(p);
+		else if (renameat(store.root, a->broken, p->dir,
+		    leaf_name(leaf, p, LOCK)) == 0)
+			a->broken[0] = '\0';
+	}
 	lock_free(&l);
 	guard_drop(r->name);
 }
@@ -3762,11 +3809,12 @@ unlock_prepare(struct request *r)
 static int
 unlock_publish(struct request *r, struct place *p, struct after *a)
 {
+	int status = lock_guarded(r, p);
 	bool made_up;
 
 	(void)a;
-	if (lock_read(p, &r->lock) == -1)
-		return refuse_errno(r, "read the lock");
+	if (status != 0)
+		return status;
 	if (!r->lock.held)		/* a repetition, perhaps */
 		return 0;
 	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
@@ -3788,11 +3836,12 @@ refuse_broken(struct request *r)
 /* Promise 4: under the lock's own ID, or with none when nothing is locked.
  * An ID whose lock is gone was broken: another run may have written. */
 static int
-write_allowed(struct request *r, const struct place *p)
+write_allowed(struct request *r, struct place *p)
 {
-	lock_free(&r->lock);
-	if (lock_read(p, &r->lock) == -1)
-		return refuse_errno(r, "read the lock");
+	int status = lock_guarded(r, p);
+
+	if (status != 0)
+		return status;
 	if (r->lock.held && !(r->has_id && lock_is(&r->lock, r->id)))
 		return refuse_locked(r, 423);
 	return !r->lock.held && r->has_id ? refuse_broken(r) : 0;
@@ -3812,8 +3861,8 @@ write_strict(struct request *r)
 		    "present %llu", (unsigned long long)new->serial,
 		    (unsigned long long)old->serial);
 	if (old->lineage[0] != '\0' && strcmp(new->lineage, old->lineage) != 0)
-		return refuse(r, 409, "strict: lineage %s is not the present "
-		    "%s", new->lineage, old->lineage);
+		return refuse(r, 409, "strict: its lineage is '%s', the "
+		    "present one is '%s'", new->lineage, old->lineage);
 	return 0;
 }
 
@@ -4306,9 +4355,8 @@ walk_states(struct walk *w)
 {
 	int dir = openat(store.root, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 
-	if (dir == -1 || store_gone()) {
+	if (dir == -1 || store_there() == -1) {
 		close_quietly(dir);
-		errno = dir == -1 ? errno : ESTALE;
 		return -1;
 	}
 	walk_dir(w, dir, 0, 0);
@@ -4413,10 +4461,13 @@ row_lock(struct request *r, const struct lock *l)
 	if (!l->held)
 		return;
 	age_text(age, time(NULL) - l->since);
-	buf_fmt(&words, "%s %s%s%s%s for %s, ID %s",
-	    l->foreign ? "frozen:" : "locked by",
-	    l->foreign ? l->info : l->who, *l->operation != '\0' ? " (" : "",
-	    l->operation, *l->operation != '\0' ? ")" : "", age, l->id);
+	if (l->foreign)
+		buf_fmt(&words, "frozen for %s: %s", age, l->info);
+	else
+		buf_fmt(&words, "locked by %s (%s) for %s", *l->who != '\0' ?
+		    l->who : "?", *l->operation != '\0' ? l->operation : "?",
+		    age);
+	buf_fmt(&words, ", ID %s", l->id);
 	if (words.failed)
 		b->failed = true;
 	else if (r->form == HTML)
@@ -4824,7 +4875,7 @@ changes_write(struct request *r, const char *before, const struct items *old,
 		buf_fmt(b, "<p>%s compared with %s: resources added (+), "
 		    "removed (-), changed (~). ",
 		    *r->version != '\0' ? r->version : "The present state",
-		    *before != '\0' ? before : "nothing, for it is the first");
+		    *before != '\0' ? before : "nothing: no version before it is kept");
 		html_link(b, "/-/versions/", r->name, "All versions");
 		table_begin(r, none);
 	} else if (r->form == JSON) {
@@ -4926,9 +4977,8 @@ page_ready(struct request *r, struct after *a)
 	struct upload up = { .fd = -1 };
 
 	(void)a;
-	if (store_gone())
-		errno = ESTALE;
-	else if (store_fits(0) == 0 && tmp_create(&up) == 0) {
+	if (store_there() == 0 && store_fits(0) == 0 &&
+	    tmp_create(&up) == 0) {
 		tmp_remove(&up);
 		buf_str(&r->text, "ready\n");
 		r->type = "text/plain; charset=utf-8";
@@ -5338,18 +5388,18 @@ admit(struct request *r, const struct head *h, bool guarded)
 	bool found;
 	int status;
 
-	if (guarded && !host_is_local(h->host))
-		return refuse(r, 403, "the Host is not this machine: without "
-		    "users, a loopback server answers to localhost only");
-	if (h->field[F_ORIGIN].ptr != NULL && r->method != M_GET && r->method != M_HEAD &&
-	    r->method != M_OPTIONS)
-		return refuse(r, 403, "no web page may change a state");
 	if ((mark = memchr(target.ptr, '?', target.len)) != NULL) {
 		query.ptr = mark + 1;
 		query.len = (size_t)(target.ptr + target.len - query.ptr);
 		target.len = (size_t)(mark - target.ptr);
 	}
 	wrong = name_route(target, r, &found);
+	if (guarded && !host_is_local(h->host))
+		return refuse(r, 403, "the Host is not this machine: without "
+		    "users, a loopback server answers to localhost only");
+	if (h->field[F_ORIGIN].ptr != NULL && r->method != M_GET && r->method != M_HEAD &&
+	    r->method != M_OPTIONS)
+		return refuse(r, 403, "no web page may change a state");
 	if ((status = admit_user(r, h->field[F_AUTHORIZATION])) != 0)
 		return status;
 	if (wrong != NULL)
@@ -5629,6 +5679,11 @@ logfmt(const char *key, const char *value)
 static void
 log_request(const struct request *r, int64_t us)
 {
+	static const char *const pages[K_METRICS + 1] = {
+		[K_LOCK] = "lock", [K_VERSIONS] = "versions",
+		[K_VERSION] = "version", [K_CHANGES] = "changes",
+		[K_LOG] = "log"
+	};
 	static int64_t second;
 	static char when[32];
 	struct buf *b = &loop.log;
@@ -5653,6 +5708,10 @@ log_request(const struct request *r, int64_t us)
 	buf_str(b, r->method < M_COUNT ? method_names[r->method] : "-");
 	if (*r->name != '\0')
 		logfmt(named ? " name=" : " path=", r->name);
+	if (named && pages[r->kind] != NULL) {
+		buf_str(b, " page=");
+		buf_str(b, pages[r->kind]);
+	}
 	buf_str(b, " status=");
 	buf_num(b, r->status, 1);
 	buf_str(b, " bytes=");
@@ -5832,8 +5891,10 @@ conn_recv(struct conn *c, char *data, size_t size)
 static void
 reply_fields(const struct request *r, struct buf *b)
 {
+	static const char days[] = "SunMonTueWedThuFriSat";
+	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	static int64_t second = -1;
-	static char date[48];
+	static char date[64];
 	int64_t now = clock_us(CLOCK_REALTIME) / 1000000;
 	time_t t = (time_t)now;
 	struct tm tm;
@@ -5841,8 +5902,11 @@ reply_fields(const struct request *r, struct buf *b)
 	if (now != second) {
 		second = now;
 		(void)gmtime_r(&t, &tm);
-		(void)strftime(date, sizeof(date),
-		    "\r\nDate: %a, %d %b %Y %H:%M:%S GMT", &tm);
+		(void)snprintf(date, sizeof(date), "\r\nDate: %.3s, %02d %.3s "
+		    "%04d %02d:%02d:%02d GMT", &days[3 * tm.tm_wday],
+		    tm.tm_mday, &months[3 * tm.tm_mon],
+		    (tm.tm_year + 1900) % 10000, tm.tm_hour, tm.tm_min,
+		    tm.tm_sec);
 	}
 	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
 	buf_num(b, r->status, 3);
@@ -6608,7 +6672,9 @@ store_mkdir(int dir, const char *name)
 	if (mkdirat(dir, name, 0700) == 0)
 		return true;
 	if (errno != EEXIST)
-		die(1, "cannot create %s: %s", name, strerror(errno));
+		die(1, "cannot create %s%s%s: %s", dir == AT_FDCWD ? "" :
+		    conf.dir, dir == AT_FDCWD ? "" : "/", name,
+		    strerror(errno));
 	return false;
 }
 
@@ -6671,11 +6737,13 @@ store_look_at_fs(void)
 	case 0x65735546:		/* FUSE: GlusterFS, CephFS, sshfs */
 	case 0x6969:			/* NFS */
 	case 0x00c36400:		/* CephFS */
+		store.remote = true;
 		complain("%s is on a network file system: if several servers "
 		    "share it, mount it without caches (README, SHARING)",
 		    conf.dir);
 		break;
 	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
+		store.remote = true;
 		complain("%s is on SMB, whose locks do not reach other hosts: "
 		    "do not share it", conf.dir);
 		break;
@@ -6876,8 +6944,9 @@ listener_open(const char *text)
 	if (fd == -1 || bind(fd, (struct sockaddr *)&a, len) == -1 ||
 	    listen(fd, SOMAXCONN) == -1)
 		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
-		    errno == EADDRINUSE ? "; another server runs there, or "
-		    "choose another port with -l" : "");
+		    errno != EADDRINUSE ? "" : a.ss_family == AF_UNIX ?
+		    "; something is there" : "; another server is there: "
+		    "choose another port with -l");
 	listener_add(fd);
 }
 
@@ -7090,6 +7159,7 @@ users_again(void)
 	}
 	users_drop(users);
 	users = new;
+	buf_fmt(&loop.log, "statesrv: read %zu lines of users\n", new->n);
 }
 
 /* ---- the wrapper ---- */
@@ -7479,9 +7549,9 @@ usage(FILE *out)
 	    "the backend\n"
 	    "                                           of state NAME, in its "
 	    "environment\n\n"
-	    "  -b HOURS  a LOCK may break a lock older than this (never)\n"
-	    "  -c        ask the server at -l whether it is ready: exit 0 or "
-	    "1\n"
+	    "  -b HOURS  a LOCK may break another's that is older (never)\n"
+	    "  -c        ask the server at the first -l whether it is ready: "
+	    "exit 0 or 1\n"
 	    "  -d DIR    where the states live (%s)\n"
 	    "  -h        this help\n"
 	    "  -k N      earlier versions kept of each state (%u)\n"
@@ -7489,7 +7559,7 @@ usage(FILE *out)
 	    "you like;\n"
 	    "            port 0 picks one and says which (127.0.0.1:8080)\n"
 	    "  -m MIB    largest state (%lld)\n"
-	    "  -n        let anyone in, from other machines too\n"
+	    "  -n        do without users where other machines can reach it\n"
 	    "  -s        strict: refuse a lower serial or another lineage\n"
 	    "  -u FILE   users, a line each: name secret right [pattern...]\n"
 	    "            secret as it is or sha256:HEX; right read, plan or "
@@ -7500,8 +7570,8 @@ usage(FILE *out)
 	    "user.\n\n"
 	    "  statesrv                               a laptop's backend\n"
 	    "  statesrv demo terraform apply          without a server to "
-	    "start\n"
-	    "  statesrv -l 0.0.0.0:8080 -u users      a team's\n",
+	    "start (init too)\n"
+	    "  statesrv -l unix:/run/s.sock -u users  a team's, behind TLS\n",
 	    conf.dir, conf.keep, (long long)(conf.body_max >> 20));
 }
 
@@ -7562,7 +7632,7 @@ options(int argc, char **argv)
 	conf.command_name = argv[optind];
 	conf.command = argv + optind + 1;
 	if (optind + 1 == argc)
-		die(2, "%s and then what? NAME COMMAND..., or see -h",
+		die(2, "%s: a state's name is followed by a COMMAND; see -h",
 		    conf.command_name);
 	if (name_wrong(conf.command_name) != NULL)
 		die(2, "%s: %s", conf.command_name,
