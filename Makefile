@@ -10,7 +10,7 @@ all: statesrv
 statesrv: statesrv.c Makefile
 	$(CC) $(CFLAGS) -pthread $(LDFLAGS) -o $@ statesrv.c
 
-# One file that runs anywhere: by musl if it is here, else by libc's archive.
+# One file that runs anywhere, in the place of the other: by musl if it is here, else by libc's archive.
 static: statesrv.c
 	cc=$$(command -v musl-gcc || echo $(CC)) && \
 	$$cc -Os -static -s -pthread $(LDFLAGS) -o statesrv statesrv.c
@@ -44,6 +44,7 @@ image: static
 demo: statesrv
 	@here=$$(pwd); tmp=$$(mktemp -d) && cp demo.tf "$$tmp" || exit 1; pid=; \
 	unset TF_HTTP_USERNAME TF_HTTP_PASSWORD; \
+	export TF_CLI_ARGS=-no-color; \
 	trap 'kill $$pid 2>/dev/null; wait; rm -rf "$$tmp"' EXIT; \
 	trap 'exit 1' HUP INT TERM; \
 	say() { printf '\n\033[1m=== %s\033[0m\n' "$$*"; }; \
@@ -75,7 +76,7 @@ demo: statesrv
 	lock UNLOCK; \
 	run terraform apply -auto-approve -var greeting=goodbye; \
 	say 'what happened, and the earlier versions'; \
-	run curl -sS http://127.0.0.1:8080/ -H 'Accept: text/plain'; \
+	run curl -sS http://127.0.0.1:8080/; \
 	run cat states/demo.log; run find states/.history -type f; \
 	say 'and back to nothing'; \
 	run terraform destroy -auto-approve; \

@@ -209,6 +209,7 @@
 #ifndef DRAIN_MS
 #define DRAIN_MS 10000		/* for a refused client to finish speaking */
 #endif
+#define STALL_MS 5000		/* a silent one makes room after this */
 #ifndef DENY_MS
 #define DENY_MS 1000		/* a wrong secret is answered after this */
 #endif
@@ -435,18 +436,20 @@ struct request {
  * Complain and die in the err(3) manner, bytes that grow, clocks.
  */
 
-/* Says what is wrong on stderr; the server goes on. */
+/* Says what is wrong on stderr; the server goes on, even if nobody reads. */
 __attribute__((format(printf, 1, 2)))
 static void
 complain(const char *fmt, ...)
 {
+	struct pollfd out = { .fd = STDERR_FILENO, .events = POLLOUT };
 	char line[2048];
 	va_list ap;
 
 	va_start(ap, fmt);
 	(void)vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
-	(void)fprintf(stderr, "statesrv: %s\n", line);
+	if (poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0)
+		(void)fprintf(stderr, "statesrv: %s\n", line);
 }
 
 /* Ends the program: status 2 for the user's mistakes, 1 for the system's. */
@@ -492,10 +495,11 @@ span_copy(char *to, size_t size, struct span s)
 static bool
 span_next(struct span *list, struct span *item)
 {
-	const char *end = list->ptr + list->len, *p = list->ptr, *q;
+	const char *end, *p = list->ptr, *q;
 
 	if (list->len == 0)
 		return false;
+	end = p + list->len;
 	for (q = p; q < end && *q != ','; q++)
 		continue;
 	*list = (struct span){ q < end ? q + 1 : q, 0 };
@@ -599,18 +603,43 @@ buf_free(struct buf *b)
 	*b = (struct buf){ 0 };
 }
 
-/* Appends s as a JSON string. Names and lock info are valid UTF-8. */
+/* Length of the UTF-8 sequence that s begins with, or 0 (RFC 3629). */
+static size_t
+utf8_length(const char *s)
+{
+	const unsigned char *p = (const unsigned char *)s;
+	unsigned char low = *p == 0xe0 ? 0xa0 : *p == 0xf0 ? 0x90 : 0x80;
+	unsigned char high = *p == 0xed ? 0x9f : *p == 0xf4 ? 0x8f : 0xbf;
+	size_t n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 :
+	    *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
+
+	for (i = 1; i < n; i++, low = 0x80, high = 0xbf)
+		if (p[i] < low || p[i] > high)
+			return 0;
+	return n;
+}
+
+/* Appends s as a JSON string: U+FFFD for what is not UTF-8 or was cut, and
+ * nothing that a terminal would obey. */
 static void
 buf_json(struct buf *b, const char *s)
 {
+	size_t n;
+
 	buf_str(b, "\"");
-	for (; *s != '\0'; s++) {
-		if (*s == '"' || *s == '\\')
+	for (; *s != '\0'; s += n > 0 ? n : 1) {
+		n = utf8_length(s);
+		if (n == 0)
+			buf_str(b, "\\ufffd");
+		else if (*s == '"' || *s == '\\')
 			buf_fmt(b, "\\%c", *s);
 		else if ((unsigned char)*s < 0x20 || *s == 0x7f)
 			buf_fmt(b, "\\u%04x", (unsigned)*s);
+		else if (n == 2 && (unsigned char)*s == 0xc2 &&
+		    (unsigned char)s[1] < 0xa0)
+			buf_fmt(b, "\\u%04x", (unsigned char)s[1]);
 		else
-			buf_add(b, s, 1);
+			buf_add(b, s, n);
 	}
 	buf_str(b, "\"");
 }
@@ -1410,7 +1439,9 @@ json_show(char *to, size_t size, const struct json *j)
 	span_copy(to, size, (struct span){ j->text,
 	    j->len < JSON_TEXT ? j->len : JSON_TEXT - 1 });
 	for (; *to != '\0'; to++)
-		if ((unsigned char)*to < 0x20 || *to == 0x7f)
+		if ((unsigned char)*to < 0x20 || *to == 0x7f ||
+		    ((unsigned char)*to == 0xc2 &&
+		    (unsigned char)to[1] < 0xa0))
 			*to = ' ';
 }
 
@@ -1438,10 +1469,11 @@ meta_on(struct json *j, char what)
 		errno = 0;
 		m->serial = strtoull(j->text, &end, 10);
 		m->known = *end == '\0' && errno == 0 && *j->text != '-';
+		m->serial = m->known ? m->serial : 0;
 	} else if (w == W_LINEAGE && what == 's')
-		json_keep(m->lineage, sizeof(m->lineage), j);
+		json_show(m->lineage, sizeof(m->lineage), j);
 	else if (w == W_TERRAFORM_VERSION && what == 's')
-		json_keep(m->version, sizeof(m->version), j);
+		json_show(m->version, sizeof(m->version), j);
 }
 
 /* As meta_on, but has seen enough with the serial and the lineage. */
@@ -1503,18 +1535,20 @@ static bool
 http_host_ok(struct span h)
 {
 	const char *p = h.ptr, *end = p + h.len, *close;
+	char text[INET6_ADDRSTRLEN + 1];
+	struct in6_addr six;
 	unsigned port = 0;
 
 	if (h.len == 0)
 		return false;
 	if (*p == '[') {
-		if ((close = memchr(p, ']', h.len)) == NULL || close == p + 1)
+		if ((close = memchr(p, ']', h.len)) == NULL)
 			return false;
-		for (p++; p < close; p++)
-			if (hex_value((unsigned char)*p) == -1 &&
-			    *p != ':' && *p != '.')
-				return false;
-		p++;
+		span_copy(text, sizeof(text), (struct span){ p + 1,
+		    (size_t)(close - p - 1) });
+		if (inet_pton(AF_INET6, text, &six) != 1)
+			return false;
+		p = close + 1;
 	} else {
 		for (; p < end && *p != ':'; p++)
 			if (strchr("#^`|", *p) != NULL ||
@@ -1564,14 +1598,17 @@ static int
 http_coding(struct head *h, struct span v)
 {
 	struct span item = { NULL, 0 };
+	bool empty = v.len > 0 && v.ptr[v.len - 1] == ',';
 	unsigned items = 0, chunked = 0;
 
-	for (; span_next(&v, &item); items++)
+	for (; span_next(&v, &item); items++) {
 		chunked += span_is(item, "chunked");
+		empty |= item.len == 0;
+	}
 	if (h->minor == 0 || h->length != -1)
 		return http_bad(h, 400, "Transfer-Encoding goes neither with "
 		    "Content-Length nor with HTTP/1.0");
-	if (chunked != 1 || !span_is(item, "chunked"))
+	if (chunked != 1 || !span_is(item, "chunked") || empty)
 		return http_bad(h, 400, "Transfer-Encoding does not end in "
 		    "chunked");
 	h->chunked = true;
@@ -1760,7 +1797,8 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 	*seen = len;
 	if (end == NULL && len < HEAD_MAX)
 		return 0;
-	*h = (struct head){ .length = -1, .minor = 1, .keep = true };
+	*h = (struct head){ .method = M_COUNT, .length = -1, .minor = 1,
+	    .keep = true };
 	if ((lf = memchr(data, '\n', len)) == NULL)
 		return http_bad(h, 414, "the request line is too long");
 	status = http_request_line(h, data, lf - 1);
@@ -1906,28 +1944,27 @@ full:
  * names are in name_wrong, and nothing reaches the disk that did not pass it.
  */
 
-/* Length of the UTF-8 sequence that s begins with, or 0 (RFC 3629). */
-static size_t
-utf8_length(const char *s)
-{
-	const unsigned char *p = (const unsigned char *)s;
-	unsigned char low = *p == 0xe0 ? 0xa0 : *p == 0xf0 ? 0x90 : 0x80;
-	unsigned char high = *p == 0xed ? 0x9f : *p == 0xf4 ? 0x8f : 0xbf;
-	size_t n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 :
-	    *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
-
-	for (i = 1; i < n; i++, low = 0x80, high = 0xbf)
-		if (p[i] < low || p[i] > high)
-			return 0;
-	return n;
-}
-
 static bool
 ends_in(const char *s, size_t len, const char *end)
 {
 	size_t n = strlen(end);
 
 	return len >= n && memcmp(s + len - n, end, n) == 0;
+}
+
+/* YYYYMMDDTHHMMSS.mmmZ-SERIAL: the ID of an earlier version. */
+static bool
+is_version(const char *s)
+{
+	static const char form[] = "ddddddddTdddddd.dddZ-";
+	size_t i;
+
+	for (i = 0; i < sizeof(form) - 1; i++)
+		if (form[i] == 'd' ? s[i] < '0' || s[i] > '9' :
+		    s[i] != form[i])
+			return false;
+	i = strspn(s + sizeof(form) - 1, "0123456789");
+	return i >= 1 && i <= 20 && s[sizeof(form) - 1 + i] == '\0';
 }
 
 /* Rules 3 to 6, for the len bytes of one segment; NULL, or what is wrong. */
@@ -1953,7 +1990,9 @@ segment_wrong(const char *s, size_t len)
  * backslash; 3. 1 to 8 segments of 1 to 200 bytes; 4. none begins with '.'
  * or '-': so there is no "..", nothing hidden, nothing like an option;
  * 5. none ends like our own files, so no state's file is another's lock;
- * 6. the last is not "lock", which is the lock's URL.
+ * 6. the last is not "lock", which is the lock's URL;
+ * 7. the first of several is not the original demo's terraform_state or
+ * terraform_lock, whose URLs mean another state.
  */
 static const char *
 name_wrong(const char *name)
@@ -1982,6 +2021,10 @@ name_wrong(const char *name)
 			return "a state name is UTF-8 without control "
 			    "characters or backslashes";
 	}
+	if (strncmp(name, "terraform_state/", 16) == 0 ||
+	    strncmp(name, "terraform_lock/", 15) == 0)
+		return "no state name begins with terraform_state/ or "
+		    "terraform_lock/";
 	return strcmp(segment, "lock") == 0 ?
 	    "no state is called lock: that is a lock's URL" : NULL;
 }
@@ -2012,21 +2055,6 @@ url_decode(struct span s, char *out, size_t size, bool query)
 	}
 	out[n] = '\0';
 	return (ssize_t)n;
-}
-
-/* YYYYMMDDTHHMMSS.mmmZ-SERIAL: the ID of an earlier version. */
-static bool
-is_version(const char *s)
-{
-	static const char form[] = "ddddddddTdddddd.dddZ-";
-	size_t i;
-
-	for (i = 0; i < sizeof(form) - 1; i++)
-		if (form[i] == 'd' ? s[i] < '0' || s[i] > '9' :
-		    s[i] != form[i])
-			return false;
-	i = strspn(s + sizeof(form) - 1, "0123456789");
-	return i >= 1 && i <= 20 && s[sizeof(form) - 1 + i] == '\0';
 }
 
 /* If s begins with prefix, removes that and returns true. */
@@ -2235,9 +2263,12 @@ dir_step(int dir, const char *part, bool create)
 	(void)pthread_mutex_lock(&store.mutex);
 	next = openat(dir, part, how);
 	if (next == -1 && errno == ENOENT &&
-	    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST) &&
-	    sync_fd(dir) == 0)
-		next = openat(dir, part, how);
+	    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST)) {
+		if (sync_fd(dir) == 0)
+			next = openat(dir, part, how);
+		else
+			(void)unlinkat(dir, part, AT_REMOVEDIR);
+	}
 	(void)pthread_mutex_unlock(&store.mutex);
 	return next;
 }
@@ -2439,7 +2470,7 @@ tmp_create(struct upload *up)
 	up->fd = file_open(store.root, up->tmp, O_WRONLY | O_CREAT | O_EXCL,
 	    NULL);
 	if (up->fd == -1 && errno == ENOENT &&	/* someone tidied up */
-	    mkdirat(store.root, ".tmp", 0700) == 0)
+	    (mkdirat(store.root, ".tmp", 0700) == 0 || errno == EEXIST))
 		up->fd = file_open(store.root, up->tmp,
 		    O_WRONLY | O_CREAT | O_EXCL, NULL);
 	return up->fd == -1 ? errno_absent() : 0;
@@ -2644,7 +2675,8 @@ cache_find(const char *name)
 	size_t len = strlen(name);
 	struct stat st;
 
-	if (c == NULL || strncmp(c->name, name, len) != 0 ||
+	/* fstatat would follow a link in the place of a directory. */
+	if (c == NULL || strchr(name, '/') != NULL || strncmp(c->name, name, len) != 0 ||
 	    strcmp(c->name + len, STATE) != 0 ||
 	    fstatat(store.root, c->name, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
 	    st.st_ino != c->st.st_ino || st.st_dev != c->st.st_dev ||
@@ -2783,7 +2815,7 @@ lock_remove(const struct place *p)
 
 /*
  * Creates the lock file; what could not be written whole is removed again.
- * Returns its descriptor, not synced yet, or -1. Until it is written its mode
+ * Returns its descriptor, not synced yet, or -1. Until it is synced its mode
  * is 0700: so an empty one that we left by dying here, of which nobody was
  * told, is not taken for one that somebody made with touch.
  */
@@ -2794,8 +2826,7 @@ lock_create(const struct place *p, const void *info, size_t len)
 	int fd = openat(p->dir, leaf_name(leaf, p, LOCK), O_WRONLY | O_CREAT |
 	    O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0700), saved;
 
-	if (fd != -1 && (write_all(fd, info, len) == -1 ||
-	    fchmod(fd, 0600) == -1)) {
+	if (fd != -1 && write_all(fd, info, len) == -1) {
 		saved = errno;
 		(void)close(fd);
 		(void)lock_remove(p);
@@ -2926,7 +2957,7 @@ after_spaces(struct span v, size_t n)
 static bool
 user_shows(struct request *r, struct span v)
 {
-	char text[512], *colon;
+	char text[8192], *colon;
 	ssize_t n;
 
 	if (v.len > 6 && strncasecmp(v.ptr, "basic ", 6) == 0) {
@@ -3065,11 +3096,17 @@ users_parse(char *text, const char *file)
 static struct users *
 users_read(const char *file)
 {
-	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY);
 	struct buf text = { 0 };
 	struct stat st;
 	ssize_t n = -1;
+	int fd;
 
+	/* Once we serve, nothing may be waited for: a FIFO least of all. */
+	if (users != NULL && stat(file, &st) == 0 && !S_ISREG(st.st_mode)) {
+		complain("%s: this is not a file", file);
+		return NULL;
+	}
+	fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY);
 	if (fd != -1 && fstat(fd, &st) == 0 && buf_room(&text, USERS_MAX))
 		while ((n = read(fd, text.data + text.len,
 		    USERS_MAX - text.len)) > 0)
@@ -3167,7 +3204,6 @@ guard_byte(const char *name)
 	uint64_t h;
 
 	sha256(name, strlen(name), digest);
-	memcpy(&h, digest, sizeof(h));
 	/* Every machine must see the same bits in the same order. */
 	h = (uint64_t)load32(digest) << 32 | load32(digest + 4);
 	return (off_t)(h & (((uint64_t)1 << 62) - 1));
@@ -3212,6 +3248,10 @@ static pthread_mutex_t aside_mutex = PTHREAD_MUTEX_INITIALIZER;
 static int
 aside_take(const char *name)
 {
+#ifndef F_OFD_SETLKW			/* it would be our own lock */
+	errno = ENOTSUP;
+	return -1;
+#endif
 	(void)pthread_mutex_lock(&aside_mutex);
 	if (guard_set(store.aside, F_WRLCK, guard_byte(name), true) == 0)
 		return 0;
@@ -3233,11 +3273,9 @@ lock_look(const struct place *p, const char *name, struct lock *l)
 {
 	int status = lock_read(p, l);
 
-	if (status == -1 || !l->foreign)
+	if (status == -1 || !l->foreign || aside_take(name) == -1)
 		return status;
 	lock_free(l);
-	if (aside_take(name) == -1)
-		return -1;
 	status = lock_read(p, l);
 	aside_drop(name);
 	return status;
@@ -3265,8 +3303,10 @@ lane_find(const char *name)
 static int
 lane_enter(struct request *r)
 {
-	struct lane **at = lane_find(r->name), *l = *at;
-	size_t size = strlen(r->name) + 1;
+	/* Comparing versions takes its time; nobody's writes wait for it. */
+	const char *name = r->kind == K_CHANGES ? "/-/changes" : r->name;
+	struct lane **at = lane_find(name), *l = *at;
+	size_t size = strlen(name) + 1;
 
 	if (l != NULL) {
 		r->lane = l;
@@ -3276,7 +3316,7 @@ lane_enter(struct request *r)
 	}
 	if ((l = malloc(sizeof(*l) + size)) == NULL)
 		return -1;
-	memcpy(l->name, r->name, size);
+	memcpy(l->name, name, size);
 	l->next = NULL;
 	l->first = NULL;
 	l->last = &l->first;
@@ -3447,10 +3487,14 @@ static int
 refuse(struct request *r, int status, const char *fmt, ...)
 {
 	va_list ap;
+	char *p;
 
 	va_start(ap, fmt);
 	(void)vsnprintf(r->why, sizeof(r->why), fmt, ap);
 	va_end(ap);
+	for (p = r->why; *p != '\0'; p++)	/* one line, as promised */
+		if ((unsigned char)*p < 0x20 || *p == 0x7f)
+			*p = ' ';
 	r->text.len = 0;
 	buf_fmt(&r->text, "%s\n", r->why);
 	r->type = "text/plain; charset=utf-8";
@@ -3585,8 +3629,12 @@ log_event(struct request *r, const struct place *p, const char *event)
 	int fd;
 
 	log_line(r, event, &b);
-	fd = place_file(p, LOG, O_WRONLY | O_APPEND | O_CREAT, NULL);
-	if (fd == -1 || b.failed || write_all(fd, b.data, b.len) == -1)
+	/* What was refused leaves no file for a name that is nobody's. */
+	fd = place_file(p, LOG, O_WRONLY | O_APPEND |
+	    (r->status == 200 || r->lock.held ? O_CREAT : 0), NULL);
+	if (fd == -1 && errno == ENOENT)
+		;
+	else if (fd == -1 || b.failed || write_all(fd, b.data, b.len) == -1)
 		complain("%s: cannot write its log: %s", r->name,
 		    strerror(errno));
 	close_quietly(fd);
@@ -3736,9 +3784,10 @@ lock_break(struct request *r, struct place *p, struct after *a)
 	(void)leaf_name(leaf, p, LOCK);
 	tmp_name(a->broken);
 	if (linkat(p->dir, leaf, store.root, a->broken, 0) == -1)
-		a->broken[0] = '\0';
-	if (a->broken[0] == '\0' || tmp_create(&up) == -1 ||
+		a->broken[0] = '\0';	/* then it cannot be put back */
+	if (tmp_create(&up) == -1 ||
 	    write_all(up.fd, r->body, r->len) == -1 ||
+	    sync_fd(up.fd) == -1 ||
 	    renameat(store.root, up.tmp, p->dir, leaf) == -1) {
 		(void)refuse_errno(r, "break the stale lock");
 		tmp_remove(&up);
@@ -3919,6 +3968,38 @@ write_publish(struct request *r, struct place *p, struct after *a)
 	return 0;
 }
 
+/* May a write land, as far as can be seen now? */
+static int
+write_look(struct request *r)
+{
+	struct place p;
+	int status = 0;
+
+	if (place_open(r->name, false, &p) == -1)
+		return errno != ENOENT ?
+		    refuse_errno(r, "open the state's directory") :
+		    r->has_id ? refuse_broken(r) : 0;
+	if (guard_take(r->name) == -1)
+		status = refuse_errno(r, "guard the name");
+	else {
+		status = write_allowed(r, &p);
+		guard_drop(r->name);
+	}
+	dir_leave(p.dir);
+	return status;
+}
+
+/* What is wrong with a body matters only to one who might write it, however
+ * the packets were cut. */
+static int
+write_prepare(struct request *r)
+{
+	int status = upload_end(r), verdict;
+
+	verdict = status == 400 ? write_look(r) : 0;
+	return verdict != 0 ? verdict : status;
+}
+
 static int
 delete_prepare(struct request *r)
 {
@@ -3950,7 +4031,7 @@ static const struct deed {
 	bool create;			/* the name's directory, if need be */
 } deed_lock = { lock_prepare, lock_publish, true },
   deed_unlock = { unlock_prepare, unlock_publish, false },
-  deed_write = { upload_end, write_publish, true },
+  deed_write = { write_prepare, write_publish, true },
   deed_delete = { delete_prepare, delete_publish, false };
 
 /* Looks and publishes under the name's guard. */
@@ -3988,7 +4069,8 @@ commit(struct request *r, const struct deed *d, struct after *a)
 	if (status == 0)
 		status = commit_guarded(r, d, &p, a);
 	if (status == 0 && p.dir != -1 && ((a->fresh != -1 &&
-	    sync_fd(a->fresh) == -1) || sync_fd(p.dir) == -1)) {
+	    (sync_fd(a->fresh) == -1 || fchmod(a->fresh, 0600) == -1)) ||
+	    sync_fd(p.dir) == -1)) {
 		status = refuse_errno(r, "sync");
 		if (d == &deed_lock)
 			lock_take_back(r, &p, a);
@@ -4035,27 +4117,17 @@ job_delete(struct request *r, struct after *a)
 static void
 job_look(struct request *r, struct after *a)
 {
-	struct place p = { .dir = -1 };
+	struct place p;
 	int status = 0;
 
 	(void)a;
 	if (store_fits(r->length > 0 ? r->length : 0) == -1)
 		status = refuse_errno(r, "write the state");
-	if (place_open(r->name, false, &p) == -1) {
-		if (errno != ENOENT)
-			(void)refuse_errno(r, "open the state's directory");
-		else if (status == 0 && r->has_id)
-			(void)refuse_broken(r);
+	if (status == 0)
+		status = write_look(r);
+	if (status == 0 || place_open(r->name, false, &p) == -1)
 		return;
-	}
-	if (status == 0 && guard_take(r->name) == -1)
-		status = refuse_errno(r, "guard the name");
-	else if (status == 0) {
-		status = write_allowed(r, &p);
-		guard_drop(r->name);
-	}
-	if (status != 0)
-		log_event(r, &p, "refused");
+	log_event(r, &p, "refused");
 	dir_leave(p.dir);
 }
 
@@ -4450,7 +4522,7 @@ static void
 row_lock(struct request *r, const struct lock *l)
 {
 	struct buf *b = &r->text, words = { 0 };
-	char age[32];
+	char age[32], *p;
 
 	if (r->form == JSON) {
 		row_lock_json(b, l);
@@ -4468,6 +4540,9 @@ row_lock(struct request *r, const struct lock *l)
 		    l->who : "?", *l->operation != '\0' ? l->operation : "?",
 		    age);
 	buf_fmt(&words, ", ID %s", l->id);
+	for (p = words.data; p != NULL && *p != '\0'; p++)
+		if ((unsigned char)*p < 0x20 || *p == 0x7f)
+			*p = ' ';	/* an ID may have anything in it */
 	if (words.failed)
 		b->failed = true;
 	else if (r->form == HTML)
@@ -4755,11 +4830,11 @@ items_on(struct json *j, char what)
 	if (j->depth == 2 && what == '}')
 		items_name(it);
 	else if (j->depth == 3 && what == 's' && w == W_MODULE)
-		json_keep(it->module, sizeof(it->module), j);
+		json_show(it->module, sizeof(it->module), j);
 	else if (j->depth == 3 && what == 's' && w == W_TYPE)
-		json_keep(it->type, sizeof(it->type), j);
+		json_show(it->type, sizeof(it->type), j);
 	else if (j->depth == 3 && what == 's' && w == W_NAME)
-		json_keep(it->name, sizeof(it->name), j);
+		json_show(it->name, sizeof(it->name), j);
 	else if (j->depth == 3 && what == 's' && w == W_MODE)
 		it->data = strcmp(j->text, "data") == 0;
 	if (j->depth < 4 || j->word[3] != W_INSTANCES)
@@ -4849,7 +4924,8 @@ changes_list(struct request *r, char kind, const struct items *old,
 		if (is != kind)
 			continue;
 		if (r->form == JSON) {
-			buf_str(b, b->data[b->len - 1] == '[' ? "" : ",");
+			buf_str(b, b->len > 0 && b->data[b->len - 1] == '[' ?
+			    "" : ",");
 			buf_json(b, address);
 			continue;
 		}
@@ -4936,6 +5012,7 @@ page_changes(struct request *r, struct after *a)
 	}
 	if (*before != '\0')
 		old.fd = version_open(r->name, before, &st);
+	old.failed = *before != '\0' && old.fd == -1;
 	items_read(&old);
 	items_read(&new);
 	if (old.failed || new.failed)
@@ -5489,6 +5566,7 @@ struct conn {
 	bool readable;			/* poll said so; not read dry since */
 	bool begun;			/* the first byte of a head is here */
 	bool fronted;			/* by a unix socket */
+	bool spoken;			/* the time for a PROXY line is over */
 	bool guarded;			/* answers to localhost only */
 	bool unread;			/* more of a body would have come */
 	bool expects;			/* 100-continue is to be sent */
@@ -5496,6 +5574,7 @@ struct conn {
 	unsigned served;		/* requests */
 	int64_t since;			/* ms: last change of state */
 	int64_t active;			/* ms: poll last had news */
+	uint64_t order;			/* that news among all */
 	int64_t deadline;		/* ms */
 	char *in;			/* HEAD_MAX bytes, or NULL */
 	size_t at, used, seen;		/* of in */
@@ -5529,6 +5608,7 @@ static struct {
 	bool stopping;
 	int64_t stop;			/* when to give up waiting */
 	int64_t rest;			/* no accepting until then */
+	uint64_t order;			/* news so far */
 	pid_t child;			/* the wrapper's command, or 0 */
 	bool shares_terminal;		/* it and we, in the foreground */
 	int status;			/* its exit status */
@@ -5667,7 +5747,7 @@ logfmt(const char *key, const char *value)
 	const unsigned char *p = (const unsigned char *)value;
 
 	buf_str(&loop.log, key);
-	while (*p > ' ' && *p != '"' && *p != '=' && *p != '\\' && *p != 0x7f)
+	while (*p > ' ' && *p != '"' && *p != '=' && *p != '\\' && *p < 0x7f)
 		p++;
 	if (*p == '\0' && *value != '\0')
 		buf_str(&loop.log, value);
@@ -5741,14 +5821,14 @@ log_flush(void)
 
 	while (at < b->len) {
 		n = b->len - at;
-		if (loop.log_blocks) {
-			while (n > 512)	/* _POSIX_PIPE_BUF; whole lines */
-				for (n--; n > 1 && b->data[at + n - 1] != '\n';)
-					n--;
-			if (poll(&out, 1, 0) != 1 ||
-			    (out.revents & POLLOUT) == 0)
-				break;
+		if (n > PIPE_BUF) {	/* whole lines, if they are short */
+			for (n = PIPE_BUF; n > 0 && b->data[at + n - 1] != '\n';)
+				n--;
+			n = n > 0 ? n : PIPE_BUF;
 		}
+		if (loop.log_blocks && (poll(&out, 1, 0) != 1 ||
+		    (out.revents & POLLOUT) == 0))
+			break;
 		if (write_all(STDOUT_FILENO, b->data + at, n) == -1)
 			break;
 		at += n;
@@ -5816,7 +5896,8 @@ conn_go(struct conn *c, enum conn_state state)
 	const struct state_row *row = &conn_states[state];
 
 	c->state = state;
-	c->since = loop.now;
+	if (state != C_JOB)		/* a pause in what it was doing */
+		c->since = loop.now;
 	c->deadline = row->ms > 0 ? loop.now + row->ms : INT64_MAX;
 	set.fd[c->slot].events = row->events;
 	/* A descriptor that nobody waits for would report POLLHUP for ever. */
@@ -5976,7 +6057,7 @@ reply_send(struct conn *c, struct span head, struct span body)
 static enum step
 conn_answer(struct conn *c)
 {
-	static struct buf head;		/* reused; the loop is one thread */
+	static struct buf head;		/* reused: the loop is one thread */
 	struct request *r = c->r;
 
 	if (r->text.len > 0)
@@ -5987,7 +6068,9 @@ conn_answer(struct conn *c)
 	}
 	r->keep = r->keep && !c->unread && !loop.stopping;
 	head.len = 0;
+	head.failed = false;
 	reply_fields(r, &head);
+	conn_go(c, C_REPLY);
 	if (head.failed)
 		return GONE;
 	trace("<", head.data, head.len);
@@ -6001,7 +6084,6 @@ conn_answer(struct conn *c)
 		trace("<", r->data.ptr, r->data.len);
 	r->sent = (int64_t)r->data.len + (int64_t)r->left;
 	c->got = 0;
-	conn_go(c, C_REPLY);
 	return reply_send(c, (struct span){ head.data, head.len }, r->data);
 }
 
@@ -6035,7 +6117,7 @@ peer_told(char *out, size_t size, struct span address)
 static enum step
 conn_proxy(struct conn *c)
 {
-	char line[108], *save = NULL, *address;
+	char line[108], *save = NULL, *family, *address;
 	char *lf = memchr(c->in, '\n', c->used);
 	size_t n = lf == NULL ? c->used : (size_t)(lf - c->in) + 1;
 
@@ -6045,8 +6127,12 @@ conn_proxy(struct conn *c)
 		return GONE;
 	span_copy(line, sizeof(line), (struct span){ c->in, n });
 	(void)strtok_r(line, " \r\n", &save);	/* PROXY */
-	(void)strtok_r(NULL, " \r\n", &save);	/* TCP4 */
+	family = strtok_r(NULL, " \r\n", &save);
 	address = strtok_r(NULL, " \r\n", &save);
+	if (family == NULL || (strcmp(family, "TCP4") != 0 &&
+	    strcmp(family, "TCP6") != 0 && strcmp(family, "UNKNOWN") != 0))
+		return GONE;
+	c->spoken = true;
 	(void)snprintf(c->peer, sizeof(c->peer), "unix");
 	if (address != NULL)
 		peer_told(c->peer, sizeof(c->peer), span(address));
@@ -6112,6 +6198,7 @@ conn_request(struct conn *c, const struct head *h)
 	c->got = 0;
 	c->expects = h->field[F_EXPECT].ptr != NULL && h->minor == 1;
 	c->unread = h->chunked || h->length > 0;
+	c->unread |= status == 411;	/* who knows what comes next */
 	if (status == 401 && h->field[F_AUTHORIZATION].ptr != NULL) {
 		conn_go(c, C_DENY);
 		return WAIT;
@@ -6138,14 +6225,15 @@ conn_request(struct conn *c, const struct head *h)
 static enum step
 conn_parse(struct conn *c)
 {
-	struct head h = { .why = "too many empty lines" };
+	struct head h = { .method = M_COUNT, .why = "too many empty lines" };
 	enum step step;
 	int n;
 
-	if (c->fronted && c->peer[0] == '\0' && c->used >= 6 &&
+	if (c->fronted && !c->spoken && c->at == 0 && c->used >= 6 &&
 	    memcmp(c->in, "PROXY ", 6) == 0 &&
 	    (step = conn_proxy(c)) != NEXT)
 		return step;
+	c->spoken |= c->used >= 6;
 	if (conn_blanks(c))
 		n = -400;
 	else {
@@ -6161,6 +6249,7 @@ conn_parse(struct conn *c)
 		return GONE;
 	/* Go's client, seeing HTTP/1.0, says at once what is the matter. */
 	c->r->tls = *c->in == 0x16;
+	c->r->method = n < 0 ? h.method : M_COUNT;	/* HEAD has no body */
 	if (n < 0)
 		return conn_refuse(c, -n, c->r->tls ? "this is TLS, and the "
 		    "port speaks plain HTTP" : h.why);
@@ -6355,7 +6444,7 @@ conn_body(struct conn *c)
 		if (c->at < c->used)
 			continue;
 		if ((n = body_recv(c)) == 0)
-			return GONE;
+			return conn_refuse(c, 400, "the body is not complete");
 		if (n == -1)
 			return WAIT;
 	}
@@ -6387,7 +6476,7 @@ conn_job_done(struct request *r)
 	if (goes_on && (r->run == job_look || r->run == job_spool)) {
 		since = r->run == job_look ? loop.now : c->since;
 		conn_go(c, C_BODY);
-		c->since = since;
+		c->since = since;	/* the rate counts from the start */
 		c->readable = true;
 	} else
 		step = conn_answer(c);
@@ -6540,11 +6629,15 @@ conn_evict(int64_t ms)
 
 	for (i = set.base; i < set.n; i++) {
 		c = set.at[i];
-		if ((c->state == C_HEAD || c->state == C_DRAIN) &&
-		    (oldest == NULL || c->since < oldest->since))
+		/* What waits for a client in the middle of a request is not
+		 * idle yet, but after a few seconds of silence. */
+		if (c->state == C_JOB || ((c->state == C_BODY ||
+		    c->state == C_REPLY) && loop.now - c->active < STALL_MS))
+			continue;
+		if (oldest == NULL || c->order < oldest->order)
 			oldest = c;
 	}
-	if (oldest == NULL || loop.now - oldest->since < ms)
+	if (oldest == NULL || loop.now - oldest->active < ms)
 		return false;
 	conn_close(oldest);
 	return true;
@@ -6597,7 +6690,8 @@ conn_open(int fd, const struct listener *l, const struct sockaddr_storage *p)
 		(void)close(fd);
 		return;
 	}
-	*c = (struct conn){ .fd = fd, .readable = true, .fronted = l->path,
+	*c = (struct conn){ .fd = fd, .readable = true, .active = loop.now,
+	    .order = ++loop.order, .fronted = l->path,
 	    .guarded = l->local && users == NULL };
 	peer_text(p, c->peer, sizeof(c->peer));
 	counters.connections++;
@@ -6881,13 +6975,15 @@ listener_add(int fd)
 	struct listener *l = &listeners[set.base - 1];
 	struct sockaddr_storage a;
 	const struct sockaddr_un *path = (const void *)&a;
-	socklen_t len = sizeof(a);
+	socklen_t len = sizeof(a), size = sizeof(int);
 	int one = 1;
 
 	if (set.base > sizeof(listeners) / sizeof(*listeners))
 		die(2, "too many listeners");
 	memset(&a, 0, sizeof(a));
 	if (getsockname(fd, (struct sockaddr *)&a, &len) == -1 ||
+	    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &one, &size) == -1 ||
+	    one == 0 ||
 	    fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
 	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
 		die(1, "descriptor %d is no listener: %s", fd,
@@ -6959,6 +7055,8 @@ inherited_listeners(void)
 
 	if (pid != NULL && n != NULL && atol(pid) == (long)getpid())
 		count = atoi(n);
+	if (count < 0)
+		die(2, "LISTEN_FDS=%s is no number of sockets", n);
 	for (i = 0; i < count; i++)
 		listener_add(3 + i);
 	(void)unsetenv("LISTEN_PID");
@@ -7207,23 +7305,24 @@ command_start(void)
 	(void)unsetenv("TF_HTTP_LOCK_METHOD");
 	(void)unsetenv("TF_HTTP_UNLOCK_METHOD");
 	(void)execvp(conf.command[0], conf.command);
+	i = errno == ENOENT ? 127 : 126;
 	complain("cannot run %s: %s", conf.command[0], strerror(errno));
-	_exit(errno == ENOENT ? 127 : 126);
+	_exit((int)i);
 }
 
 /* The command is over: so are we, with its status. */
-static void
+static bool
 command_ended(void)
 {
 	int status;
 
 	if (loop.child <= 0 || waitpid(loop.child, &status, WNOHANG) !=
 	    loop.child)
-		return;
+		return false;
 	loop.child = 0;
 	loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 	    128 + WTERMSIG(status);
-	loop.stopping = true;
+	return true;
 }
 
 /* Appends a word as a shell wants it, and a space. */
@@ -7360,9 +7459,10 @@ loop_stop(void)
 static void
 loop_signal(char c)
 {
-	if (c == 'C')
-		command_ended();
-	else if (c == 'H' && loop.child == 0)
+	if (c == 'C') {
+		if (command_ended())
+			loop_stop();
+	} else if (c == 'H' && loop.child == 0)
 		users_again();
 	else if (c != 'J' && loop.child > 0)
 		command_signal(c);
@@ -7487,6 +7587,7 @@ loop_turn(struct conn **ready)
 		set.fd[ready[i]->slot].revents = 0;
 		ready[i]->readable |= (news & ~POLLOUT) != 0;
 		ready[i]->active = loop.now;
+		ready[i]->order = ++loop.order;
 		set_hot(ready[i]);
 		conn_drive(ready[i]);
 	}
@@ -7675,7 +7776,12 @@ int
 main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
+	int fd;
 
+	do				/* or our files would become stdout */
+		fd = open("/dev/null", O_RDWR);
+	while (fd >= 0 && fd <= STDERR_FILENO);
+	close_quietly(fd);
 	inherited.mask = umask(077);
 	conf.program = argv[0];
 	options(argc, argv);

@@ -5359,6 +5359,152 @@ open_at_most() {
 	[ "$(open_files)" -le "$1" ]
 }
 
+# ---- what attacking it found, kept as tests --------------------------------
+
+# RFC 9110, 9.3.2: also a malformed HEAD gets no body, which would be taken
+# for the next answer.
+test_a_refused_head_has_no_body() {
+	local line
+	serve
+	while read -r line; do
+		printf 'HEAD /demo HTTP/1.1\r\n%b\r\n\r\n' "$line" | raw >answers
+		has answers '^HTTP/1.1 [45]'
+		[ -z "$(sed '1,/^\r$/d' answers)" ] || fail "$line: $(cat answers)"
+	done <<-'EOF2'
+	Host: a\r\nHost: b
+	Host: a\r\nExpect: x
+	Host: a\r\nX : y
+	Host: a\r\nTransfer-Encoding: gzip, chunked
+	EOF2
+}
+
+# Promise 8: a body that ends before its length is told so, and logged.
+test_a_body_cut_short_is_told() {
+	need "${CC:-cc}"
+	serve
+	cat >half.c <<-'EOF2'
+	#include <arpa/inet.h>
+	#include <stdlib.h>
+	#include <string.h>
+	#include <unistd.h>
+	int main(int n, char **a) {
+		struct sockaddr_in s = { .sin_family = AF_INET };
+		char b[4096]; ssize_t got; int fd = socket(AF_INET, SOCK_STREAM, 0);
+		s.sin_port = htons((unsigned short)atoi(a[n - 1]));
+		s.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+		if (connect(fd, (struct sockaddr *)&s, sizeof(s))) return 1;
+		while ((got = read(0, b, sizeof(b))) > 0) if (write(fd, b, (size_t)got) < 0) return 1;
+		shutdown(fd, SHUT_WR);
+		while ((got = read(fd, b, sizeof(b))) > 0) if (write(1, b, (size_t)got) < 0) return 1;
+		return 0;
+	}
+	EOF2
+	"${CC:-cc}" -o half half.c
+	printf 'POST /h HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"a"' |
+		./half "$PORT" >answers
+	# the Host is no address: loopback without users says so first
+	has answers '^HTTP/1.1 403'
+	printf 'POST /h HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"a"' |
+		./half "$PORT" >answers
+	has answers '^HTTP/1.1 400'
+	has answers 'not complete'
+	until_true grep -q 'name=h status=400' server.log
+	[ ! -e states/h.tfstate ] || fail 'stored'
+}
+
+# Long lines, nobody reading stdout or stderr, descriptors closed at start:
+# nothing that has to do with logs stalls or confuses the server.
+test_logs_stall_nothing() {
+	local long i
+	grumbles
+	: >states.err
+	mkdir states
+	: >states/empty.tfstate
+	mkfifo out err
+	sleep 60 >/dev/null <out & # opened, and never read
+	echo $! >>"$T/pids"
+	sleep 60 >/dev/null <err &
+	echo $! >>"$T/pids"
+	PORT=0
+	"$STATESRV" -d states -l unix:sock >out 2>err &
+	echo $! >>"$T/pids"
+	until_true [ -S sock ]
+	long=$(printf '%%01%.0s' {1..900})
+	for ((i = 0; i < 40; i++)); do
+		curl -sS -m "$PATIENCE" --unix-socket sock -o /dev/null \
+			"http://localhost/$long" "http://localhost/empty" \
+			"http://localhost/empty" "http://localhost/empty"
+	done
+	curl -sS -f -m "$PATIENCE" --unix-socket sock \
+		http://localhost/-/healthy >/dev/null
+	"$STATESRV" -d states -l unix:two <&- >&- 2>&- &
+	echo $! >>"$T/pids"
+	until_true [ -S two ]
+	curl -sS -f -m "$PATIENCE" --unix-socket two \
+		--data-binary '{"serial":1}' http://localhost/demo
+	want 'the state' '{"serial":1}' "$(cat states/demo.tfstate)"
+}
+
+# A FIFO in the place of the users file, a link in the place of a directory
+# that was served before: neither is waited for nor followed.
+test_what_is_put_in_the_place_of_files_is_not_followed() {
+	grumbles
+	printf 'ann %s write\n' "$(printf 'x%.0s' {1..900})" >users
+	chmod 600 users
+	serve -u users
+	local ann=(-u "ann:$(printf 'x%.0s' {1..900})")
+	expect 200 POST /team/prod "$(state 1)" "${ann[@]}"
+	rm users
+	mkfifo users
+	kill -HUP "$PID"
+	until_true grep -q 'not a file' server.err
+	touch -d '1 hour ago' states/team/prod.tfstate
+	sleep 1.1			# old enough for a cache
+	expect 200 GET /team/prod '' "${ann[@]}"
+	mv states/team elsewhere
+	ln -s ../elsewhere states/team
+	expect 500 GET /team/prod '' "${ann[@]}"
+}
+
+# Two names for one thing are one too many; and a refusal leaves no file.
+test_a_refusal_leaves_no_trace_of_a_name() {
+	serve
+	expect 400 POST /terraform_state/terraform_state/x "$(state 1)"
+	expect 400 POST /ghost garbage
+	expect 400 LOCK /ghost garbage
+	expect 409 POST '/ghost?ID=%0aX-Evil:%20y%1b' "$(state 1)"
+	want 'lines of the refusal' 1 "$(wc -l <answer)"
+	want 'files' '' "$(find states -name 'ghost*' -o -name 'terraform*')"
+}
+
+# What a client sends is cut and shown, and the JSON stays JSON.
+test_what_is_cut_stays_utf8() {
+	local e
+	need iconv
+	e=$(printf 'é%.0s' {1..300})
+	serve
+	expect 200 POST /demo "{\"serial\":1,\"lineage\":\"a$e\"}"
+	expect 200 LOCK /demo "{\"ID\":\"1\",\"Who\":\"a$e\",\"Info\":\"$e\"}"
+	expect 200 GET / '' -H 'Accept: application/json'
+	iconv -f utf-8 -t utf-8 answer >/dev/null || fail 'the listing'
+	expect 423 POST '/demo?ID=%ff' "$(state 1)"
+	iconv -f utf-8 -t utf-8 states/demo.log >/dev/null || fail 'the log'
+}
+
+# The address that a front tells is told at the beginning or not at all.
+test_a_proxy_line_is_the_first_or_none() {
+	need socat
+	serve -l unix:sock
+	printf 'GET /one HTTP/1.1\r\nHost: a\r\n\r\nPROXY TCP4 6.6.6.6 1.1.1.1 1 2\r\nGET /two HTTP/1.0\r\n\r\n' |
+		socat -t 5 - UNIX-CONNECT:sock >answers
+	want statuses '404 400' "$(sed -n 's/^HTTP[^ ]* \([0-9]*\).*/\1/p' answers |
+		xargs)"
+	hasnt server.log '6\.6\.6\.6'
+	printf 'PROXY TCP9 6.6.6.6 1.1.1.1 1 2\r\nGET /x HTTP/1.0\r\n\r\n' |
+		socat -t 5 - UNIX-CONNECT:sock >answers
+	want 'the answer to nonsense' '' "$(cat answers)"
+}
+
 # ---- the real terraform ---------------------------------------------------
 #
 # Configurations of terraform_data alone, so that nothing is downloaded; a
@@ -7310,8 +7456,13 @@ spying() {
 }
 
 unspy() {
+	local late
 	kill -TERM "$SPY" 2>/dev/null || :
+	# strace 6.1 may wait for a thread of a process that was killed
+	{ sleep 10 && kill -9 "$SPY"; } 2>/dev/null &
+	late=$!
 	wait "$SPY" 2>/dev/null || :
+	kill "$late" 2>/dev/null || :
 }
 
 # steps: the trace in words, in the order in which the steps were finished;
@@ -9150,7 +9301,7 @@ build_both() {
 
 # run_one TEST: in a directory of its own; leaves its result beside that.
 run_one() {
-	local rc=0 result=fail
+	local rc=0 result=fail body watch
 	T=$work/run/$BUILD.$1
 	mkdir "$T"
 	(
@@ -9159,7 +9310,12 @@ run_one() {
 		cd "$T"
 		"$1"
 		settle
-	) || rc=$?
+	) &
+	body=$!
+	{ sleep 300 && pkill -9 -P $body; } & # what hangs has failed
+	watch=$!
+	wait $body || rc=$?
+	{ pkill -P $watch; kill $watch; wait $watch; } 2>/dev/null
 	reap
 	[ $rc != 0 ] || result=ok
 	[ $rc != 77 ] || result=skip
@@ -9258,7 +9414,11 @@ main() {
 	crash | fuzz)
 		STATESRV=${STATESRV:-$work/release}
 		T=$work/run/$1
-		mkdir "$T" && cd "$T" && "$@"
+		mkdir "$T" && cd "$T" || exit 1
+		case $1 in
+		crash) crash "${2-100}" ;;
+		fuzz) fuzz_all "${2-60}" ;;
+		esac
 		exit
 		;;
 	bench) STATESRV=${STATESRV:-$work/release} && bench && return ;;
