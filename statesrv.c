@@ -121,10 +121,11 @@
 
 /* ==== limits and config ==================================================
  *
- * Every number of the program, each to be overridden with -DNAME=VALUE, and
- * the options, which main fills in and all others only read.
+ * Every number of the program, most of them to be overridden with
+ * -DNAME=VALUE (the tests do, so that edges are near), and the options, which
+ * main fills in and all others only read.
  *
- * What one connection may cost: 200 bytes while it is idle; HEAD_MAX and a
+ * What one connection may cost: 260 bytes while it is idle; HEAD_MAX and a
  * struct request while it speaks; SPOOL more while it uploads. Descriptors:
  * its own, and one while a large state is sent or received.
  */
@@ -159,7 +160,7 @@
 #define ROWS_MAX 5000		/* of an HTML page */
 #endif
 #ifndef HASH_MAX
-#define HASH_MAX 16384		/* bytes: MD5 is logged up to this, unasked */
+#define HASH_MAX 16384		/* bytes: up to this MD5 is logged, unasked */
 #endif
 #ifndef META_MAX
 #define META_MAX 65536	/* bytes searched for serial and lineage */
@@ -168,10 +169,10 @@
 #define LIST_MAX 16777216	/* bytes: resources are counted up to this */
 #endif
 #ifndef BODY_MEM
-#define BODY_MEM 65536		/* bytes: a larger state is spooled, */
+#define BODY_MEM 65536		/* bytes: a larger state is asked for first */
 #endif
 #ifndef SPOOL
-#define SPOOL 262144		/* in pieces of this size */
+#define SPOOL 262144		/* bytes: it is written in pieces of this */
 #endif
 #ifndef CACHE_FILE
 #define CACHE_FILE 16384	/* bytes: a state kept in memory */
@@ -3476,7 +3477,7 @@ job_submit(struct request *r, void (*run)(struct request *, struct after *),
  * temporary file; sync it; take the name's guard; look at the lock; only
  * then publish; drop the guard; sync the directory; append to the state's
  * log; answer. What fails leaves state and lock as they were, except where
- * only the last sync failed: then the answer is 503, and the client's own
+ * only the last sync failed: then the answer is 5xx, and the client's own
  * repetition of the request finds it done, or does it again.
  */
 
