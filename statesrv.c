@@ -1433,24 +1433,27 @@ json_done(struct json *j)
 	return j->why == NULL;
 }
 
-/* Keeps a text for show: without what a terminal would obey. */
-static void
-json_show(char *to, size_t size, const struct json *j)
-{
-	span_copy(to, size, (struct span){ j->text,
-	    j->len < JSON_TEXT ? j->len : JSON_TEXT - 1 });
-	for (; *to != '\0'; to++)
-		if ((unsigned char)*to < 0x20 || *to == 0x7f ||
-		    ((unsigned char)*to == 0xc2 &&
-		    (unsigned char)to[1] < 0xa0))
-			*to = ' ';
-}
-
 static void
 json_keep(char *to, size_t size, const struct json *j)
 {
 	span_copy(to, size, (struct span){ j->text,
 	    j->len < JSON_TEXT ? j->len : JSON_TEXT - 1 });
+}
+
+/* Keeps a text for show: without what a terminal would obey, which are the
+ * control characters of ASCII and those of Latin-1, C2 80 to C2 9F. */
+static void
+json_show(char *to, size_t size, const struct json *j)
+{
+	json_keep(to, size, j);
+	for (; *to != '\0'; to++) {
+		if ((unsigned char)*to == 0xc2 && (unsigned char)to[1] < 0xa0 &&
+		    to[1] != '\0')
+			*to++ = ' ';
+		else if ((unsigned char)*to >= 0x20 && *to != 0x7f)
+			continue;
+		*to = ' ';
+	}
 }
 
 /* Fills a struct meta from a state. */
@@ -2214,7 +2217,12 @@ static struct {
 	pthread_mutex_t mutex;		/* for what follows */
 	uint64_t uploads;
 	bool low;			/* below the reserve */
-} store = { .root = -1, .guard = -1, .aside = -1, .mutex = PTHREAD_MUTEX_INITIALIZER };
+} store = {
+	.root = -1,
+	.guard = -1,
+	.aside = -1,
+	.mutex = PTHREAD_MUTEX_INITIALIZER,
+};
 
 struct place {
 	int dir;
