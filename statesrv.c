@@ -118,6 +118,9 @@
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#ifndef MSG_MORE
+#define MSG_MORE 0			/* a hint, where it is known */
+#endif
 
 /* ==== limits and config ==================================================
  *
@@ -273,7 +276,7 @@ enum method {
 	M_COUNT
 };
 
-static const char *const method_names[M_COUNT] = {
+static const char method_names[M_COUNT][8] = {
 	"GET", "HEAD", "POST", "PUT", "DELETE", "LOCK", "UNLOCK", "OPTIONS"
 };
 
@@ -1045,7 +1048,7 @@ enum {
 	JS_LITERAL, JS_END
 };
 
-static const char *const json_words[W_COUNT] = {
+static const char json_words[W_COUNT][18] = {
 	[W_ID] = "id", [W_OPERATION] = "operation", [W_INFO] = "info",
 	[W_WHO] = "who", [W_CREATED] = "created", [W_SERIAL] = "serial",
 	[W_LINEAGE] = "lineage", [W_TERRAFORM_VERSION] = "terraform_version",
@@ -1657,8 +1660,8 @@ http_lists(struct span list, const char *word)
 /* The fields that mean something here. What may come twice is a list, and
  * then the last line counts, for a front adds its own at the end. */
 static const struct {
-	const char *name;
-	size_t len;
+	char name[18];
+	unsigned char len;
 	bool twice;
 } http_fields[F_COUNT] = {
 #define FIELD(name, twice) { name, sizeof(name) - 1, twice }
@@ -2430,22 +2433,31 @@ read_at(int fd, void *data, size_t size, off_t at)
 	return (ssize_t)len;
 }
 
+/* Reads a file as JSON: until on() has seen enough, max bytes were read, or
+ * something is wrong. */
+static void
+json_file(int fd, struct json *j, off_t max)
+{
+	char data[8192];
+	off_t at = 0;
+	ssize_t n;
+
+	while (at < max && !j->stop &&
+	    (n = read_at(fd, data, sizeof(data), at)) > 0 &&
+	    json_feed(j, data, (size_t)n))
+		at += n;
+}
+
 /* Reads what is said about a state in it: brief, only serial and lineage.
  * On anything that is not a state, what was found until then. */
 static void
 meta_read(int fd, struct meta *m, bool brief)
 {
 	struct json j = { .on = brief ? meta_on_brief : meta_on, .to = m };
-	/* -s must know the serial, wherever it stands. */
-	off_t at = 0, max = conf.strict ? INT64_MAX : META_MAX;
-	char data[8192];
-	ssize_t n;
 
 	*m = (struct meta){ 0 };
-	while ((at < max || !brief) && !j.stop &&
-	    (n = read_at(fd, data, sizeof(data), at)) > 0 &&
-	    json_feed(&j, data, (size_t)n))
-		at += n;
+	/* -s must know the serial, wherever it stands. */
+	json_file(fd, &j, brief && !conf.strict ? META_MAX : INT64_MAX);
 }
 
 /*
@@ -2662,7 +2674,7 @@ history_prune(int dir, const char *just_made)
 		rewinddir(d);
 		oldest[0] = '\0';
 		for (n = 0; (e = readdir(d)) != NULL;) {
-			if (!is_version_file(e->d_name) )
+			if (!is_version_file(e->d_name))
 				continue;
 			n++;
 			if (strcmp(e->d_name, just_made) == 0)
@@ -2706,14 +2718,20 @@ same_time(struct timespec a, struct timespec b)
 	return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
 }
 
-static struct cached **
-cache_slot(const char *name)
+static uint32_t
+hash(const char *name)
 {
 	uint32_t h = 2166136261u;	/* FNV-1a */
 
 	for (; *name != '\0'; name++)
 		h = (h ^ (unsigned char)*name) * 16777619u;
-	return &cache[h % CACHE_SLOTS];
+	return h;
+}
+
+static struct cached **
+cache_slot(const char *name)
+{
+	return &cache[hash(name) % CACHE_SLOTS];
 }
 
 /* The entry that may be served now, or NULL. */
@@ -2930,7 +2948,7 @@ struct users {
 
 static struct users *users;		/* NULL: everybody may do everything */
 
-static const char *const right_names[] = {
+static const char right_names[][6] = {
 	[R_READ] = "read", [R_PLAN] = "plan", [R_WRITE] = "write"
 };
 
@@ -3357,12 +3375,8 @@ static struct lane **
 lane_find(const char *name)
 {
 	struct lane **l;
-	uint32_t h = 2166136261u;
-	const char *p;
 
-	for (p = name; *p != '\0'; p++)
-		h = (h ^ (unsigned char)*p) * 16777619u;
-	for (l = &jobs.lanes[h % LANES]; *l != NULL; l = &(*l)->next)
+	for (l = &jobs.lanes[hash(name) % LANES]; *l != NULL; l = &(*l)->next)
 		if (strcmp((*l)->name, name) == 0)
 			break;
 	return l;
@@ -4894,7 +4908,6 @@ items_on(struct json *j, char what)
 {
 	struct items *it = j->to;
 	enum word w = j->word[j->depth];
-	
 
 	if (j->word[1] != W_RESOURCES || it->failed)
 		return;
@@ -4942,13 +4955,9 @@ static void
 items_read(struct items *it)
 {
 	struct json j = { .on = items_on, .to = it };
-	char data[8192];
-	off_t at = 0;
-	ssize_t n;
 
-	while (it->fd != -1 && (n = read_at(it->fd, data, sizeof(data), at)) > 0
-	    && json_feed(&j, data, (size_t)n))
-		at += n;
+	if (it->fd != -1)
+		json_file(it->fd, &j, INT64_MAX);
 	if (!it->failed && it->n > 0)
 		qsort(it->list, it->n, sizeof(*it->list), items_order);
 }
@@ -5223,7 +5232,7 @@ page_metrics(struct request *r, struct after *a)
  * function that answers at once or a job that will. The loop lets a request
  * in only if it finds it in the table, which also writes every Allow.
  */
-static const struct { int code; const char *reason; } statuses[] = {
+static const struct { int code; char reason[32]; } statuses[] = {
 	{ 200, "OK" },
 	{ 204, "No Content" },
 	{ 400, "Bad Request" },
@@ -6136,7 +6145,8 @@ reply_send(struct conn *c, struct span head, struct span body)
 	/* sendmsg only reads them; its iovec is from before there was const */
 	memcpy(&v[0].iov_base, &head.ptr, sizeof(void *));
 	memcpy(&v[1].iov_base, &body.ptr, sizeof(void *));
-	n = sendmsg(c->fd, &m, 0);
+	/* The last answer, and the end of the connection, are one packet. */
+	n = sendmsg(c->fd, &m, c->r->keep ? 0 : MSG_MORE);
 	if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
 	    errno != EINTR)
 		return GONE;
@@ -6199,6 +6209,16 @@ conn_refuse(struct conn *c, int status, const char *why)
 	c->unread = true;
 	(void)refuse(c->r, status, "%s", why);
 	return conn_answer(c);
+}
+
+/* Hands the request to the commit threads, and waits for them. */
+static enum step
+conn_submit(struct conn *c, void (*run)(struct request *, struct after *),
+    bool ordered)
+{
+	conn_go(c, C_JOB);
+	return job_submit(c->r, run, ordered) == 0 ? WAIT :
+	    conn_refuse(c, 503, "no thread to do it");
 }
 
 /* ---- C_HEAD ---- */
@@ -6319,10 +6339,7 @@ conn_request(struct conn *c, const struct head *h)
 	if (!c->expects && !h->chunked && r->length <= BODY_MEM &&
 	    (c->at < c->used || r->length == 0))
 		return NEXT;
-	conn_go(c, C_JOB);
-	if (job_submit(r, job_look, true) == 0)
-		return WAIT;
-	return conn_refuse(c, 503, "no thread to do it");
+	return conn_submit(c, job_look, true);
 }
 
 /* Looks at what has come: NEXT if there was a request, WAIT for more. */
@@ -6495,11 +6512,8 @@ body_done(struct conn *c)
 		return conn_answer(c);
 	if (act->job == NULL)
 		return conn_answer(c);
-	conn_go(c, C_JOB);
 	r->tell = loop.stopping ? NULL : reply_early;
-	if (job_submit(r, act->job, true) == 0)
-		return WAIT;
-	return conn_refuse(c, 503, "no thread to do it");
+	return conn_submit(c, act->job, true);
 }
 
 static enum step
@@ -6541,10 +6555,7 @@ conn_body(struct conn *c)
 		conn_progress(c);
 		if (state && r->len == size) {
 			trace(">", r->body, r->len);
-			conn_go(c, C_JOB);
-			if (job_submit(r, job_spool, false) == -1)
-				return conn_refuse(c, 503, "no thread");
-			return WAIT;
+			return conn_submit(c, job_spool, false);
 		}
 		if (c->at < c->used)
 			continue;
@@ -6625,7 +6636,7 @@ reply_end(struct conn *c)
 	struct request *r = c->r;
 	bool keep = r->keep;
 
-	if (r->file != -1)
+	if (r->file != -1 && keep)	/* the end uncorks it, too */
 		conn_cork(c, 0);
 	request_told(r);
 	if (r->run == job_lock && r->status == 200)
@@ -6846,11 +6857,19 @@ conn_accept(unsigned slot)
  * the wrapper: statesrv NAME COMMAND.
  */
 
+/* The signals that we take, and the byte that each is in the wake pipe. As
+ * process 1 of a container there are no defaults: all are set. */
+static const struct { int sig; char byte; } signals[] = {
+	{ SIGTERM, 'T' }, { SIGINT, 'I' }, { SIGQUIT, 'Q' }, { SIGHUP, 'H' },
+	{ SIGCHLD, 'C' }, { SIGPIPE, '\0' }
+};
+#define SIGNALS (sizeof(signals) / sizeof(*signals))
+
 /* What we change of what we were started with, for the wrapper's command. */
 static struct {
 	mode_t mask;
 	struct rlimit files;
-	struct sigaction pipe, hup;
+	struct sigaction action[SIGNALS];
 } inherited;
 
 /* Bytes that nobody can guess. */
@@ -7393,6 +7412,11 @@ command_start(void)
 	if (!loop.shares_terminal)
 		(void)setpgid(loop.child, loop.child);
 	if (loop.child > 0) {
+		/* What the terminal sends, it gets from that; else, from us. */
+		if (loop.shares_terminal) {
+			(void)signal(SIGINT, SIG_IGN);
+			(void)signal(SIGQUIT, SIG_IGN);
+		}
 		buf_free(&url);
 		return;
 	}
@@ -7402,8 +7426,8 @@ command_start(void)
 	/* It finds everything as we found it. */
 	(void)umask(inherited.mask);
 	(void)setrlimit(RLIMIT_NOFILE, &inherited.files);
-	(void)sigaction(SIGPIPE, &inherited.pipe, NULL);
-	(void)sigaction(SIGHUP, &inherited.hup, NULL);
+	for (i = 0; i < SIGNALS; i++)
+		(void)sigaction(signals[i].sig, &inherited.action[i], NULL);
 	for (i = 0; i < 3; i++)
 		(void)setenv(keys[i], url.data, 1);
 	(void)setenv("TF_HTTP_USERNAME", "statesrv", 1);
@@ -7475,48 +7499,36 @@ static void
 on_signal(int sig)
 {
 	int saved = errno;
-	char c = sig == SIGHUP ? 'H' : sig == SIGCHLD ? 'C' :
-	    sig == SIGINT ? 'I' : sig == SIGQUIT ? 'Q' : 'T';
+	size_t i = 0;
 
-	(void)!write(jobs.wake[1], &c, 1);
+	while (signals[i].sig != sig)
+		i++;
+	(void)!write(jobs.wake[1], &signals[i].byte, 1);
 	errno = saved;
 }
 
-/* As process 1 of a container there are no defaults: all are set. */
 static void
 signals_set(void)
 {
-	struct sigaction act = { .sa_handler = on_signal };
-	struct sigaction ignore = { .sa_handler = SIG_IGN };
+	struct sigaction act = { .sa_flags = SA_RESTART };
+	size_t i;
 
-	if (pipe(jobs.wake) == -1 ||
-	    fcntl(jobs.wake[0], F_SETFL, O_NONBLOCK) == -1 ||
-	    fcntl(jobs.wake[1], F_SETFL, O_NONBLOCK) == -1 ||
-	    fcntl(jobs.wake[0], F_SETFD, FD_CLOEXEC) == -1 ||
-	    fcntl(jobs.wake[1], F_SETFD, FD_CLOEXEC) == -1)
+	if (pipe(jobs.wake) == -1)
 		die(1, "cannot make a pipe: %s", strerror(errno));
-	(void)sigemptyset(&act.sa_mask);
-	act.sa_flags = SA_RESTART;
-	(void)sigaction(SIGPIPE, &ignore, &inherited.pipe);
-	(void)sigaction(SIGTERM, &act, NULL);
-	(void)sigaction(SIGINT, &act, NULL);
-	(void)sigaction(SIGHUP, &act, &inherited.hup);
-	(void)sigaction(SIGCHLD, &act, NULL);
+	for (i = 0; i < 2; i++)
+		if (fcntl(jobs.wake[i], F_SETFL, O_NONBLOCK) == -1 ||
+		    fcntl(jobs.wake[i], F_SETFD, FD_CLOEXEC) == -1)
+			die(1, "cannot set up a pipe: %s", strerror(errno));
 	set.fd[0] = (struct pollfd){ .fd = jobs.wake[0], .events = POLLIN };
 	set.base = 1;
-}
-
-/* What the terminal sends, the command gets from it, if they share it. Else
- * it has a process group of its own, and gets from us what we get. */
-static void
-signals_leave_to_command(void)
-{
-	struct sigaction act = { .sa_handler = loop.shares_terminal ?
-	    SIG_IGN : on_signal, .sa_flags = SA_RESTART };
-
 	(void)sigemptyset(&act.sa_mask);
-	(void)sigaction(SIGINT, &act, NULL);
-	(void)sigaction(SIGQUIT, &act, NULL);
+	for (i = 0; i < SIGNALS; i++) {
+		act.sa_handler = signals[i].sig == SIGPIPE ? SIG_IGN :
+		    on_signal;
+		if (signals[i].sig != SIGQUIT || conf.command != NULL)
+			(void)sigaction(signals[i].sig, &act,
+			    &inherited.action[i]);
+	}
 }
 
 /* Passes a signal on, once a second: timeout(1) signals its child, and then
@@ -7908,10 +7920,8 @@ main(int argc, char **argv)
 	users_start();
 	store_open();
 	listeners_open();
-	if (conf.command != NULL) {
+	if (conf.command != NULL)
 		command_start();
-		signals_leave_to_command();
-	}
 	if (conf.verbose)
 		complain("-v: heads and bodies will be shown, and the secrets "
 		    "in the states with them");
