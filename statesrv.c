@@ -577,18 +577,18 @@ __attribute__((format(printf, 2, 3)))
 static void
 buf_fmt(struct buf *b, const char *fmt, ...)
 {
-	va_list ap, again;
-	int n;
+	size_t room, n;
+	va_list ap;
 
-	va_start(ap, fmt);
-	va_copy(again, ap);
-	n = vsnprintf(NULL, 0, fmt, ap);
-	va_end(ap);
-	if (n > 0 && buf_room(b, (size_t)n)) {
-		(void)vsnprintf(b->data + b->len, (size_t)n + 1, fmt, again);
-		b->len += (size_t)n;
-	}
-	va_end(again);
+	do {				/* twice, if it does not fit at once */
+		room = b->cap - b->len;
+		va_start(ap, fmt);
+		n = (size_t)vsnprintf(room > 0 ? b->data + b->len : NULL,
+		    room, fmt, ap);
+		va_end(ap);
+	} while (n >= room && buf_room(b, n));
+	if (n < room)
+		b->len += n;
 }
 
 /* Appends a number, in digits at least; what printf does, and many times as
@@ -4153,13 +4153,17 @@ commit(struct request *r, const struct deed *d, struct after *a)
 
 	if (status == 0)
 		status = commit_guarded(r, d, &p, a);
-	if (status == 0 && p.dir != -1 && ((a->fresh != -1 &&
-	    (sync_fd(a->fresh) == -1 || fchmod(a->fresh, 0600) == -1)) ||
+	if (status == 0 && p.dir != -1 &&
+	    ((a->fresh != -1 && sync_fd(a->fresh) == -1) ||
 	    sync_fd(p.dir) == -1)) {
 		status = refuse_errno(r, "sync");
 		if (d == &deed_lock)
 			lock_take_back(r, &p, a);
 	}
+	/* Last, and not synced: between the two it would cost a journal a
+	 * transaction more, and with content the mode means nothing. */
+	if (a->fresh != -1)
+		(void)fchmod(a->fresh, 0600);
 	if (status == 0)
 		(void)done(r);
 	if (p.dir == -1 && status != 404)	/* refused: where is its log? */
@@ -5499,15 +5503,15 @@ action_allow(struct buf *b, enum kind kind)
 static bool
 host_is_local(struct span h)
 {
-	struct in_addr four;
-	char text[64];
+	size_t i = 0, len = 0;
 
 	if (h.len == 0 || *h.ptr == '[')
 		return true;
-	span_copy(text, sizeof(text), h);
-	text[strcspn(text, ":")] = '\0';
-	return strcasecmp(text, "localhost") == 0 ||
-	    inet_pton(AF_INET, text, &four) == 1;
+	while (len < h.len && h.ptr[len] != ':')
+		len++;
+	while (i < len && strchr("0123456789.", h.ptr[i]) != NULL)
+		i++;
+	return i == len || span_is((struct span){ h.ptr, len }, "localhost");
 }
 
 /* Who is it? 0, or 401, which says nothing of what is there. */
@@ -5679,7 +5683,8 @@ static struct listener {
 } listeners[32];
 
 static struct {
-	int64_t now;			/* ms, monotonic, of this turn */
+	int64_t us;			/* monotonic, of this turn */
+	int64_t now;			/* the same in ms */
 	bool stopping;
 	int64_t stop;			/* when to give up waiting */
 	int64_t rest;			/* no accepting until then */
@@ -5806,7 +5811,7 @@ request_new(struct conn *c)
 	r->file = -1;
 	r->method = M_COUNT;
 	r->kind = K_STAR;
-	r->start = clock_us(CLOCK_MONOTONIC);
+	r->start = loop.us;
 	r->fronted = c->fronted;
 	memcpy(r->client, c->peer, sizeof(c->peer));
 	if ((r->users = users) != NULL)
@@ -7548,6 +7553,13 @@ command_signal(char c)
 
 /* ---- the loop ---- */
 
+static void
+loop_clock(void)
+{
+	loop.us = clock_us(CLOCK_MONOTONIC);
+	loop.now = loop.us / 1000;
+}
+
 /* Stops listening, and lets go of those who ask for nothing. */
 static void
 loop_stop(void)
@@ -7687,7 +7699,7 @@ loop_poll(void)
 	} else if (loop.log.len > 0 && (wait > LOG_MS || wait < 0))
 		wait = LOG_MS;
 	got = poll(set.fd, n, (int)wait);
-	loop.now = clock_us(CLOCK_MONOTONIC) / 1000;
+	loop_clock();
 	if (all)
 		next_all = loop.now + HOT_MS + set.n / 250;
 	silent = !all && got == 0;
@@ -7727,7 +7739,7 @@ loop_run(void)
 
 	if (ready == NULL)
 		die(1, "out of memory");
-	loop.now = clock_us(CLOCK_MONOTONIC) / 1000;
+	loop_clock();
 	while (!loop.stopping || (set.n > set.base && loop.now < loop.stop))
 		loop_turn(ready);
 	if (loop.log.len > 0)

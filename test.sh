@@ -9224,8 +9224,16 @@ test_source_is_clean_under_every_compiler() {
 		CC=$cc build out -O2
 		CC=$cc build out -O2 -std=c99
 	done
-	CC=musl-gcc build out -Os -static -s
+}
+
+# The program as it is shipped: less than 100 KiB, or 200 KiB with its libc.
+test_source_is_a_small_program() {
+	need gcc musl-gcc
+	CC=musl-gcc build out "${shipped[@]}" -static -s
 	[ "$(wc -c <out)" -lt 204800 ] || fail "static: $(wc -c <out) bytes"
+	[ "$(uname -m)" = x86_64 ] || return 0
+	CC=gcc build out "${shipped[@]}" -s
+	[ "$(wc -c <out)" -lt 102400 ] || fail "dynamic: $(wc -c <out) bytes"
 }
 
 test_source_is_clean_under_cppcheck_and_shellcheck() {
@@ -9244,7 +9252,7 @@ test_valgrind_finds_nothing() {
 		' --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite' \
 		" '$work/release' \"\$@\"" >watched
 	chmod +x watched
-	[ -x "$work/release" ] || build "$work/release" -O2
+	[ -x "$work/release" ] || build "$work/release" "${shipped[@]}"
 	echo 'ann s3cret write' >users
 	chmod 600 users
 	STATESRV=./watched PATIENCE=60
@@ -9281,6 +9289,9 @@ wide='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion
 	-Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wcast-qual
 	-Wformat=2 -Wundef -Wvla -Werror'
 
+# The Makefile's own flags.
+read -r -a shipped < <(sed -n 's/^CFLAGS = //p' "$here/Makefile")
+
 # build OUTPUT FLAG...: with all warnings, as errors.
 build() {
 	local out=$1
@@ -9292,9 +9303,10 @@ build() {
 # The two builds under test: as it is shipped, and with sanitizers and all
 # limits so near that growing and refusing happens all the time.
 build_both() {
-	build "$work/release" -O2 &&
+	build "$work/release" "${shipped[@]}" &&
 		build "$work/sanitized" -O1 -g -DNO_SANDBOX -DBODY_MEM=512 \
-			-DSPOOL=4096 -DCACHE_FILE=256 -DCACHE_SLOTS=2 -DFLAT=2 \
+			-DSPOOL=4096 -DCACHE_FILE=256 -DCACHE_SLOTS=2 -DCACHE_BYTES=400 \
+			-DFLAT=2 \
 			-DTHREADS_MAX=3 -DSEND_MAX=8192 -DTHREAD_STACK=1048576 \
 			-fsanitize=address,undefined -fno-sanitize-recover=all
 }
