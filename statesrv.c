@@ -289,7 +289,7 @@ enum field {
 struct head {
 	enum method method;
 	int minor;			/* of HTTP/1.x: 0 or 1 */
-	struct span target;		/* in origin form, or "*" */
+	struct span target;		/* path and query, or "*" */
 	struct span host;
 	struct span field[F_COUNT];	/* their values; ptr NULL: none */
 	const char *why;		/* it was refused */
@@ -300,9 +300,9 @@ struct head {
 
 /* Where a chunked body is, between two bytes of it; zero is its beginning. */
 struct chunks {
-	enum { CH_SIZE, CH_NAME, CH_EXT, CH_QUOTE, CH_ESC, CH_SIZE_LF, CH_DATA, CH_CR,
-	    CH_LF, CH_TRAILER, CH_FIELD, CH_VALUE, CH_TRAILER_LF, CH_END_LF,
-	    CH_DONE } state;
+	enum { CH_SIZE, CH_BLANK, CH_NAME, CH_EXT, CH_QUOTE, CH_ESC,
+	    CH_SIZE_LF, CH_DATA, CH_CR, CH_LF, CH_TRAILER, CH_FIELD, CH_VALUE,
+	    CH_TRAILER_LF, CH_END_LF, CH_DONE } state;
 	uint64_t left;			/* of the chunk */
 	unsigned digits, line, fields, trailer;
 };
@@ -1732,10 +1732,9 @@ http_absolute(struct head *h)
 	while (p < end && *p != '/' && *p != '?')
 		p++;
 	h->host = (struct span){ host, (size_t)(p - host) };
-	if (!http_host_ok(h->host) || (p < end && *p == '?'))
+	if (!http_host_ok(h->host))
 		return http_bad(h, 400, "the target's host is malformed");
-	h->target = p < end ? (struct span){ p, (size_t)(end - p) } :
-	    (struct span){ "/", 1 };
+	h->target = (struct span){ p, (size_t)(end - p) };
 	return 0;
 }
 
@@ -1869,7 +1868,7 @@ chunk_size(struct chunks *c, unsigned char b)
 	/* After ";" comes a name: neither "=" nor nothing. */
 	if (c->state == CH_NAME && b != ' ' && b != '\t' && !is_token(b))
 		return -400;
-	if (b == '\r') {
+	if (b == '\r' && c->state != CH_BLANK) {
 		c->state = CH_SIZE_LF;
 		return c->digits > 0 ? 0 : -400;
 	}
@@ -1879,12 +1878,13 @@ chunk_size(struct chunks *c, unsigned char b)
 		c->state = b == '"' ? CH_QUOTE : b == ';' ? CH_NAME : CH_EXT;
 		return is_value(b) ? 0 : -400;
 	}
-	if ((v = hex_value(b)) != -1) {
+	if (c->state == CH_SIZE && (v = hex_value(b)) != -1) {
 		c->left = c->left << 4 | (unsigned)v;
 		return ++c->digits <= 15 ? 0 : -413;
 	}
-	c->state = CH_NAME;		/* RFC 9112, 7.1.1: only by ";" */
-	return b == ';' && c->digits > 0 ? 0 : -400;
+	/* RFC 9112, 7.1.1: only ";" goes on, white space before it or not. */
+	c->state = b == ';' ? CH_NAME : CH_BLANK;
+	return c->digits > 0 && (b == ';' || b == ' ' || b == '\t') ? 0 : -400;
 }
 
 /* One byte of the trailer section: fields of the head's form, all dropped. */
@@ -1958,7 +1958,8 @@ chunk_decode(struct chunks *c, struct span in, size_t *used, char *out,
 			c->state = c->left > 0 ? CH_DATA : CH_TRAILER;
 			status = b == '\n' ? 0 : -400;
 			break;
-		case CH_SIZE: case CH_NAME: case CH_EXT: case CH_QUOTE: case CH_ESC:
+		case CH_SIZE: case CH_BLANK: case CH_NAME: case CH_EXT:
+		case CH_QUOTE: case CH_ESC:
 			status = chunk_size(c, b);
 			break;
 		default:
@@ -5549,6 +5550,8 @@ admit(struct request *r, const struct head *h, bool guarded)
 		query.len = (size_t)(target.ptr + target.len - query.ptr);
 		target.len = (size_t)(mark - target.ptr);
 	}
+	if (target.len == 0)		/* http://host means http://host/ */
+		target = span("/");
 	wrong = name_route(target, r, &found);
 	if (guarded && !host_is_local(h->host))
 		return refuse(r, 403, "the Host is not this machine: without "
@@ -6552,7 +6555,8 @@ conn_body(struct conn *c)
 		if (c->at < c->used && (status = body_move(c)) != 0)
 			return conn_refuse(c, status,
 			    "the chunked body is malformed");
-		if (c->got > max)
+		/* At once, if a chunk's size says so. */
+		if (c->got + (int64_t)c->chunks.left > max)
 			return conn_refuse(c, state ? 413 : 400,
 			    "the body is too large");
 		if (body_complete(c))

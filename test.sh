@@ -296,7 +296,7 @@ test_the_target_is_a_path_a_url_or_a_star() {
 200 200	GET HTTP://LocalHost:8080/x HTTP/1.1~Host: localhost:8080~~
 200 200	GET http://127.0.0.1/x?a=b HTTP/1.1~Host: 127.0.0.1~~
 200 200	GET http://localhost HTTP/1.1~Host: localhost~~
-200 200|400	GET http://localhost?a=b HTTP/1.1~Host: localhost~~
+200 200	GET http://localhost?a=b HTTP/1.1~Host: localhost~~
 200 200	GET http://localhost/x HTTP/1.0~Connection: keep-alive~~
 # the URL's host counts, not the field's (3.2.2); the field is still needed
 200 200|40[03]	GET http://localhost/x HTTP/1.1~Host: other.example~~
@@ -569,7 +569,10 @@ test_chunks_are_read_to_the_letter() {
 200 200	2;x~{}~0;y~~
 200 200	2;x=y~{}~0~~
 200 200	2;x=y;z="a;b"~{}~0~~
-200 200|400	2 ; x = y~{}~0~~
+200 200	2 ; x = y~{}~0~~
+200 200	2\t;x~{}~0 ;y~~
+400	2 x~{}~0~~
+400	2 2~{}~0~~
 400	2;~{}~0~~
 400	2;;x~{}~0~~
 400	2;=x~{}~0~~
@@ -622,6 +625,8 @@ test_chunks_are_read_to_the_letter() {
 413|400	8000000000000002~{}~0~~
 413|400	FFFFFFFFFFFFFFFF~{}~0~~
 413|400	FFFFFFFFFFFFFFFFFFFFFFFF~{}~0~~
+# more than -m, known before the first byte of it has come
+413	20000000~
 END
 	# Without bound they would be a way to keep us busy for nothing.
 	local long
