@@ -298,12 +298,14 @@ struct head {
 	bool keep;			/* the client would stay connected */
 };
 
-/* Where a chunked body is, between two bytes of it; zero is its beginning. */
+/* Where a chunked body is, between two bytes of it; all zero but for room is
+ * its beginning. */
 struct chunks {
 	enum { CH_SIZE, CH_BLANK, CH_NAME, CH_EXT, CH_QUOTE, CH_ESC,
 	    CH_SIZE_LF, CH_DATA, CH_CR, CH_LF, CH_TRAILER, CH_FIELD, CH_VALUE,
 	    CH_TRAILER_LF, CH_END_LF, CH_DONE } state;
 	uint64_t left;			/* of the chunk */
+	uint64_t room;			/* what the body may still have */
 	unsigned digits, line, fields, trailer;
 };
 
@@ -1956,7 +1958,9 @@ chunk_decode(struct chunks *c, struct span in, size_t *used, char *out,
 			break;
 		case CH_SIZE_LF:
 			c->state = c->left > 0 ? CH_DATA : CH_TRAILER;
-			status = b == '\n' ? 0 : -400;
+			status = b != '\n' ? -400 :
+			    c->left > c->room ? -413 : 0;
+			c->room -= c->left;
 			break;
 		case CH_SIZE: case CH_BLANK: case CH_NAME: case CH_EXT:
 		case CH_QUOTE: case CH_ESC:
@@ -4457,6 +4461,7 @@ page_end(struct request *r)
 struct walk {
 	void (*on)(struct walk *, int dir, const char *leaf, bool is_lock);
 	void *to;
+	int error;			/* why some were not found, or 0 */
 	char name[NAME_LEN_MAX + 300];
 };
 
@@ -4489,8 +4494,12 @@ walk_entry(struct walk *w, DIR *d, struct dirent *e, size_t len,
 		return;
 	dir = openat(dirfd(d), leaf,
 	    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	if (dir == -1)
+	if (dir == -1) {		/* a lost+found is not ours to read */
+		if (errno != EACCES && errno != ENOENT && errno != ENOTDIR &&
+		    errno != ELOOP)
+			w->error = errno;
 		return;
+	}
 	w->name[len + n] = '/';
 	walk_dir(w, dir, len + n + 1, depth + 1);
 }
@@ -4503,15 +4512,18 @@ walk_dir(struct walk *w, int dir, size_t len, unsigned depth)
 	struct dirent *e;
 
 	if (d == NULL) {
+		w->error = errno;
 		close_quietly(dir);
 		return;
 	}
-	while ((e = readdir(d)) != NULL)
+	while (errno = 0, (e = readdir(d)) != NULL)
 		walk_entry(w, d, e, len, depth);
+	if (errno != 0)
+		w->error = errno;
 	(void)closedir(d);
 }
 
-/* -1 with errno if the directory cannot be read at all. */
+/* -1 with errno if they could not all be found. */
 static int
 walk_states(struct walk *w)
 {
@@ -4522,7 +4534,8 @@ walk_states(struct walk *w)
 		return -1;
 	}
 	walk_dir(w, dir, 0, 0);
-	return 0;
+	errno = w->error;
+	return errno == 0 ? 0 : -1;
 }
 
 /* ---- the listing ---- */
@@ -4582,7 +4595,9 @@ row_read(struct row *row, const char *name)
 		meta_read(fd, &row->meta, row->st.st_size > LIST_MAX);
 		close_quietly(fd);
 	}
-	(void)lock_look(&p, name, &row->lock);
+	if (lock_look(&p, name, &row->lock) == -1) /* better than "unlocked" */
+		row->lock = (struct lock){ .held = true, .foreign = true,
+		    .id = "unknown", .info = "the lock cannot be read" };
 	dir_leave(p.dir);
 }
 
@@ -4750,15 +4765,15 @@ page_root(struct request *r, struct after *a)
 	struct walk w = { .on = listing_on, .to = &l };
 
 	(void)a;
-	if (walk_states(&w) == -1) {
+	if (walk_states(&w) == -1)
 		(void)refuse_errno(r, "list the states");
-		return;
+	else {
+		names_sort(&l.names);
+		listing_write(r, &l.names);
+		r->text.failed |= l.names.failed;
+		page_end(r);
 	}
-	names_sort(&l.names);
-	listing_write(r, &l.names);
-	r->text.failed |= l.names.failed;
 	names_free(&l.names);
-	page_end(r);
 }
 
 /* ---- versions and what changed ---- */
@@ -5581,12 +5596,19 @@ admit(struct request *r, const struct head *h, bool guarded)
 	return 0;
 }
 
+/* Bytes that a request's body has at most. */
+static int64_t
+body_max(const struct request *r)
+{
+	return action_of(r)->body == B_STATE ? conf.body_max : LOCK_INFO_MAX;
+}
+
 /* What the body's fields can be refused for. */
 static int
 admit_body(struct request *r, const struct head *h)
 {
 	const struct action *act = action_of(r);
-	int64_t max = act->body == B_STATE ? conf.body_max : LOCK_INFO_MAX;
+	int64_t max = body_max(r);
 
 	r->length = h->chunked ? -1 : h->length > 0 ? h->length : 0;
 	if (act->body == B_STATE && !h->chunked && h->length == -1)
@@ -6326,7 +6348,7 @@ conn_request(struct conn *c, const struct head *h)
 	struct request *r = c->r;
 	int status = request_read(c, h);
 
-	c->chunks = (struct chunks){ 0 };
+	c->chunks = (struct chunks){ .room = (uint64_t)body_max(r) };
 	c->got = 0;
 	c->expects = h->field[F_EXPECT].ptr != NULL && h->minor == 1;
 	c->unread = h->chunked || h->length > 0;
@@ -6542,8 +6564,7 @@ conn_body(struct conn *c)
 {
 	struct request *r = c->r;
 	bool state = action_of(r)->body == B_STATE;
-	size_t size = state ? SPOOL : LOCK_INFO_MAX + 1;
-	int64_t max = state ? conf.body_max : LOCK_INFO_MAX;
+	size_t size = state ? SPOOL : LOCK_INFO_MAX;
 	ssize_t n;
 	int status;
 
@@ -6552,13 +6573,13 @@ conn_body(struct conn *c)
 	for (;;) {
 		if (!body_complete(c) && !body_room(r, size))
 			return conn_refuse(c, 503, "out of memory");
-		if (c->at < c->used && (status = body_move(c)) != 0)
-			return conn_refuse(c, status,
-			    "the chunked body is malformed");
-		/* At once, if a chunk's size says so. */
-		if (c->got + (int64_t)c->chunks.left > max)
+		status = c->at < c->used ? body_move(c) : 0;
+		if (status == 413)
 			return conn_refuse(c, state ? 413 : 400,
 			    "the body is too large");
+		if (status != 0)
+			return conn_refuse(c, status,
+			    "the chunked body is malformed");
 		if (body_complete(c))
 			return body_done(c);
 		conn_progress(c);

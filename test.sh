@@ -2343,7 +2343,7 @@ static int
 decode(const char *s, size_t n, size_t cut, size_t cap, char *data,
     size_t *len, size_t *used)
 {
-	struct chunks c = { .left = 0 };
+	struct chunks c = { .room = UINT64_MAX };
 	size_t end = cut > 0 ? cut : n, took, got;
 	char *in, *out;
 	int status = 0;
@@ -2808,7 +2808,7 @@ static int
 decode(const uint8_t *data, size_t n, size_t step, size_t cap, char *out,
     size_t *len, size_t *used)
 {
-	struct chunks c = { .left = 0 };
+	struct chunks c = { .room = UINT64_MAX };
 	char *in, *some;
 	size_t took, got, size;
 	int status = 0;
@@ -3075,6 +3075,13 @@ statuses_of(struct buf *answers, char *out, size_t size)
 	}
 }
 
+static bool
+was_cut(const struct buf *b)
+{
+	return b->len > 0 &&
+	    memmem(b->data, b->len, "body is not complete", 20) != NULL;
+}
+
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
@@ -3083,6 +3090,7 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 	unsigned how = choose(&data, &n), step = choose(&data, &n) + 1;
 	char a[4096], b[4096];
 	int times;
+	bool cut;
 
 	for (times = 0; times < 2; times++) {
 		if (jobs.commits != commits)
@@ -3091,13 +3099,17 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 		talk(data, n, times == 0 ? (unsigned)n + 1 : step, how,
 		    times == 0 ? &whole : &parts);
 	}
+	/* Whose body is cut off may have been refused before that. */
+	cut = was_cut(&whole) || was_cut(&parts);
 	statuses_of(&whole, a, sizeof(a));
 	statuses_of(&parts, b, sizeof(b));
 	/* Who waits is told to continue, who does not is not. A write that is
 	 * refused ends the connection if its body had not begun to come. */
 	n = strlen(a) < strlen(b) ? strlen(a) : strlen(b);
+	if (cut && n >= 4)
+		n -= 4;
 	if (strstr(a, "100") == NULL && strstr(b, "100") == NULL &&
-	    (memcmp(a, b, n) != 0 || (strlen(a) != strlen(b) &&
+	    (memcmp(a, b, n) != 0 || (strlen(a) != strlen(b) && !cut &&
 	    (n == 0 || a[n - 4] != '4')))) {
 		fprintf(stderr, "whole:%s\nparts:%s\n", a, b);
 		abort();
@@ -7560,6 +7572,11 @@ fault_world() {
 	case $1 in
 	first) rm states/s.tfstate ;;
 	write | unlock | relock | look) cat mine >states/s.lock ;;
+	list)
+		cat mine >states/s.lock
+		mkdir -p states/t
+		cat old >states/t/u.tfstate
+		;;
 	break)
 		cat stale >states/s.lock
 		touch -d '3 hours ago' states/s.lock
@@ -7579,6 +7596,7 @@ fault_deed() {
 	delete) how=(DELETE /s) ;;
 	read | big) how=(GET /s) ;;
 	look) how=(GET /s/lock) ;;
+	list) how=(GET /) ;;
 	esac
 	STATUS=$(curl -sS -m "$PATIENCE" -o answer -H Expect: -X "${how[0]}" \
 		${how[2]:+--data-binary "${how[2]}"} -w '%{http_code}' \
@@ -7595,6 +7613,10 @@ fault_done() {
 	read) cmp -s answer old ;;
 	big) cmp -s answer big ;;
 	look) cmp -s answer mine ;;
+	list) # whole: with less, a state or a lock would seem to be gone
+		grep -q '^t/u ' answer &&
+			grep -q -E '^s .*(ID L|cannot be read)' answer
+		;;
 	esac
 }
 
@@ -7602,7 +7624,7 @@ fault_done() {
 fault_undone() {
 	local before=old lock=
 	case $1 in
-	write | unlock | relock | look) lock=mine ;;
+	write | unlock | relock | look | list) lock=mine ;;
 	break) lock=stale ;;
 	first) before= ;;
 	big) before=big ;;
@@ -7667,7 +7689,7 @@ test_every_failing_system_call_is_survived() {
 	grumbles
 	fault_files
 	for deed in write large first lock relock break unlock delete read big \
-		look; do
+		look list; do
 		for n in 1 2 3 4; do	# the history is full, threads started
 			fault_world $deed
 			fault_deed $deed
