@@ -198,6 +198,9 @@
 #ifndef SEND_MAX
 #define SEND_MAX 1048576	/* bytes to one client in one turn */
 #endif
+#ifndef UNSENT_MAX
+#define UNSENT_MAX 131072	/* bytes of an answer that wait in the kernel */
+#endif
 #ifndef FLAT
 #define FLAT 64			/* so many connections are simply all polled */
 #endif
@@ -282,7 +285,8 @@ static const char method_names[M_COUNT][8] = {
 
 enum field {
 	F_HOST, F_LENGTH, F_CODING, F_CONNECTION, F_EXPECT, F_AUTHORIZATION,
-	F_MD5, F_ACCEPT, F_ORIGIN, F_FORWARDED, F_COUNT
+	F_MD5, F_ACCEPT, F_ORIGIN, F_FORWARDED, F_RANGE, F_MATCH, F_NONE_MATCH,
+	F_UNMODIFIED, F_COUNT
 };
 
 /* What a parsed head says; the spans point into the connection's buffer. */
@@ -1580,8 +1584,11 @@ http_host_ok(struct span h)
 			return false;
 		p = close + 1;
 	} else {
-		while (p < end && in_set(host_chars, (unsigned char)*p))
-			p++;
+		for (; p < end && in_set(host_chars, (unsigned char)*p); p++)
+			if (*p == '%' && (end - p < 3 ||
+			    hex_value((unsigned char)p[1]) == -1 ||
+			    hex_value((unsigned char)p[2]) == -1))
+				return false;
 		if (p == h.ptr)
 			return false;
 	}
@@ -1662,7 +1669,7 @@ http_lists(struct span list, const char *word)
 /* The fields that mean something here. What may come twice is a list, and
  * then the last line counts, for a front adds its own at the end. */
 static const struct {
-	char name[18];
+	char name[20];
 	unsigned char len;
 	bool twice;
 } http_fields[F_COUNT] = {
@@ -1677,6 +1684,10 @@ static const struct {
 	[F_ACCEPT] = FIELD("accept", true),
 	[F_ORIGIN] = FIELD("origin", true),
 	[F_FORWARDED] = FIELD("x-forwarded-for", true),
+	[F_RANGE] = FIELD("content-range", true),
+	[F_MATCH] = FIELD("if-match", true),
+	[F_NONE_MATCH] = FIELD("if-none-match", true),
+	[F_UNMODIFIED] = FIELD("if-unmodified-since", true),
 };
 
 /* One field line, without its CRLF. */
@@ -2706,7 +2717,7 @@ static struct cached {
 	struct stat st;
 	size_t len;
 	char data[];
-} *cache[CACHE_SLOTS];
+} *cache[CACHE_SLOTS + 1];		/* the last one never serves */
 static size_t cache_bytes;
 
 #ifdef __APPLE__
@@ -2733,10 +2744,13 @@ hash(const char *name)
 	return h;
 }
 
+/* In a directory fstatat would follow a link in that one's place: such names
+ * are read anew each time. */
 static struct cached **
 cache_slot(const char *name)
 {
-	return &cache[hash(name) % CACHE_SLOTS];
+	return &cache[strchr(name, '/') != NULL ? CACHE_SLOTS :
+	    hash(name) % CACHE_SLOTS];
 }
 
 /* The entry that may be served now, or NULL. */
@@ -2747,9 +2761,7 @@ cache_find(const char *name)
 	size_t len = strlen(name);
 	struct stat st;
 
-	/* fstatat would follow a link in the place of a directory. */
-	if (c == NULL || c->fresh || strchr(name, '/') != NULL ||
-	    strncmp(c->name, name, len) != 0 ||
+	if (c == NULL || c->fresh || strncmp(c->name, name, len) != 0 ||
 	    strcmp(c->name + len, STATE) != 0 ||
 	    fstatat(store.root, c->name, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
 	    st.st_ino != c->st.st_ino || st.st_dev != c->st.st_dev ||
@@ -2790,7 +2802,8 @@ cache_fill(const char *name, int fd, const struct stat *st)
 		return NULL;
 	}
 	(void)snprintf(c->name, sizeof(c->name), "%s" STATE, name);
-	c->fresh = st->CTIME.tv_sec + 1 >= clock_us(CLOCK_REALTIME) / 1000000;
+	c->fresh = slot == &cache[CACHE_SLOTS] ||
+	    st->CTIME.tv_sec + 1 >= clock_us(CLOCK_REALTIME) / 1000000;
 	c->st = *st;
 	c->len = len;
 	cache_bytes += len;
@@ -5263,6 +5276,7 @@ static const struct { int code; char reason[32]; } statuses[] = {
 	{ 408, "Request Timeout" },
 	{ 409, "Conflict" },
 	{ 411, "Length Required" },
+	{ 412, "Precondition Failed" },
 	{ 413, "Content Too Large" },
 	{ 414, "URI Too Long" },
 	{ 417, "Expectation Failed" },
@@ -5611,6 +5625,16 @@ admit_body(struct request *r, const struct head *h)
 	int64_t max = body_max(r);
 
 	r->length = h->chunked ? -1 : h->length > 0 ? h->length : 0;
+	/* RFC 9110, 13.2 and 14.5: what is asked for on a condition may not
+	 * be done as if there were none. */
+	if (act->body != B_NONE && h->field[F_RANGE].ptr != NULL)
+		return refuse(r, 400, "a state is written whole: there is no "
+		    "use for Content-Range");
+	if (act->body != B_NONE && (h->field[F_MATCH].ptr != NULL ||
+	    h->field[F_NONE_MATCH].ptr != NULL ||
+	    h->field[F_UNMODIFIED].ptr != NULL))
+		return refuse(r, 412, "no If- conditions here: lock the state "
+		    "instead");
 	if (act->body == B_STATE && !h->chunked && h->length == -1)
 		return refuse(r, 411, "a state comes with Content-Length or "
 		    "chunked");
@@ -5698,6 +5722,7 @@ static struct {
 	unsigned hot;			/* end of the busy ones */
 	unsigned n;
 	unsigned max;			/* connections */
+	unsigned peak;			/* how many there have been */
 	struct conn *spare;
 } set;
 
@@ -5769,6 +5794,8 @@ set_add(struct conn *c)
 	set.fd[c->slot] = (struct pollfd){ .fd = c->fd };
 	set.at[c->slot] = c;
 	set_hot(c);
+	if (set.peak < set.n - set.base)
+		set.peak = set.n - set.base;
 }
 
 static void
@@ -6036,6 +6063,13 @@ conn_close(struct conn *c)
 	counters.connections--;
 	c->next = set.spare;
 	set.spare = c;
+#ifdef __GLIBC__
+	/* What thousands needed is given back when they are gone. */
+	if (set.peak > 512 && set.n - set.base < set.peak / 8) {
+		(void)malloc_trim(0);
+		set.peak = 0;
+	}
+#endif
 }
 
 /* Runs a connection as far as it will go now. */
@@ -6578,7 +6612,8 @@ conn_body(struct conn *c)
 			return conn_refuse(c, state ? 413 : 400,
 			    "the body is too large");
 		if (status != 0)
-			return conn_refuse(c, status,
+			return conn_refuse(c, status, status == 431 ?
+			    "the trailer is too large" :
 			    "the chunked body is malformed");
 		if (body_complete(c))
 			return body_done(c);
@@ -6659,12 +6694,35 @@ reply_file(struct conn *c)
 	return sent;
 }
 
+/* We are stopping, and this one asks for nothing: it may go, unless its next
+ * request has come just now. */
+static enum step
+conn_leave(struct conn *c)
+{
+	enum step step;
+
+	c->readable = true;
+	step = conn_head(c);
+	return step == WAIT && c->state == C_HEAD && !c->begun ? GONE : step;
+}
+
+/* RFC 9112, 9.6: to close while bytes are unread, or with much unsent, would
+ * reset the connection, and the client might lose the answer with it. */
+static bool
+conn_may_close(const struct conn *c, bool large)
+{
+	char byte;
+
+	return !large && !c->unread && c->used == c->at &&
+	    recv(c->fd, &byte, 1, MSG_PEEK) != 1;
+}
+
 /* The answer is out: log it, and on to the next. */
 static enum step
 reply_end(struct conn *c)
 {
 	struct request *r = c->r;
-	bool keep = r->keep;
+	bool keep = r->keep, large = r->file != -1 || c->out.len > 0;
 
 	if (r->file != -1 && keep)	/* the end uncorks it, too */
 		conn_cork(c, 0);
@@ -6676,8 +6734,10 @@ reply_end(struct conn *c)
 	c->r = NULL;
 	request_abandon(r);
 	c->begun = false;
-	if (keep && !loop.stopping) {
+	if (keep) {
 		conn_go(c, C_HEAD);
+		if (loop.stopping)
+			return conn_leave(c);
 		if (c->used == c->at && !c->readable) {
 			head_return(c);
 			return WAIT;
@@ -6689,11 +6749,9 @@ reply_end(struct conn *c)
 		set.fd[c->slot].events |= POLLOUT;
 		return WAIT;
 	}
-	/* To close with bytes unread would reset the connection, and the
-	 * client might lose the answer with it. */
-	if (!c->unread && c->used == c->at)
-		return GONE;
 	(void)shutdown(c->fd, SHUT_WR);
+	if (conn_may_close(c, large))
+		return GONE;
 	conn_go(c, C_DRAIN);
 	c->readable = true;
 	return NEXT;
@@ -7132,7 +7190,7 @@ listener_add(int fd)
 	struct sockaddr_storage a;
 	const struct sockaddr_un *path = (const void *)&a;
 	socklen_t len = sizeof(a), size = sizeof(int);
-	int one = 1;
+	int one = 1, unsent = UNSENT_MAX;
 
 	if (set.base > sizeof(listeners) / sizeof(*listeners))
 		die(2, "too many listeners");
@@ -7152,9 +7210,15 @@ listener_add(int fd)
 	else {
 		(void)snprintf(l->name, sizeof(l->name), "http://");
 		peer_text(&a, l->name + 7, sizeof(l->name) - 7);
-		/* Inherited by what it accepts (Linux). */
+		/* Inherited by what it accepts (Linux). The second one keeps
+		 * slow readers of large states from filling the kernel's
+		 * memory, which all connections share. */
 		(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one,
 		    sizeof(one));
+#ifdef TCP_NOTSENT_LOWAT
+		(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent,
+		    sizeof(unsent));
+#endif
 	}
 	if (!l->path && !l->local && users == NULL && !conf.open)
 		die(2, "%s can be reached from other machines, and anybody "
@@ -7603,9 +7667,7 @@ loop_stop(void)
 		c = set.at[i - 1];
 		if (c->state != C_HEAD || c->begun)
 			continue;
-		/* Its next request may have come just now. */
-		c->readable = true;
-		if (conn_head(c) == GONE || (c->state == C_HEAD && !c->begun))
+		if (conn_leave(c) == GONE)
 			conn_close(c);
 		else
 			conn_drive(c);
