@@ -397,7 +397,8 @@ struct after;
 
 struct request {
 	struct request *next;		/* in whichever queue it stands */
-	void (*run)(struct request *, struct after *);
+	int (*run)(struct request *);	/* what a commit thread does */
+	struct after *after;		/* and leaves behind, meanwhile */
 	struct conn *conn;		/* NULL: nobody waits for it */
 	struct lane *lane;		/* those of its name, or NULL */
 	struct users *users;		/* as they were when it came */
@@ -3511,7 +3512,8 @@ job_thread(void *unused)
 
 		r = job_take(lane);
 		lane = r->lane;
-		r->run(r, &a);
+		r->after = &a;
+		(void)r->run(r);	/* its status is in r */
 		if (r->tell != NULL)
 			r->tell(r);
 		job_answer(r);		/* r is the loop's again */
@@ -3549,8 +3551,7 @@ job_start_thread(void)
 /* Gives a request to the commit threads; from now on it is theirs. Ordered:
  * behind all others of its name. -1 if there is nobody to do it. */
 static int
-job_submit(struct request *r, void (*run)(struct request *, struct after *),
-    bool ordered)
+job_submit(struct request *r, int (*run)(struct request *), bool ordered)
 {
 	int waits = 0;
 
@@ -3782,19 +3783,12 @@ upload_piece(struct request *r)
 	return 0;
 }
 
-static void
-job_spool(struct request *r, struct after *a)
-{
-	(void)a;
-	(void)upload_piece(r);
-}
-
 /* Takes back what was uploaded for nothing. */
-static void
-job_abandon(struct request *r, struct after *a)
+static int
+job_abandon(struct request *r)
 {
-	(void)a;
 	tmp_remove(r->up);
+	return 0;
 }
 
 /* The last piece, then what only the whole can tell; then it is synced. */
@@ -3879,8 +3873,9 @@ lock_guarded(struct request *r, struct place *p)
  * old one is kept until the new one is on disk. The broken run can do no harm:
  * its ID opens nothing now. */
 static int
-lock_break(struct request *r, struct place *p, struct after *a)
+lock_break(struct request *r, struct place *p)
 {
+	struct after *a = r->after;
 	struct upload up = { .fd = -1 };
 	char leaf[LEAF];
 
@@ -3901,8 +3896,9 @@ lock_break(struct request *r, struct place *p, struct after *a)
 }
 
 static int
-lock_publish(struct request *r, struct place *p, struct after *a)
+lock_publish(struct request *r, struct place *p)
 {
+	struct after *a = r->after;
 	int status = lock_guarded(r, p);
 
 	if (status != 0)
@@ -3916,7 +3912,7 @@ lock_publish(struct request *r, struct place *p, struct after *a)
 		if (!lock_stale(&r->lock) || r->right < R_WRITE)
 			return refuse_locked(r, 423);
 		r->event = "break";
-		return lock_break(r, p, a);
+		return lock_break(r, p);
 	}
 	a->fresh = lock_create(p, r->body, r->len);
 	if (a->fresh == -1 && errno == EEXIST &&	/* made by hand, now */
@@ -3927,8 +3923,9 @@ lock_publish(struct request *r, struct place *p, struct after *a)
 
 /* The lock could not be synced: nobody is told of it, so nobody has it. */
 static void
-lock_take_back(struct request *r, struct place *p, struct after *a)
+lock_take_back(struct request *r, struct place *p)
 {
+	struct after *a = r->after;
 	char leaf[LEAF];
 	struct lock l;
 
@@ -3959,12 +3956,11 @@ unlock_prepare(struct request *r)
 }
 
 static int
-unlock_publish(struct request *r, struct place *p, struct after *a)
+unlock_publish(struct request *r, struct place *p)
 {
 	int status = lock_guarded(r, p);
 	bool made_up;
 
-	(void)a;
 	if (status != 0)
 		return status;
 	if (!r->lock.held)		/* a repetition, perhaps */
@@ -4021,8 +4017,10 @@ write_strict(struct request *r)
 /* Opens what is to be replaced or deleted, reads its serial, and links it
  * into the history: a->old stays -1 if there is nothing. */
 static int
-old_keep(struct request *r, struct place *p, struct after *a)
+old_keep(struct request *r, struct place *p)
 {
+	struct after *a = r->after;
+
 	if ((a->old = place_file(p, STATE, O_RDONLY, NULL)) == -1)
 		return errno == ENOENT ? 0 : refuse_errno(r, "read the state "
 		    "that is there");
@@ -4040,12 +4038,12 @@ old_keep(struct request *r, struct place *p, struct after *a)
 
 /* What should have followed old_keep could not be done. */
 static int
-old_forget(struct request *r, struct after *a, const char *what)
+old_forget(struct request *r, const char *what)
 {
 	int saved = errno;
 
-	if (a->history != -1)
-		(void)unlinkat(a->history, a->made, 0);
+	if (r->after->history != -1)
+		(void)unlinkat(r->after->history, r->after->made, 0);
 	errno = saved;
 	return refuse_errno(r, what);
 }
@@ -4056,17 +4054,17 @@ old_forget(struct request *r, struct after *a, const char *what)
  * seconds may cost the old version its second name.
  */
 static int
-write_publish(struct request *r, struct place *p, struct after *a)
+write_publish(struct request *r, struct place *p)
 {
 	char leaf[LEAF];
 	int status = write_allowed(r, p);
 
 	r->event = "write";
-	if (status != 0 || (status = old_keep(r, p, a)) != 0)
+	if (status != 0 || (status = old_keep(r, p)) != 0)
 		return status;
 	if (renameat(store.root, r->up->tmp, p->dir,
 	    leaf_name(leaf, p, STATE)) == -1)
-		return old_forget(r, a, "put the state in its place");
+		return old_forget(r, "put the state in its place");
 	r->up->tmp[0] = '\0';
 	return 0;
 }
@@ -4112,25 +4110,26 @@ delete_prepare(struct request *r)
 
 /* Removes the name; its other one, in the history, is on disk before. */
 static int
-delete_publish(struct request *r, struct place *p, struct after *a)
+delete_publish(struct request *r, struct place *p)
 {
+	const struct after *a = r->after;
 	char leaf[LEAF];
 	int status = write_allowed(r, p);
 
 	r->event = "delete";
-	if (status != 0 || (status = old_keep(r, p, a)) != 0)
+	if (status != 0 || (status = old_keep(r, p)) != 0)
 		return status;
 	if (a->old == -1)
 		return refuse(r, 404, "there is no such state");
 	if ((a->history != -1 && sync_fd(a->history) == -1) ||
 	    unlinkat(p->dir, leaf_name(leaf, p, STATE), 0) == -1)
-		return old_forget(r, a, "remove the state");
+		return old_forget(r, "remove the state");
 	return 0;
 }
 
 static const struct deed {
 	int (*prepare)(struct request *);
-	int (*publish)(struct request *, struct place *, struct after *);
+	int (*publish)(struct request *, struct place *);
 	bool create;			/* the name's directory, if need be */
 } deed_lock = { lock_prepare, lock_publish, true },
   deed_unlock = { unlock_prepare, unlock_publish, false },
@@ -4139,8 +4138,7 @@ static const struct deed {
 
 /* Looks and publishes under the name's guard. */
 static int
-commit_guarded(struct request *r, const struct deed *d, struct place *p,
-    struct after *a)
+commit_guarded(struct request *r, const struct deed *d, struct place *p)
 {
 	int status;
 
@@ -4153,7 +4151,7 @@ commit_guarded(struct request *r, const struct deed *d, struct place *p,
 	}
 	if (guard_take(r->name) == -1)
 		return refuse_errno(r, "guard the name");
-	status = d->publish(r, p, a);
+	status = d->publish(r, p);
 	guard_drop(r->name);
 	return status;
 }
@@ -4163,20 +4161,21 @@ commit_guarded(struct request *r, const struct deed *d, struct place *p,
  * there to be done: an earlier try may have done it, and its answer been
  * lost because this very sync failed.
  */
-static void
-commit(struct request *r, const struct deed *d, struct after *a)
+static int
+commit(struct request *r, const struct deed *d)
 {
+	const struct after *a = r->after;
 	struct place p = { .dir = -1 };
 	int status = d->prepare(r);
 
 	if (status == 0)
-		status = commit_guarded(r, d, &p, a);
+		status = commit_guarded(r, d, &p);
 	if (status == 0 && p.dir != -1 &&
 	    ((a->fresh != -1 && sync_fd(a->fresh) == -1) ||
 	    sync_fd(p.dir) == -1)) {
 		status = refuse_errno(r, "sync");
 		if (d == &deed_lock)
-			lock_take_back(r, &p, a);
+			lock_take_back(r, &p);
 	}
 	/* Last, and not synced: between the two it would cost a journal a
 	 * transaction more, and with content the mode means nothing. */
@@ -4188,54 +4187,57 @@ commit(struct request *r, const struct deed *d, struct after *a)
 		(void)place_open(r->name, false, &p);
 	if (p.dir != -1 && status != 404 && (status != 0 || r->event != NULL))
 		log_event(r, &p, status == 0 ? r->event : "refused");
-	if (p.dir != -1)
-		dir_leave(p.dir);
+	dir_leave(p.dir);
+	return status;
 }
 
-static void
-job_lock(struct request *r, struct after *a)
+static int
+job_lock(struct request *r)
 {
-	commit(r, &deed_lock, a);
+	return commit(r, &deed_lock);
 }
 
-static void
-job_unlock(struct request *r, struct after *a)
+static int
+job_unlock(struct request *r)
 {
-	commit(r, &deed_unlock, a);
+	return commit(r, &deed_unlock);
 }
 
-static void
-job_write(struct request *r, struct after *a)
+static int
+job_write(struct request *r)
 {
-	commit(r, &deed_write, a);
+	int status = commit(r, &deed_write);
+
 	tmp_remove(r->up);
+	return status;
 }
 
 /* With unlock_method DELETE at the state's own address, terraform's unlock
  * looks like this too: a body, or the MD5 of an empty one, gives it away. */
-static void
-job_delete(struct request *r, struct after *a)
+static int
+job_delete(struct request *r)
 {
-	commit(r, r->len > 0 || r->has_md5 ? &deed_unlock : &deed_delete, a);
+	return commit(r, r->len > 0 || r->has_md5 ? &deed_unlock :
+	    &deed_delete);
 }
 
 /* May a write that is about to begin go on? What is refused here need not
  * be uploaded first. The write itself will look again. */
-static void
-job_look(struct request *r, struct after *a)
+static int
+job_look(struct request *r)
 {
 	struct place p;
 	int status = 0;
 
-	(void)a;
 	if (store_fits(r->length > 0 ? r->length : 0) == -1)
 		status = refuse_errno(r, "write the state");
 	if (status == 0)
 		status = write_look(r);
-	if (status == 0 || place_open(r->name, false, &p) == -1)
-		return;
-	log_event(r, &p, "refused");
-	dir_leave(p.dir);
+	if (status != 0 && place_open(r->name, false, &p) == 0) {
+		log_event(r, &p, "refused");
+		dir_leave(p.dir);
+	}
+	return status;
 }
 
 /* ==== pages ==============================================================
@@ -4457,15 +4459,13 @@ cell(struct request *r, const struct column *c, const char *value,
 	}
 }
 
-static void
+static int
 page_end(struct request *r)
 {
 	buf_str(&r->text, r->form == JSON ? "\n]\n" :
 	    r->form == HTML ? "</html>\n" : "");
-	if (r->text.failed)
-		(void)refuse(r, 503, "the page does not fit in memory");
-	else
-		(void)done(r);
+	return r->text.failed ?
+	    refuse(r, 503, "the page does not fit in memory") : done(r);
 }
 
 /* ---- a walk over the states ---- */
@@ -4771,22 +4771,22 @@ listing_write(struct request *r, struct names *names)
 	}
 }
 
-static void
-page_root(struct request *r, struct after *a)
+static int
+page_root(struct request *r)
 {
 	struct listing l = { .r = r };
 	struct walk w = { .on = listing_on, .to = &l };
 
-	(void)a;
 	if (walk_states(&w) == -1)
 		(void)refuse_errno(r, "list the states");
 	else {
 		names_sort(&l.names);
 		listing_write(r, &l.names);
 		r->text.failed |= l.names.failed;
-		page_end(r);
+		(void)page_end(r);
 	}
 	names_free(&l.names);
+	return r->status;
 }
 
 /* ---- versions and what changed ---- */
@@ -4822,8 +4822,8 @@ version_cells(struct request *r, const char *id, int64_t bytes,
 	}
 }
 
-static void
-page_versions(struct request *r, struct after *a)
+static int
+page_versions(struct request *r)
 {
 	int dir = history_enter(r->name, false);
 	struct names ids = { NULL, 0, false };
@@ -4832,11 +4832,9 @@ page_versions(struct request *r, struct after *a)
 	struct stat st;
 	size_t i;
 
-	(void)a;
 	if (dir == -1 ? errno != ENOENT : history_list(dir, &ids) == -1) {
-		(void)refuse_errno(r, "read the history");
 		close_quietly(dir);
-		return;
+		return refuse_errno(r, "read the history");
 	}
 	page_begin(r, r->name, version_columns);
 	if (r->form == HTML) {
@@ -4865,7 +4863,7 @@ page_versions(struct request *r, struct after *a)
 	buf_free(&changes);
 	names_free(&ids);
 	close_quietly(dir);
-	page_end(r);
+	return page_end(r);
 }
 
 /* Opens an earlier version for reading. */
@@ -5106,23 +5104,20 @@ version_before(const struct request *r, char out[64])
 }
 
 /* What a version changed against the one before it. */
-static void
-page_changes(struct request *r, struct after *a)
+static int
+page_changes(struct request *r)
 {
 	struct items old = { .fd = -1 }, new = { .fd = -1 };
 	char before[64];
 	struct stat st;
 
-	(void)a;
 	version_before(r, before);
 	new.fd = *r->version != '\0' ? version_open(r->name, r->version, &st) :
 	    state_open(r->name, &st);
-	if (new.fd == -1) {
-		(void)(errno == ENOENT ?
+	if (new.fd == -1)
+		return errno == ENOENT ?
 		    refuse(r, 404, "there is no such version") :
-		    refuse_errno(r, "read the version"));
-		return;
-	}
+		    refuse_errno(r, "read the version");
 	if (*before != '\0')
 		old.fd = version_open(r->name, before, &st);
 	old.failed = *before != '\0' && old.fd == -1;
@@ -5136,16 +5131,16 @@ page_changes(struct request *r, struct after *a)
 	}
 	items_free(&old);
 	items_free(&new);
+	return r->status;
 }
 
 /* ---- a lock ---- */
 
-static void
-page_lock(struct request *r, struct after *a)
+static int
+page_lock(struct request *r)
 {
 	struct place p = { .dir = -1 };
 
-	(void)a;
 	if ((place_open(r->name, false, &p) == -1 && errno != ENOENT) ||
 	    (p.dir != -1 && lock_look(&p, r->name, &r->lock) == -1))
 		(void)refuse_errno(r, "read the lock");
@@ -5157,26 +5152,25 @@ page_lock(struct request *r, struct after *a)
 		(void)done(r);
 	}
 	dir_leave(p.dir);
+	return r->status;
 }
 
 /* ---- is it well? ---- */
 
-static void
-page_ready(struct request *r, struct after *a)
+static int
+page_ready(struct request *r)
 {
 	struct upload up = { .fd = -1 };
 
-	(void)a;
 	if (store_there() == 0 && store_fits(0) == 0 &&
 	    tmp_create(&up) == 0) {
 		tmp_remove(&up);
 		buf_str(&r->text, "ready\n");
 		r->type = "text/plain; charset=utf-8";
-		(void)done(r);
-		return;
+		return done(r);
 	}
 	(void)refuse_errno(r, "write");
-	r->status = 503;
+	return r->status = 503;
 }
 
 /* Counts states and locks, for the metrics. */
@@ -5232,19 +5226,16 @@ metric_batches(struct buf *b)
 }
 
 /* The part of the metrics that lies on the disk; the loop wrote the rest. */
-static void
-page_metrics(struct request *r, struct after *a)
+static int
+page_metrics(struct request *r)
 {
 	struct census c = { 0 };
 	struct walk w = { .on = census_on, .to = &c };
 	struct room room = { 0, 0 };
 	struct buf *b = &r->text;
 
-	(void)a;
-	if (walk_states(&w) == -1 || store_room(&room) == -1) {
-		(void)refuse_errno(r, "count the states");
-		return;
-	}
+	if (walk_states(&w) == -1 || store_room(&room) == -1)
+		return refuse_errno(r, "count the states");
 	metric_batches(b);
 	metric(b, "states", "gauge", "States.", (double)c.states);
 	metric(b, "locks", "gauge", "Locks that are held.", (double)c.locks);
@@ -5256,7 +5247,7 @@ page_metrics(struct request *r, struct after *a)
 	metric(b, "reserve_bytes", "gauge",
 	    "Room below which writes are refused.", (double)room.reserve);
 	r->type = "text/plain; version=0.0.4; charset=utf-8";
-	(void)done(r);
+	return done(r);
 }
 
 /* ==== methods ============================================================
@@ -5471,7 +5462,7 @@ static const struct action {
 	enum right right;
 	enum body body;
 	int (*now)(struct request *);
-	void (*job)(struct request *, struct after *);
+	int (*job)(struct request *);
 } actions[K_METRICS + 1][M_COUNT] = {
 	[K_STATE] = {
 		[M_GET] = { R_READ, B_NONE, now_state, NULL },
@@ -6277,8 +6268,7 @@ conn_refuse(struct conn *c, int status, const char *why)
 
 /* Hands the request to the commit threads, and waits for them. */
 static enum step
-conn_submit(struct conn *c, void (*run)(struct request *, struct after *),
-    bool ordered)
+conn_submit(struct conn *c, int (*run)(struct request *), bool ordered)
 {
 	conn_go(c, C_JOB);
 	return job_submit(c->r, run, ordered) == 0 ? WAIT :
@@ -6620,7 +6610,7 @@ conn_body(struct conn *c)
 		conn_progress(c);
 		if (state && r->len == size) {
 			trace(">", r->body, r->len);
-			return conn_submit(c, job_spool, false);
+			return conn_submit(c, upload_piece, false);
 		}
 		if (c->at < c->used)
 			continue;
@@ -6654,7 +6644,7 @@ conn_job_done(struct request *r)
 		return;
 	}
 	set_hot(c);
-	if (goes_on && (r->run == job_look || r->run == job_spool)) {
+	if (goes_on && (r->run == job_look || r->run == upload_piece)) {
 		since = r->run == job_look ? loop.now : c->since;
 		conn_go(c, C_BODY);
 		c->since = since;	/* the rate counts from the start */
@@ -7114,14 +7104,13 @@ sweep_on(struct walk *w, int dir, const char *leaf, bool is_lock)
 	aside_drop(w->name);
 }
 
-static void
-job_sweep(struct request *r, struct after *a)
+static int
+job_sweep(struct request *r)
 {
 	struct walk w = { .on = sweep_on };
 
 	(void)r;
-	(void)a;
-	(void)walk_states(&w);
+	return walk_states(&w);
 }
 
 /* ---- listeners ---- */
