@@ -2271,7 +2271,7 @@ static struct {
 };
 
 struct place {
-	int dir;
+	int dir;			/* -1: there is none, nor any file */
 	const char *leaf;		/* points into the name */
 };
 
@@ -2352,7 +2352,7 @@ dir_enter(int base, const char *path, size_t len, bool create)
 	return dir;
 }
 
-/* Finds where a name's files lie. Left by dir_leave(p->dir). */
+/* Finds where a name's files lie, or would. Left by dir_leave(p->dir). */
 static int
 place_open(const char *name, bool create, struct place *p)
 {
@@ -2361,7 +2361,7 @@ place_open(const char *name, bool create, struct place *p)
 	p->leaf = slash == NULL ? name : slash + 1;
 	p->dir = dir_enter(store.root, name,
 	    slash == NULL ? 0 : (size_t)(slash - name), create);
-	return p->dir == -1 ? -1 : 0;
+	return p->dir != -1 || (!create && errno == ENOENT) ? 0 : -1;
 }
 
 static const char *
@@ -2410,21 +2410,26 @@ place_file(const struct place *p, const char *suffix, int how,
     struct stat *st)
 {
 	char leaf[LEAF];
-	int fd = file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
+	int fd;
 
+	errno = ENOENT;
+	if (p->dir == -1)
+		return -1;
+	fd = file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
 	return fd == -1 ? errno_absent() : fd;
 }
 
-/* Opens a state for reading; -1 with errno, ENOENT only if there is none. */
+/* Opens a name's file for reading; -1 with errno, ENOENT only if there is
+ * none. */
 static int
-state_open(const char *name, struct stat *st)
+name_file(const char *name, const char *suffix, struct stat *st)
 {
 	struct place p;
 	int fd;
 
 	if (place_open(name, false, &p) == -1)
 		return -1;
-	fd = place_file(&p, STATE, O_RDONLY, st);
+	fd = place_file(&p, suffix, O_RDONLY, st);
 	dir_leave(p.dir);
 	return fd;
 }
@@ -4069,23 +4074,29 @@ write_publish(struct request *r, struct place *p)
 	return 0;
 }
 
+/* Looks, and publishes, under the name's guard. */
+static int
+guarded(struct request *r, int (*publish)(struct request *, struct place *),
+    bool create, struct place *p)
+{
+	int status;
+
+	if (place_open(r->name, create, p) == -1)
+		return refuse_errno(r, "open the state's directory");
+	if (guard_take(r->name) == -1)
+		return refuse_errno(r, "guard the name");
+	status = publish(r, p);
+	guard_drop(r->name);
+	return status;
+}
+
 /* May a write land, as far as can be seen now? */
 static int
 write_look(struct request *r)
 {
 	struct place p;
-	int status = 0;
+	int status = guarded(r, write_allowed, false, &p);
 
-	if (place_open(r->name, false, &p) == -1)
-		return errno != ENOENT ?
-		    refuse_errno(r, "open the state's directory") :
-		    r->has_id ? refuse_broken(r) : 0;
-	if (guard_take(r->name) == -1)
-		status = refuse_errno(r, "guard the name");
-	else {
-		status = write_allowed(r, &p);
-		guard_drop(r->name);
-	}
 	dir_leave(p.dir);
 	return status;
 }
@@ -4136,26 +4147,6 @@ static const struct deed {
   deed_write = { write_prepare, write_publish, true },
   deed_delete = { delete_prepare, delete_publish, false };
 
-/* Looks and publishes under the name's guard. */
-static int
-commit_guarded(struct request *r, const struct deed *d, struct place *p)
-{
-	int status;
-
-	if (place_open(r->name, d->create, p) == -1) {
-		if (errno != ENOENT)
-			return refuse_errno(r, "open the state's directory");
-		/* No directory: no lock to release, no state to delete. */
-		return d == &deed_delete ?
-		    refuse(r, 404, "there is no such state") : 0;
-	}
-	if (guard_take(r->name) == -1)
-		return refuse_errno(r, "guard the name");
-	status = d->publish(r, p);
-	guard_drop(r->name);
-	return status;
-}
-
 /*
  * A deed, first step to last. The directory is synced even if nothing was
  * there to be done: an earlier try may have done it, and its answer been
@@ -4169,7 +4160,7 @@ commit(struct request *r, const struct deed *d)
 	int status = d->prepare(r);
 
 	if (status == 0)
-		status = commit_guarded(r, d, &p);
+		status = guarded(r, d->publish, d->create, &p);
 	if (status == 0 && p.dir != -1 &&
 	    ((a->fresh != -1 && sync_fd(a->fresh) == -1) ||
 	    sync_fd(p.dir) == -1)) {
@@ -5113,7 +5104,7 @@ page_changes(struct request *r)
 
 	version_before(r, before);
 	new.fd = *r->version != '\0' ? version_open(r->name, r->version, &st) :
-	    state_open(r->name, &st);
+	    name_file(r->name, STATE, &st);
 	if (new.fd == -1)
 		return errno == ENOENT ?
 		    refuse(r, 404, "there is no such version") :
@@ -5139,10 +5130,10 @@ page_changes(struct request *r)
 static int
 page_lock(struct request *r)
 {
-	struct place p = { .dir = -1 };
+	struct place p;
 
-	if ((place_open(r->name, false, &p) == -1 && errno != ENOENT) ||
-	    (p.dir != -1 && lock_look(&p, r->name, &r->lock) == -1))
+	if (place_open(r->name, false, &p) == -1 ||
+	    lock_look(&p, r->name, &r->lock) == -1)
 		(void)refuse_errno(r, "read the lock");
 	else if (!r->lock.held)
 		(void)refuse(r, 404, "it is not locked");
@@ -5388,7 +5379,7 @@ now_state(struct request *r)
 		r->data = (struct span){ c->data, c->len };
 		return done(r);
 	}
-	if ((fd = state_open(r->name, &st)) == -1)
+	if ((fd = name_file(r->name, STATE, &st)) == -1)
 		return errno == ENOENT ?
 		    refuse(r, 404, "there is no such state") :
 		    refuse_errno(r, "read the state");
@@ -5437,16 +5428,10 @@ now_version(struct request *r)
 static int
 now_log(struct request *r)
 {
-	struct place p = { .dir = -1 };
 	struct stat st;
-	int fd = -1;
 
 	r->type = "text/plain; charset=utf-8";
-	if (place_open(r->name, false, &p) == 0) {
-		fd = place_file(&p, LOG, O_RDONLY, &st);
-		dir_leave(p.dir);
-	}
-	return now_file(r, fd, &st, "log");
+	return now_file(r, name_file(r->name, LOG, &st), &st, "log");
 }
 
 static int
