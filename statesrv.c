@@ -2002,9 +2002,9 @@ ends_in(const char *s, size_t len, const char *end)
 	return len >= n && memcmp(s + len - n, end, n) == 0;
 }
 
-/* YYYYMMDDTHHMMSS.mmmZ-SERIAL: the ID of an earlier version. */
+/* YYYYMMDDTHHMMSS.mmmZ-SERIAL, the ID of an earlier version, then end. */
 static bool
-is_version(const char *s)
+is_version(const char *s, const char *end)
 {
 	static const char form[] = "ddddddddTdddddd.dddZ-";
 	size_t i;
@@ -2014,7 +2014,8 @@ is_version(const char *s)
 		    s[i] != form[i])
 			return false;
 	i = strspn(s + sizeof(form) - 1, "0123456789");
-	return i >= 1 && i <= 20 && s[sizeof(form) - 1 + i] == '\0';
+	return i >= 1 && i <= 20 &&
+	    strcmp(s + sizeof(form) - 1 + i, end) == 0;
 }
 
 /* Rules 3 to 6, for the len bytes of one segment; NULL, or what is wrong. */
@@ -2156,7 +2157,7 @@ page_kind(char *path, struct request *r)
 		return false;
 	(void)cut_suffix(path, ".tfstate");
 	last = strrchr(path, '/');
-	if (r->kind != K_LOG && last != NULL && is_version(last + 1)) {
+	if (r->kind != K_LOG && last != NULL && is_version(last + 1, "")) {
 		(void)snprintf(r->version, sizeof(r->version), "%s", last + 1);
 		*last = '\0';
 		if (r->kind == K_VERSIONS)
@@ -2607,16 +2608,6 @@ history_link(const struct place *p, int dir, uint64_t serial, char id[LEAF])
 	return -1;
 }
 
-/* Is it ID.tfstate? */
-static bool
-is_version_file(const char *name)
-{
-	char id[LEAF];
-
-	span_copy(id, sizeof(id), span(name));
-	return cut_suffix(id, STATE) && is_version(id);
-}
-
 struct names {
 	char **list;
 	size_t n;
@@ -2670,7 +2661,7 @@ history_list(int dir, struct names *ids)
 		return -1;
 	}
 	while ((e = readdir(d)) != NULL)
-		if (is_version_file(e->d_name) &&
+		if (is_version(e->d_name, STATE) &&
 		    cut_suffix(e->d_name, STATE))
 			names_add(ids, e->d_name);
 	(void)closedir(d);
@@ -2696,14 +2687,12 @@ history_prune(int dir, const char *just_made)
 		rewinddir(d);
 		oldest[0] = '\0';
 		for (n = 0; (e = readdir(d)) != NULL;) {
-			if (!is_version_file(e->d_name))
+			if (!is_version(e->d_name, STATE))
 				continue;
 			n++;
-			if (strcmp(e->d_name, just_made) == 0)
-				continue;
-			if (*oldest == '\0' || strcmp(e->d_name, oldest) < 0)
-				(void)snprintf(oldest, LEAF, "%.*s", LEAF - 1,
-				    e->d_name);
+			if (strcmp(e->d_name, just_made) != 0 &&
+			    (*oldest == '\0' || strcmp(e->d_name, oldest) < 0))
+				span_copy(oldest, LEAF, span(e->d_name));
 		}
 	} while (n > conf.keep && *oldest != '\0' &&
 	    unlinkat(dir, oldest, 0) == 0 && n > conf.keep + 1);
