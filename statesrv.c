@@ -2608,21 +2608,28 @@ history_link(const struct place *p, int dir, uint64_t serial, char id[LEAF])
 	return -1;
 }
 
+struct name {
+	char *text;
+	uint64_t at, len;		/* where what it names stands */
+};
+
 struct names {
-	char **list;
+	struct name *list;
 	size_t n;
 	bool failed;			/* memory ran out */
 };
 
 static void
-names_add(struct names *v, const char *name)
+names_add(struct names *v, const char *name, uint64_t at, uint64_t len)
 {
-	char **list = grow(v->list, v->n, sizeof(*list));
+	struct name *list = grow(v->list, v->n, sizeof(*list));
 
-	if (list == NULL || (list[v->n] = strdup(name)) == NULL)
+	if (list == NULL || (list[v->n].text = strdup(name)) == NULL)
 		v->failed = true;
-	else
-		v->n++;
+	else {
+		list[v->n].at = at;
+		list[v->n++].len = len;
+	}
 	if (list != NULL)
 		v->list = list;
 }
@@ -2630,7 +2637,8 @@ names_add(struct names *v, const char *name)
 static int
 names_order(const void *a, const void *b)
 {
-	return strcmp(*(char *const *)a, *(char *const *)b);
+	return strcmp(((const struct name *)a)->text,
+	    ((const struct name *)b)->text);
 }
 
 static void
@@ -2644,7 +2652,7 @@ static void
 names_free(struct names *v)
 {
 	while (v->n > 0)
-		free(v->list[--v->n]);
+		free(v->list[--v->n].text);
 	free(v->list);
 }
 
@@ -2663,7 +2671,7 @@ history_list(int dir, struct names *ids)
 	while ((e = readdir(d)) != NULL)
 		if (is_version(e->d_name, STATE) &&
 		    cut_suffix(e->d_name, STATE))
-			names_add(ids, e->d_name);
+			names_add(ids, e->d_name, 0, 0);
 	(void)closedir(d);
 	names_sort(ids);
 	return 0;
@@ -4570,7 +4578,7 @@ listing_on(struct walk *w, int dir, const char *leaf, bool is_lock)
 	(void)is_lock;			/* a name may have only a lock */
 	if (user_right(l->r, w->name) != R_NONE &&
 	    strstr(w->name, l->r->query) != NULL)
-		names_add(&l->names, w->name);
+		names_add(&l->names, w->name, 0, 0);
 }
 
 /* Looks at one state. What went away meanwhile is shown as not there. */
@@ -4733,11 +4741,12 @@ listing_write(struct request *r, struct names *names)
 	table_begin(r, listing_columns);
 	for (i = 0; i < names->n; i++) {
 		/* A state and its lock are two files of one name. */
-		if (i > 0 && strcmp(names->list[i], names->list[i - 1]) == 0)
+		if (i > 0 && names_order(&names->list[i],
+		    &names->list[i - 1]) == 0)
 			continue;
 		if (r->form == HTML && shown == ROWS_MAX)
 			break;
-		row_read(&row, names->list[i]);
+		row_read(&row, names->list[i].text);
 		row_begin(r, shown++ == 0);
 		row_cells(r, &row);
 		row_end(r);
@@ -4830,12 +4839,12 @@ page_versions(struct request *r)
 	buf_str(&changes, "/");
 	table_begin(r, version_columns);
 	for (i = ids.n; i > 0; i--) {
-		(void)snprintf(leaf, LEAF, "%.64s" STATE, ids.list[i - 1]);
+		(void)snprintf(leaf, LEAF, "%.64s" STATE, ids.list[i - 1].text);
 		if (base.failed || changes.failed ||
 		    fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1)
 			continue;
 		row_begin(r, i == ids.n);
-		version_cells(r, ids.list[i - 1], (int64_t)st.st_size,
+		version_cells(r, ids.list[i - 1].text, (int64_t)st.st_size,
 		    base.data, changes.data);
 		row_end(r);
 	}
@@ -4861,53 +4870,34 @@ version_open(const char *name, const char *id, struct stat *st)
 	return fd;
 }
 
-/* A resource instance of a state: its address, and where it stands. */
-struct item {
-	char *address;
-	uint64_t at, len;
-};
-
+/* The resource instances of a state: their addresses, and where they stand. */
 struct items {
 	int fd;
-	struct item *list;
-	size_t n;
+	struct names names;
 	size_t first;			/* of the resource being read */
 	uint64_t begun;			/* the instance being read */
 	char module[JSON_TEXT], type[JSON_TEXT], name[JSON_TEXT];
 	char key[JSON_TEXT + 8];
-	bool data, failed;
+	bool data;
 };
-
-static void
-items_add(struct items *it, uint64_t at, uint64_t end)
-{
-	struct item *list = grow(it->list, it->n, sizeof(*list));
-
-	if (list == NULL || (list[it->n].address = strdup(it->key)) == NULL)
-		it->failed = true;
-	else {
-		list[it->n].at = at;
-		list[it->n++].len = end - at;
-	}
-	if (list != NULL)
-		it->list = list;
-}
 
 /* The resource is over: now all parts of its instances' addresses are
  * known, in whatever order they came. */
 static void
 items_name(struct items *it)
 {
+	struct name *name;
 	struct buf b;
 
-	for (; it->first < it->n; it->first++) {
+	for (; it->first < it->names.n; it->first++) {
+		name = &it->names.list[it->first];
 		b = (struct buf){ 0 };
 		buf_fmt(&b, "%s%s%s%s.%s%s", it->module,
 		    *it->module != '\0' ? "." : "", it->data ? "data." : "",
-		    it->type, it->name, it->list[it->first].address);
-		free(it->list[it->first].address);
-		it->list[it->first].address = b.data;
-		it->failed |= b.failed;
+		    it->type, it->name, name->text);
+		free(name->text);
+		name->text = b.data;
+		it->names.failed |= b.failed;
 	}
 	it->module[0] = it->type[0] = it->name[0] = '\0';
 	it->data = false;
@@ -4920,7 +4910,7 @@ items_on(struct json *j, char what)
 	struct items *it = j->to;
 	enum word w = j->word[j->depth];
 
-	if (j->word[1] != W_RESOURCES || it->failed)
+	if (j->word[1] != W_RESOURCES || it->names.failed)
 		return;
 	if (j->depth == 2 && what == '}')
 		items_name(it);
@@ -4938,25 +4928,17 @@ items_on(struct json *j, char what)
 		it->begun = j->at;
 		it->key[0] = '\0';
 	} else if (j->depth == 4 && what == '}')
-		items_add(it, it->begun, j->at + 1);
+		names_add(&it->names, it->key, it->begun,
+		    j->at + 1 - it->begun);
 	else if (w == W_INDEX_KEY && (what == 's' || what == 'n'))
 		(void)snprintf(it->key, sizeof(it->key), what == 's' ?
 		    "[\"%s\"]" : "[%s]", j->text);
 }
 
-static int
-items_order(const void *a, const void *b)
-{
-	return strcmp(((const struct item *)a)->address,
-	    ((const struct item *)b)->address);
-}
-
 static void
 items_free(struct items *it)
 {
-	while (it->n > 0)
-		free(it->list[--it->n].address);
-	free(it->list);
+	names_free(&it->names);
 	close_quietly(it->fd);
 }
 
@@ -4969,13 +4951,13 @@ items_read(struct items *it)
 
 	if (it->fd != -1)
 		json_file(it->fd, &j, INT64_MAX);
-	if (!it->failed && it->n > 0)
-		qsort(it->list, it->n, sizeof(*it->list), items_order);
+	if (!it->names.failed)
+		names_sort(&it->names);
 }
 
 /* Are two instances the same, byte for byte? */
 static bool
-item_same(int a, const struct item *x, int b, const struct item *y)
+item_same(int a, const struct name *x, int b, const struct name *y)
 {
 	char one[2048], two[2048];
 	uint64_t at;
@@ -4997,19 +4979,19 @@ static void
 changes_list(struct request *r, char kind, const struct items *old,
     const struct items *new)
 {
+	const struct names *was = &old->names, *now = &new->names;
 	struct buf *b = &r->text;
 	const char *address;
 	size_t i = 0, k = 0;
 	int side;
 	char is;
 
-	while (i < old->n || k < new->n) {
-		side = i == old->n ? 1 : k == new->n ? -1 :
-		    strcmp(old->list[i].address, new->list[k].address);
-		address = side > 0 ? new->list[k].address :
-		    old->list[i].address;
+	while (i < was->n || k < now->n) {
+		side = i == was->n ? 1 : k == now->n ? -1 :
+		    names_order(&was->list[i], &now->list[k]);
+		address = (side > 0 ? now->list[k] : was->list[i]).text;
 		is = side > 0 ? '+' : side < 0 ? '-' : item_same(old->fd,
-		    &old->list[i], new->fd, &new->list[k]) ? '=' : '~';
+		    &was->list[i], new->fd, &now->list[k]) ? '=' : '~';
 		i += side <= 0;
 		k += side >= 0;
 		if (is != kind)
@@ -5077,8 +5059,8 @@ version_before(const struct request *r, char out[64])
 	*out = '\0';
 	if (dir != -1 && history_list(dir, &ids) == 0)
 		for (i = 0; i < ids.n && (*r->version == '\0' ||
-		    strcmp(ids.list[i], r->version) < 0); i++)
-			(void)snprintf(out, 64, "%.63s", ids.list[i]);
+		    strcmp(ids.list[i].text, r->version) < 0); i++)
+			(void)snprintf(out, 64, "%.63s", ids.list[i].text);
 	names_free(&ids);
 	close_quietly(dir);
 }
@@ -5100,10 +5082,10 @@ page_changes(struct request *r)
 		    refuse_errno(r, "read the version");
 	if (*before != '\0')
 		old.fd = version_open(r->name, before, &st);
-	old.failed = *before != '\0' && old.fd == -1;
+	old.names.failed = *before != '\0' && old.fd == -1;
 	items_read(&old);
 	items_read(&new);
-	if (old.failed || new.failed)
+	if (old.names.failed || new.names.failed)
 		(void)refuse(r, 503, "the states cannot be compared");
 	else {
 		changes_write(r, before, &old, &new);
