@@ -2258,7 +2258,6 @@ name_query(struct span query, struct request *r)
 static struct {
 	int root;			/* the directory */
 	int guard;			/* .guard, for the jobs in lanes */
-	int aside;			/* .guard, for everyone else */
 	bool remote;			/* on a network file system */
 	uint64_t token;			/* ours, in the names of uploads */
 	pthread_mutex_t mutex;		/* for what follows */
@@ -2267,7 +2266,6 @@ static struct {
 } store = {
 	.root = -1,
 	.guard = -1,
-	.aside = -1,
 	.mutex = PTHREAD_MUTEX_INITIALIZER,
 };
 
@@ -3348,31 +3346,26 @@ guard_drop(const char *name)
 }
 
 /*
- * The guard for one who stands in no lane: the listing, the sweep. A second
- * descriptor, for to its own holder a record lock is no obstacle, and one at
- * a time, for the same reason.
+ * The guard for one who stands in no lane: the listing, the sweep. A
+ * descriptor of its own, for to its own holder a record lock is no obstacle;
+ * to close it drops the guard. -1 if it cannot be had.
  */
-static pthread_mutex_t aside_mutex = PTHREAD_MUTEX_INITIALIZER;
-
 static int
-aside_take(const char *name)
+guard_aside(const char *name)
 {
-#ifndef F_OFD_SETLKW			/* it would be our own lock */
-	errno = ENOTSUP;
-	return -1;
-#endif
-	(void)pthread_mutex_lock(&aside_mutex);
-	if (guard_set(store.aside, F_WRLCK, guard_byte(name), true) == 0)
-		return 0;
-	(void)pthread_mutex_unlock(&aside_mutex);
-	return -1;
-}
+	int fd = -1;
 
-static void
-aside_drop(const char *name)
-{
-	(void)guard_set(store.aside, F_UNLCK, guard_byte(name), false);
-	(void)pthread_mutex_unlock(&aside_mutex);
+#ifdef F_OFD_SETLKW			/* else it would be our own lock */
+	fd = file_open(store.root, ".guard", O_RDWR, NULL);
+	if (fd != -1 &&
+	    guard_set(fd, F_WRLCK, guard_byte(name), true) == -1) {
+		close_quietly(fd);
+		fd = -1;
+	}
+#else
+	(void)name;
+#endif
+	return fd;
 }
 
 /* Reads a lock without meaning to change it. What looks like a freeze may be
@@ -3380,13 +3373,13 @@ aside_drop(const char *name)
 static int
 lock_look(const struct place *p, const char *name, struct lock *l)
 {
-	int status = lock_read(p, l);
+	int status = lock_read(p, l), guard;
 
-	if (status == -1 || !l->foreign || aside_take(name) == -1)
+	if (status == -1 || !l->foreign || (guard = guard_aside(name)) == -1)
 		return status;
 	lock_free(l);
 	status = lock_read(p, l);
-	aside_drop(name);
+	close_quietly(guard);
 	return status;
 }
 
@@ -7019,8 +7012,7 @@ store_open(void)
 	new |= store_mkdir(store.root, ".tmp");
 	new |= store_mkdir(store.root, ".history");
 	store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT, NULL);
-	store.aside = file_open(store.root, ".guard", O_RDWR, NULL);
-	if (store.guard == -1 || store.aside == -1)
+	if (store.guard == -1)
 		die(1, "cannot open %s/.guard: %s", conf.dir,
 		    strerror(errno));
 	/* A new directory's own name must be on the disk as well. */
@@ -7048,16 +7040,17 @@ static void
 sweep_on(struct walk *w, int dir, const char *leaf, bool is_lock)
 {
 	struct stat st;
+	int guard;
 
 	if (!is_lock || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
 	    !S_ISREG(st.st_mode) || st.st_size > 0 ||
-	    aside_take(w->name) == -1)
+	    (guard = guard_aside(w->name)) == -1)
 		return;
 	if (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
 	    st.st_size == 0 && unlinkat(dir, leaf, 0) == 0)
 		complain("%s: removed an empty lock, left by a crash",
 		    w->name);
-	aside_drop(w->name);
+	close_quietly(guard);
 }
 
 static int
