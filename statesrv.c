@@ -6012,15 +6012,12 @@ conn_close(struct conn *c)
 #endif
 }
 
-/* Runs a connection as far as it will go now. */
+/* Runs a connection, after a step, as far as it will go now. */
 static void
-conn_drive(struct conn *c)
+conn_drive(struct conn *c, enum step step)
 {
-	enum step step;
-
-	do
+	while (step == NEXT)
 		step = conn_states[c->state].step(c);
-	while (step == NEXT);
 	if (step == GONE)
 		conn_close(c);
 }
@@ -6600,10 +6597,7 @@ conn_job_done(struct request *r)
 		c->readable = true;
 	} else
 		step = conn_answer(c);
-	if (step == GONE)
-		conn_close(c);
-	else
-		conn_drive(c);
+	conn_drive(c, step);
 }
 
 /* ---- C_REPLY and C_DRAIN ---- */
@@ -6756,16 +6750,14 @@ conn_late(struct conn *c)
 	else if (c->state == C_HEAD && c->begun &&
 	    (c->r = request_new(c)) != NULL)
 		step = conn_refuse(c, 408, "the head came too slowly");
-	if (step == GONE)
-		conn_close(c);
-	else
-		conn_drive(c);
+	conn_drive(c, step);
 }
 
 /* ---- accepting ---- */
 
 /* Makes room by closing the connection that is idle for longest, and for
- * so many milliseconds at least. */
+ * so many milliseconds at least; else the listeners rest, or poll would spin
+ * on what cannot be accepted. */
 static bool
 conn_evict(int64_t ms)
 {
@@ -6782,8 +6774,10 @@ conn_evict(int64_t ms)
 		if (oldest == NULL || c->order < oldest->order)
 			oldest = c;
 	}
-	if (oldest == NULL || loop.now - oldest->active < ms)
+	if (oldest == NULL || loop.now - oldest->active < ms) {
+		loop.rest = loop.now + 50;
 		return false;
+	}
 	conn_close(oldest);
 	return true;
 }
@@ -6843,11 +6837,10 @@ conn_open(int fd, const struct listener *l, const struct sockaddr_storage *p)
 	counters.accepted++;
 	set_add(c);
 	conn_go(c, C_HEAD);
-	conn_drive(c);
+	conn_drive(c, NEXT);
 }
 
-/* Accepts what waits on a listener, up to a number. Out of descriptors, the
- * listeners rest, or poll would spin on what cannot be accepted. */
+/* Accepts what waits on a listener, up to a number. */
 static void
 conn_accept(unsigned slot)
 {
@@ -6856,10 +6849,8 @@ conn_accept(unsigned slot)
 	int fd, n;
 
 	for (n = 0; n < 64; n++) {
-		if (set.n - set.base >= set.max && !conn_evict(0)) {
-			loop.rest = loop.now + 50;
+		if (set.n - set.base >= set.max && !conn_evict(0))
 			return;
-		}
 		len = sizeof(peer);
 		memset(&peer, 0, sizeof(peer));
 		fd = accept_fd(set.fd[slot].fd, &peer, &len);
@@ -6869,10 +6860,8 @@ conn_accept(unsigned slot)
 		}
 		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
 		    errno == ENOMEM) {
-			if (!conn_evict(1000)) {
-				loop.rest = loop.now + 50;
+			if (!conn_evict(1000))
 				return;
-			}
 		} else if (errno != EINTR && errno != ECONNABORTED)
 			return;
 	}
@@ -7605,10 +7594,7 @@ loop_stop(void)
 		c = set.at[i - 1];
 		if (c->state != C_HEAD || c->begun)
 			continue;
-		if (conn_leave(c) == GONE)
-			conn_close(c);
-		else
-			conn_drive(c);
+		conn_drive(c, conn_leave(c));
 	}
 }
 
@@ -7748,7 +7734,7 @@ loop_turn(struct conn **ready)
 		ready[i]->active = loop.now;
 		ready[i]->order = ++loop.order;
 		set_hot(ready[i]);
-		conn_drive(ready[i]);
+		conn_drive(ready[i], NEXT);
 	}
 	if (n > 0 && set.fd[0].revents != 0)
 		loop_wake();
