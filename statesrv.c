@@ -471,19 +471,7 @@ complain(const char *fmt, ...)
 }
 
 /* Ends the program: status 2 for the user's mistakes, 1 for the system's. */
-__attribute__((format(printf, 2, 3), noreturn))
-static void
-die(int status, const char *fmt, ...)
-{
-	va_list ap;
-
-	(void)fputs("statesrv: ", stderr);
-	va_start(ap, fmt);
-	(void)vfprintf(stderr, fmt, ap);
-	va_end(ap);
-	(void)fputc('\n', stderr);
-	exit(status);
-}
+#define die(status, ...) (complain(__VA_ARGS__), exit(status))
 
 static struct span
 span(const char *s)
