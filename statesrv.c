@@ -189,6 +189,7 @@
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
 #endif
+#define LISTENERS_MAX 32
 #ifndef THREADS_MAX
 #define THREADS_MAX 64		/* commits side by side */
 #endif
@@ -5639,26 +5640,24 @@ struct conn {
 	int64_t got;			/* of the body, or sent of the answer */
 	struct buf out;			/* what of the answer did not fit */
 	size_t out_at;
-	struct conn *next;		/* free list */
 	char peer[56];
 };
 
 static struct {
-	struct pollfd *fd;
-	struct conn **at;		/* NULL for the first base entries */
+	struct pollfd fd[1 + LISTENERS_MAX + SLOTS_MAX];
+	struct conn *at[1 + LISTENERS_MAX + SLOTS_MAX];	/* from base on */
 	unsigned base;			/* wake pipe and listeners */
 	unsigned hot;			/* end of the busy ones */
 	unsigned n;
 	unsigned max;			/* connections */
 	unsigned peak;			/* how many there have been */
-	struct conn *spare;
 } set;
 
 static struct listener {
 	bool local;			/* loopback */
 	bool path;			/* unix socket */
 	char name[128];
-} listeners[32];
+} listeners[LISTENERS_MAX];
 
 static struct {
 	int64_t us;			/* monotonic, of this turn */
@@ -5989,8 +5988,7 @@ conn_close(struct conn *c)
 	head_return(c);
 	buf_free(&c->out);
 	counters.connections--;
-	c->next = set.spare;
-	set.spare = c;
+	free(c);
 #ifdef __GLIBC__
 	/* What thousands needed is given back when they are gone. */
 	if (set.peak > 512 && set.n - set.base < set.peak / 8) {
@@ -6809,11 +6807,9 @@ peer_text(const struct sockaddr_storage *peer, char *out, size_t size)
 static void
 conn_open(int fd, const struct listener *l, const struct sockaddr_storage *p)
 {
-	struct conn *c = set.spare;
+	struct conn *c = malloc(sizeof(*c));
 
-	if (c != NULL)
-		set.spare = c->next;
-	else if ((c = malloc(sizeof(*c))) == NULL) {
+	if (c == NULL) {
 		(void)close(fd);
 		return;
 	}
@@ -7107,7 +7103,7 @@ listener_add(int fd)
 	socklen_t len = sizeof(a), size = sizeof(int);
 	int one = 1, unsent = UNSENT_MAX;
 
-	if (set.base > sizeof(listeners) / sizeof(*listeners))
+	if (set.base > LISTENERS_MAX)
 		die(2, "too many listeners");
 	memset(&a, 0, sizeof(a));
 	if (getsockname(fd, (struct sockaddr *)&a, &len) == -1 ||
@@ -7225,7 +7221,6 @@ limits_set(void)
 {
 	struct rlimit files;
 	rlim_t spare;
-	size_t size;
 
 	if (getrlimit(RLIMIT_NOFILE, &files) == -1)
 		die(1, "cannot read the limits: %s", strerror(errno));
@@ -7243,11 +7238,6 @@ limits_set(void)
 	/* An upload or a large answer is a second descriptor. */
 	set.max = files.rlim_cur - spare < SLOTS_MAX ?
 	    (unsigned)(files.rlim_cur - spare) : SLOTS_MAX;
-	size = set.max + sizeof(listeners) / sizeof(*listeners) + 1;
-	set.fd = calloc(size, sizeof(*set.fd));
-	set.at = calloc(size, sizeof(*set.at));
-	if (set.fd == NULL || set.at == NULL)
-		die(1, "out of memory");
 }
 
 #if defined(__linux__) && !defined(NO_SANDBOX)
@@ -7734,16 +7724,13 @@ loop_turn(struct conn **ready)
 static void
 loop_run(void)
 {
-	struct conn **ready = calloc(set.max, sizeof(struct conn *));
+	static struct conn *ready[SLOTS_MAX];
 
-	if (ready == NULL)
-		die(1, "out of memory");
 	loop_clock();
 	while (!loop.stopping || (set.n > set.base && loop.now < loop.stop))
 		loop_turn(ready);
 	if (loop.log.len > 0)
 		log_flush();
-	free(ready);
 }
 
 /* ---- -c ---- */
