@@ -5672,8 +5672,6 @@ static struct {
 	char locked[ID_MAX + 1];	/* the lock it took last */
 	struct buf log;			/* of this turn */
 	bool log_blocks;		/* stdout is a pipe or terminal */
-	char *spare[64];		/* head buffers */
-	unsigned spares;
 } loop;
 
 static const struct state_row {
@@ -5734,21 +5732,10 @@ set_remove(struct conn *c)
 
 /* ---- requests ---- */
 
-static char *
-head_buffer(void)
-{
-	return loop.spares > 0 ? loop.spare[--loop.spares] : malloc(HEAD_MAX);
-}
-
 static void
-head_return(struct conn *c)
+head_free(struct conn *c)
 {
-	if (c->in == NULL)
-		return;
-	if (loop.spares < sizeof(loop.spare) / sizeof(*loop.spare))
-		loop.spare[loop.spares++] = c->in;
-	else
-		free(c->in);
+	free(c->in);
 	c->in = NULL;
 	c->at = c->used = c->seen = 0;
 }
@@ -5985,7 +5972,7 @@ conn_close(struct conn *c)
 	}
 	set_remove(c);
 	(void)close(c->fd);
-	head_return(c);
+	head_free(c);
 	buf_free(&c->out);
 	counters.connections--;
 	free(c);
@@ -6384,7 +6371,7 @@ conn_head(struct conn *c)
 			if (step != WAIT || c->state != C_HEAD)
 				return step;
 		}
-		if (c->in == NULL && (c->in = head_buffer()) == NULL)
+		if (c->in == NULL && (c->in = malloc(HEAD_MAX)) == NULL)
 			return GONE;
 		n = conn_recv(c, c->in + c->used, HEAD_MAX - c->used);
 		if (n == 0)
@@ -6394,7 +6381,7 @@ conn_head(struct conn *c)
 		c->used += (size_t)n;
 	}
 	if (c->used == 0)
-		head_return(c);
+		head_free(c);
 	return WAIT;
 }
 
@@ -6475,7 +6462,7 @@ body_recv(struct conn *c)
 		}
 		return got;
 	}
-	if (c->in == NULL && (c->in = head_buffer()) == NULL)
+	if (c->in == NULL && (c->in = malloc(HEAD_MAX)) == NULL)
 		return 0;
 	conn_compact(c);
 	got = conn_recv(c, c->in + c->used, HEAD_MAX - c->used);
@@ -6658,7 +6645,7 @@ reply_end(struct conn *c)
 		if (loop.stopping)
 			return conn_leave(c);
 		if (c->used == c->at && !c->readable) {
-			head_return(c);
+			head_free(c);
 			return WAIT;
 		}
 		if (++c->served % TURN_MAX != 0)
