@@ -2943,7 +2943,7 @@ struct user {
 	char *name;
 	unsigned char secret[32];	/* SHA-256 */
 	enum right right;
-	char **patterns;		/* NULL-ended; none means all */
+	const char *patterns;		/* and "" at the end; none means all */
 };
 
 struct users {
@@ -2951,7 +2951,6 @@ struct users {
 	size_t n;
 	unsigned refs;			/* requests that use it, and the loop */
 	char *text;			/* the file, cut up; users point here */
-	char **words;			/* their patterns, likewise */
 };
 
 static struct users *users;		/* NULL: everybody may do everything */
@@ -2966,7 +2965,6 @@ users_drop(struct users *u)
 	if (u == NULL || --u->refs > 0)
 		return;
 	free(u->list);
-	free(u->words);
 	free(u->text);
 	free(u);
 }
@@ -3009,12 +3007,12 @@ glob(const char *pattern, const char *s)
 static bool
 user_sees(const struct user *u, const char *name)
 {
-	char **p = u->patterns;
+	const char *p = u->patterns;
 
-	if (*p == NULL || name == NULL)
+	if (*p == '\0' || name == NULL)
 		return true;
-	for (; *p != NULL; p++)
-		if (glob(*p, name))
+	for (; *p != '\0'; p += strlen(p) + 1)
+		if (glob(p, name))
 			return true;
 	return false;
 }
@@ -3039,43 +3037,36 @@ user_right(const struct request *r, const char *name)
 	return right;
 }
 
-/* v without its first n bytes and the spaces that follow. */
-static struct span
-after_spaces(struct span v, size_t n)
-{
-	while (n < v.len && v.ptr[n] == ' ')
-		n++;
-	return (struct span){ v.ptr + n, v.len - n };
-}
-
 /* Takes user and secret from Authorization: Basic or Bearer (RFC 7617,
  * 6750). False if it shows none. */
 static bool
 user_shows(struct request *r, struct span v)
 {
+	struct span scheme = { v.ptr, 0 };
 	char text[8192], *colon;
 	ssize_t n;
 
-	if (v.len > 6 && strncasecmp(v.ptr, "basic ", 6) == 0) {
-		v = after_spaces(v, 6);
-		n = base64_decode(v, text, sizeof(text) - 1);
-		if (n == -1 || memchr(text, 0, (size_t)n) != NULL)
-			return false;
-		text[n] = '\0';
-		if ((colon = strchr(text, ':')) == NULL || colon == text ||
-		    (size_t)(colon - text) >= sizeof(r->user))
-			return false;
-		*colon++ = '\0';
-		memcpy(r->user, text, (size_t)(colon - text));
-		sha256(colon, strlen(colon), r->secret);
-		return true;
-	}
-	if (v.len > 7 && strncasecmp(v.ptr, "bearer ", 7) == 0) {
-		v = after_spaces(v, 7);
+	for (; v.len > 0 && *v.ptr != ' '; v.ptr++, v.len--)
+		scheme.len++;
+	for (; v.len > 0 && *v.ptr == ' '; v.ptr++, v.len--)
+		continue;
+	if (span_is(scheme, "bearer")) {
 		sha256(v.ptr, v.len, r->secret);
 		return v.len > 0;
 	}
-	return false;
+	if (!span_is(scheme, "basic"))
+		return false;
+	n = base64_decode(v, text, sizeof(text) - 1);
+	if (n == -1 || memchr(text, 0, (size_t)n) != NULL)
+		return false;
+	text[n] = '\0';
+	if ((colon = strchr(text, ':')) == NULL || colon == text ||
+	    (size_t)(colon - text) >= sizeof(r->user))
+		return false;
+	*colon++ = '\0';
+	memcpy(r->user, text, (size_t)(colon - text));
+	sha256(colon, strlen(colon), r->secret);
+	return true;
 }
 
 /* A bearer has no name until its secret is known; the log wants one. */
@@ -3112,13 +3103,12 @@ secret_read(const char *word, unsigned char out[32])
 	return i == 32;
 }
 
-/* One line, cut into words in place; *words is where patterns are put. NULL,
- * or what is wrong with it. */
+/* One line, cut into words in place. NULL, or what is wrong with it. */
 static const char *
-user_line(struct users *u, char *line, char ***words)
+user_line(struct users *u, char *line)
 {
 	struct user *new = &u->list[u->n];
-	char *save = NULL, *word, *field[3] = { NULL, NULL, NULL };
+	char *save = NULL, *word, *to, *field[3] = { NULL, NULL, NULL };
 	size_t i;
 
 	for (i = 0; i < 3; i++)
@@ -3137,11 +3127,12 @@ user_line(struct users *u, char *line, char ***words)
 	if (new->right == R_NONE)
 		return "a right is read, plan or write";
 	new->name = field[0];
-	new->patterns = *words;
-	while ((word = strtok_r(NULL, " \t\r", &save)) != NULL &&
-	    *word != '#')
-		*(*words)++ = word;
-	*(*words)++ = NULL;
+	/* Close together, where the right stood: that makes room for "". */
+	new->patterns = to = field[2];
+	for (; (word = strtok_r(NULL, " \t\r", &save)) != NULL &&
+	    *word != '#'; to += strlen(to) + 1)
+		memmove(to, word, strlen(word) + 1);
+	*to = '\0';
 	u->n++;
 	return NULL;
 }
@@ -3152,29 +3143,26 @@ static struct users *
 users_parse(char *text, const char *file)
 {
 	struct users *u = calloc(1, sizeof(*u));
-	const char *wrong = "out of memory";
-	char *line, *next, **words;
+	const char *wrong = NULL;
+	char *line, *next;
 	size_t lines = 2, number = 0;
 
 	for (line = text; *line != '\0'; line++)
 		lines += *line == '\n';
-	if (u == NULL) {
-		complain("%s: %s", file, wrong);
+	if (u == NULL ||
+	    (u->list = calloc(lines, sizeof(*u->list))) == NULL) {
+		complain("%s: out of memory", file);
+		free(u);
 		free(text);
 		return NULL;
 	}
 	u->refs = 1;
 	u->text = text;
-	u->list = calloc(lines, sizeof(*u->list));
-	/* No line has more words than half its bytes, and one NULL. */
-	u->words = calloc(strlen(text) + lines, sizeof(*u->words));
-	if (u->list != NULL && (words = u->words) != NULL)
-		wrong = NULL;
 	for (line = text; wrong == NULL && line != NULL; line = next) {
 		number++;
 		if ((next = strchr(line, '\n')) != NULL)
 			*next++ = '\0';
-		wrong = user_line(u, line, &words);
+		wrong = user_line(u, line);
 	}
 	if (wrong == NULL && u->n == 0)
 		wrong = "it names no user";
@@ -7318,14 +7306,13 @@ users_single(const char *name, const char *secret)
 	struct users *u = calloc(1, sizeof(*u));
 
 	if (u == NULL || (u->list = calloc(1, sizeof(*u->list))) == NULL ||
-	    (u->text = strdup(name)) == NULL ||
-	    (u->words = calloc(1, sizeof(*u->words))) == NULL)
+	    (u->text = strdup(name)) == NULL)
 		die(1, "out of memory");
 	u->refs = 1;
 	u->n = 1;
 	u->list->name = u->text;
 	u->list->right = R_WRITE;
-	u->list->patterns = u->words;
+	u->list->patterns = "";
 	sha256(secret, strlen(secret), u->list->secret);
 	return u;
 }
