@@ -5133,28 +5133,26 @@ metric(struct buf *b, const char *name, const char *type, const char *help,
 	    "statesrv_%s %.10g\n", name, help, name, type, name, value);
 }
 
+/* How often something was at most each of n bounds, and above them all. */
 static void
-metric_batches(struct buf *b)
+metric_histogram(struct buf *b, const char *name, const char *help,
+    const double *bounds, const uint64_t *counts, size_t n, double sum)
 {
-	uint64_t sum = 0;
-	unsigned i;
+	uint64_t count = 0;
+	size_t i;
 
-	buf_str(b, "# HELP statesrv_commit_batch_size Jobs that ran side by "
-	    "side when one began.\n"
-	    "# TYPE statesrv_commit_batch_size histogram\n");
-	(void)pthread_mutex_lock(&jobs.mutex);
-	for (i = 0; i < 7; i++) {
-		sum += jobs.batches[i];
-		buf_fmt(b, "statesrv_commit_batch_size_bucket{le=\"%u\"} "
-		    "%llu\n", 1u << i, (unsigned long long)sum);
+	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s histogram\n",
+	    name, help, name);
+	for (i = 0; i < n; i++) {
+		count += counts[i];
+		buf_fmt(b, "statesrv_%s_bucket{le=\"%g\"} %llu\n", name,
+		    bounds[i], (unsigned long long)count);
 	}
-	buf_fmt(b, "statesrv_commit_batch_size_bucket{le=\"+Inf\"} %llu\n"
-	    "statesrv_commit_batch_size_sum %llu\n"
-	    "statesrv_commit_batch_size_count %llu\n",
-	    (unsigned long long)jobs.commits,
-	    (unsigned long long)jobs.batch_sum,
-	    (unsigned long long)jobs.commits);
-	(void)pthread_mutex_unlock(&jobs.mutex);
+	count += counts[n];
+	buf_fmt(b, "statesrv_%s_bucket{le=\"+Inf\"} %llu\n"
+	    "statesrv_%s_sum %.15g\nstatesrv_%s_count %llu\n", name,
+	    (unsigned long long)count, name, sum, name,
+	    (unsigned long long)count);
 }
 
 /* The part of the metrics that lies on the disk; the loop wrote the rest. */
@@ -5163,12 +5161,17 @@ page_metrics(struct request *r)
 {
 	struct census c = { 0 };
 	struct walk w = { .on = census_on, .to = &c };
+	static const double batches[] = { 1, 2, 4, 8, 16, 32, 64 };
 	struct room room = { 0, 0 };
 	struct buf *b = &r->text;
 
 	if (walk_states(&w) == -1 || store_room(&room) == -1)
 		return refuse_errno(r, "count the states");
-	metric_batches(b);
+	(void)pthread_mutex_lock(&jobs.mutex);
+	metric_histogram(b, "commit_batch_size", "Jobs that ran side by side "
+	    "when one began.", batches, jobs.batches, 7,
+	    (double)jobs.batch_sum);
+	(void)pthread_mutex_unlock(&jobs.mutex);
 	metric(b, "states", "gauge", "States.", (double)c.states);
 	metric(b, "locks", "gauge", "Locks that are held.", (double)c.locks);
 	metric(b, "oldest_lock_age_seconds", "gauge",
@@ -5223,7 +5226,7 @@ static const double durations[] = {
 static struct {
 	uint64_t requests[M_COUNT + 1][STATUSES];	/* last row: none */
 	uint64_t took[DURATIONS + 1];
-	double took_sum;
+	uint64_t took_us;
 	uint64_t received, sent, accepted, refusals, unlogged, connections;
 } counters;
 
@@ -5268,7 +5271,6 @@ now_metrics(struct request *r)
 		    &counters.connections },
 	};
 	struct buf *b = &r->text;
-	uint64_t sum = 0;
 	size_t i, m;
 
 	buf_str(b, "# HELP statesrv_build_info The version.\n"
@@ -5284,21 +5286,9 @@ now_metrics(struct request *r)
 				    m < M_COUNT ? method_names[m] : "other",
 				    statuses[i].code, (unsigned long long)
 				    counters.requests[m][i]);
-	buf_str(b, "# HELP statesrv_http_request_duration_seconds From the "
-	    "first byte to the last.\n"
-	    "# TYPE statesrv_http_request_duration_seconds histogram\n");
-	for (i = 0; i < DURATIONS; i++) {
-		sum += counters.took[i];
-		buf_fmt(b, "statesrv_http_request_duration_seconds_bucket"
-		    "{le=\"%g\"} %llu\n", durations[i],
-		    (unsigned long long)sum);
-	}
-	sum += counters.took[i];
-	buf_fmt(b, "statesrv_http_request_duration_seconds_bucket{le=\"+Inf\"}"
-	    " %llu\nstatesrv_http_request_duration_seconds_sum %.6f\n"
-	    "statesrv_http_request_duration_seconds_count %llu\n",
-	    (unsigned long long)sum, counters.took_sum,
-	    (unsigned long long)sum);
+	metric_histogram(b, "http_request_duration_seconds", "From the first "
+	    "byte to the last.", durations, counters.took, DURATIONS,
+	    (double)counters.took_us / 1e6);
 	for (i = 0; i < sizeof(plain) / sizeof(*plain); i++)
 		metric(b, plain[i].name, plain[i].type, plain[i].help,
 		    (double)*plain[i].value);
@@ -5885,7 +5875,7 @@ count_request(const struct request *r, int64_t us)
 	while (i < DURATIONS && seconds > durations[i])
 		i++;
 	counters.took[i]++;
-	counters.took_sum += seconds;
+	counters.took_us += (uint64_t)us;
 }
 
 /* A request has been answered: counts and logs it. */
