@@ -4309,25 +4309,14 @@ struct column {
 };
 
 static void
-page_begin(struct request *r, const char *title, const struct column *c)
+page_begin(struct request *r, const char *title)
 {
 	static const char *const types[] = { "text/plain; charset=utf-8",
 	    "application/json", "text/html; charset=utf-8" };
-	struct buf *b = &r->text;
 
 	r->type = types[r->form];
-	if (r->form == JSON) {
-		buf_str(b, "[");
-		return;
-	}
-	if (r->form == HTML) {
-		html_begin(b, title);
-		return;
-	}
-	for (; c->key != NULL; c++)
-		if (c->title != NULL)
-			buf_fmt(b, "%*s  ", c->width, c->title);
-	buf_str(b, "\n");
+	if (r->form == HTML)
+		html_begin(&r->text, title);
 }
 
 static void
@@ -4335,14 +4324,18 @@ table_begin(struct request *r, const struct column *c)
 {
 	struct buf *b = &r->text;
 
-	if (r->form != HTML)
-		return;
-	buf_str(b, "<table><thead><tr>");
-	for (; c->key != NULL; c++)
-		if (c->title != NULL)
+	buf_str(b, r->form == HTML ? "<table><thead><tr>" :
+	    r->form == JSON ? "[" : "");
+	for (; r->form != JSON && c->key != NULL; c++)
+		if (c->title == NULL)
+			continue;
+		else if (r->form == HTML)
 			buf_fmt(b, "<th%s>%s", c->number ? " class=n" : "",
 			    c->title);
-	buf_str(b, "<th></thead><tbody>\n");
+		else
+			buf_fmt(b, "%*s  ", c->width, c->title);
+	buf_str(b, r->form == HTML ? "<th></thead><tbody>\n" :
+	    r->form == TEXT ? "\n" : "");
 }
 
 static void
@@ -4705,7 +4698,7 @@ listing_write(struct request *r, struct names *names)
 	struct row row;
 	size_t i, shown = 0;
 
-	page_begin(r, "States", listing_columns);
+	page_begin(r, "States");
 	if (r->form == HTML)
 		html_search(&r->text, r->query);
 	table_begin(r, listing_columns);
@@ -4795,7 +4788,7 @@ page_versions(struct request *r)
 		close_quietly(dir);
 		return refuse_errno(r, "read the history");
 	}
-	page_begin(r, r->name, version_columns);
+	page_begin(r, r->name);
 	if (r->form == HTML) {
 		html_link(&r->text, "/", r->name, "the present state");
 		html_link(&r->text, "/-/changes/", r->name, "its changes");
@@ -4985,26 +4978,23 @@ changes_write(struct request *r, const char *before, const struct items *old,
 	static const struct { char kind; const char *word; } kinds[] = {
 		{ '+', "added" }, { '-', "removed" }, { '~', "changed" }
 	};
-	static const struct column none[] = { { NULL, NULL, 0, false } };
 	struct buf *b = &r->text;
 	size_t i;
 
+	page_begin(r, r->name);
 	if (r->form == HTML) {
-		page_begin(r, r->name, none);
 		buf_fmt(b, "<p>%s compared with %s: resources added (+), "
 		    "removed (-), changed (~). ",
 		    *r->version != '\0' ? r->version : "The present state",
 		    *before != '\0' ? before : "nothing: no version before it is kept");
 		html_link(b, "/-/versions/", r->name, "All versions");
-		table_begin(r, none);
+		buf_str(b, "<table>\n");
 	} else if (r->form == JSON) {
-		r->type = "application/json";
 		buf_str(b, "{");
 		json_member(b, "name", r->name);
 		json_member(b, "id", r->version);
 		json_member(b, "before", before);
-	} else
-		r->type = "text/plain; charset=utf-8";
+	}
 	for (i = 0; i < 3; i++) {
 		if (r->form == JSON) {
 			json_key(b, kinds[i].word);
@@ -5015,7 +5005,7 @@ changes_write(struct request *r, const char *before, const struct items *old,
 			buf_str(b, "]");
 	}
 	buf_str(b, r->form == JSON ? "}\n" : r->form == HTML ?
-	    "</tbody></table></html>\n" : "");
+	    "</table></html>\n" : "");
 }
 
 /* The version before the one asked for; the present one comes last. */
