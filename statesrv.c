@@ -2126,24 +2126,17 @@ page_kind(char *path, struct request *r)
 {
 	static const struct { const char *path; enum kind kind; } pages[] = {
 		{ "healthy", K_HEALTHY }, { "ready", K_READY },
-		{ "metrics", K_METRICS }
+		{ "metrics", K_METRICS }, { "versions/", K_VERSIONS },
+		{ "changes/", K_CHANGES }, { "log/", K_LOG }
 	};
-	size_t i;
+	size_t i = 0, n = sizeof(pages) / sizeof(*pages);
 	char *last;
 
-	for (i = 0; i < sizeof(pages) / sizeof(*pages); i++)
-		if (strcmp(path, pages[i].path) == 0) {
-			r->kind = pages[i].kind;
-			return true;
-		}
-	if (cut_prefix(path, "versions/"))
-		r->kind = K_VERSIONS;
-	else if (cut_prefix(path, "changes/"))
-		r->kind = K_CHANGES;
-	else if (cut_prefix(path, "log/"))
-		r->kind = K_LOG;
-	else
+	while (i < n && !cut_prefix(path, pages[i].path))
+		i++;
+	if (i == n || (pages[i].kind >= K_HEALTHY && *path != '\0'))
 		return false;
+	r->kind = pages[i].kind;
 	(void)cut_suffix(path, ".tfstate");
 	last = strrchr(path, '/');
 	if (r->kind != K_LOG && last != NULL && is_version(last + 1, "")) {
