@@ -4419,6 +4419,7 @@ struct walk {
 	void (*on)(struct walk *, int dir, const char *leaf, bool is_lock);
 	void *to;
 	int error;			/* why some were not found, or 0 */
+	struct names names;		/* for on() to collect them */
 	char name[NAME_LEN_MAX + 300];
 };
 
@@ -4510,11 +4511,6 @@ static const struct column listing_columns[] = {
 	{ NULL, NULL, 0, false }
 };
 
-struct listing {
-	struct request *r;
-	struct names names;
-};
-
 /* A state, as it is shown. */
 struct row {
 	const char *name;
@@ -4527,14 +4523,14 @@ struct row {
 static void
 listing_on(struct walk *w, int dir, const char *leaf, bool is_lock)
 {
-	struct listing *l = w->to;
+	const struct request *r = w->to;
 
 	(void)dir;
 	(void)leaf;
 	(void)is_lock;			/* a name may have only a lock */
-	if (user_right(l->r, w->name) != R_NONE &&
-	    strstr(w->name, l->r->query) != NULL)
-		names_add(&l->names, w->name, 0, 0);
+	if (user_right(r, w->name) != R_NONE &&
+	    strstr(w->name, r->query) != NULL)
+		names_add(&w->names, w->name, 0, 0);
 }
 
 /* Looks at one state. What went away meanwhile is shown as not there. */
@@ -4719,18 +4715,17 @@ listing_write(struct request *r, struct names *names)
 static int
 page_root(struct request *r)
 {
-	struct listing l = { .r = r };
-	struct walk w = { .on = listing_on, .to = &l };
+	struct walk w = { .on = listing_on, .to = r };
 
 	if (walk_states(&w) == -1)
 		(void)refuse_errno(r, "list the states");
 	else {
-		names_sort(&l.names);
-		listing_write(r, &l.names);
-		r->text.failed |= l.names.failed;
+		names_sort(&w.names);
+		listing_write(r, &w.names);
+		r->text.failed |= w.names.failed;
 		(void)page_end(r);
 	}
-	names_free(&l.names);
+	names_free(&w.names);
 	return r->status;
 }
 
