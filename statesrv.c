@@ -142,9 +142,7 @@
 #ifndef FIELDS_MAX
 #define FIELDS_MAX 100		/* header fields, and trailer fields */
 #endif
-#ifndef BLANKS_MAX
 #define BLANKS_MAX 8		/* empty lines before a request line */
-#endif
 #ifndef CHUNK_LINE_MAX
 #define CHUNK_LINE_MAX 1024	/* bytes: a chunk's size and extensions */
 #endif
@@ -159,18 +157,12 @@
 #ifndef JSON_DEPTH
 #define JSON_DEPTH 1000		/* nested arrays and objects */
 #endif
-#ifndef ROWS_MAX
 #define ROWS_MAX 5000		/* of an HTML page */
-#endif
 #ifndef HASH_MAX
 #define HASH_MAX 16384		/* bytes: up to this MD5 is logged, unasked */
 #endif
-#ifndef META_MAX
-#define META_MAX 65536	/* bytes searched for serial and lineage */
-#endif
-#ifndef LIST_MAX
+#define META_MAX 65536		/* bytes searched for serial and lineage */
 #define LIST_MAX 16777216	/* bytes: resources are counted up to this */
-#endif
 #ifndef BODY_MEM
 #define BODY_MEM 65536		/* bytes: a larger state is asked for first */
 #endif
@@ -222,12 +214,8 @@
 #define DRAIN_MS 10000		/* for a refused client to finish speaking */
 #endif
 #define STALL_MS 5000		/* a silent one makes room after this */
-#ifndef DENY_MS
 #define DENY_MS 1000		/* a wrong secret is answered after this */
-#endif
-#ifndef STOP_MS
 #define STOP_MS 10000		/* for what is in progress at the end */
-#endif
 /*
  * Bytes kept free for locks and unlocks, which need a block each, and for
  * the log lines that tell of refusals: a thousand locks' worth. Of a very
