@@ -667,6 +667,36 @@ buf_url(struct buf *b, const char *s)
 	}
 }
 
+/* Appends a word as a shell wants it. */
+static void
+buf_shell(struct buf *b, const char *s)
+{
+	buf_str(b, "'");
+	for (; *s != '\0'; s++)
+		buf_add(b, *s == '\'' ? "'\\''" : s, *s == '\'' ? 4 : 1);
+	buf_str(b, "'");
+}
+
+/* Appends fmt with strings in it: %s as it is, %j for JSON, %h for HTML, %u
+ * for a URL, %q for a shell. */
+static void
+put_strings(struct buf *b, const char *fmt, const char *const *s)
+{
+	size_t n;
+
+	for (; *fmt != '\0'; fmt += n) {
+		n = *fmt == '%' ? 2 : strcspn(fmt, "%");
+		if (*fmt != '%')
+			buf_add(b, fmt, n);
+		else
+			(fmt[1] == 'j' ? buf_json : fmt[1] == 'h' ? buf_html :
+			    fmt[1] == 'u' ? buf_url : fmt[1] == 'q' ?
+			    buf_shell : buf_str)(b, *s++);
+	}
+}
+#define put(b, fmt, ...) \
+	put_strings(b, fmt, (const char *const[]){ __VA_ARGS__ })
+
 static int64_t
 clock_us(clockid_t id)
 {
@@ -2861,11 +2891,8 @@ lock_tell(const struct lock *l, struct buf *b)
 		buf_add(b, l->raw, l->len);
 		return;
 	}
-	buf_str(b, "{\"ID\":");
-	buf_json(b, l->id);
-	buf_str(b, ",\"Operation\":\"\",\"Info\":");
-	buf_json(b, l->info);
-	buf_str(b, ",\"Who\":\"\",\"Version\":\"\",\"Path\":\"\"}");
+	put(b, "{\"ID\":%j,\"Operation\":\"\",\"Info\":%j,\"Who\":\"\","
+	    "\"Version\":\"\",\"Path\":\"\"}", l->id, l->info);
 }
 
 static bool
@@ -3612,10 +3639,8 @@ refuse_locked(struct request *r, int status)
 static void
 log_key(struct buf *b, const char *key, const char *value)
 {
-	if (*value == '\0')
-		return;
-	buf_fmt(b, ",\"%s\":", key);
-	buf_json(b, value);
+	if (*value != '\0')
+		put(b, ",\"%s\":%j", key, value);
 }
 
 static void
@@ -3635,8 +3660,7 @@ log_lock(struct buf *b, const char *key, const struct lock *l)
 {
 	if (!l->held)
 		return;
-	buf_fmt(b, ",\"%s\":{\"id\":", key);
-	buf_json(b, l->id);
+	put(b, ",\"%s\":{\"id\":%j", key, l->id);
 	log_key(b, "who", l->who);
 	log_key(b, "operation", l->operation);
 	log_key(b, "created", l->created);
@@ -4251,16 +4275,12 @@ page_csp(struct buf *b)
 static void
 html_begin(struct buf *b, const char *title)
 {
-	buf_str(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">"
+	put(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">"
 	    "<meta name=\"viewport\" content=\"width=device-width,"
-	    "initial-scale=1\">"
-	    "<link rel=\"icon\" href=\"data:,\"><title>");
-	buf_html(b, title);
-	buf_fmt(b, "</title><style>%s</style>\n<h1>", page_css);
-	if (strcmp(title, "States") != 0)
-		buf_str(b, "<a href=\"/\">States</a> / ");
-	buf_html(b, title);
-	buf_str(b, "</h1>\n");
+	    "initial-scale=1\"><link rel=\"icon\" href=\"data:,\">"
+	    "<title>%h</title><style>%s</style>\n<h1>%s%h</h1>\n", title,
+	    page_css, strcmp(title, "States") == 0 ? "" :
+	    "<a href=\"/\">States</a> / ", title);
 }
 
 static void
@@ -4346,20 +4366,13 @@ static void
 json_member(struct buf *b, const char *key, const char *value)
 {
 	json_key(b, key);
-	if (*value == '\0')
-		buf_str(b, "null");
-	else
-		buf_json(b, value);
+	put(b, *value == '\0' ? "null" : "%j", value);
 }
 
 static void
 html_link(struct buf *b, const char *base, const char *path, const char *text)
 {
-	buf_fmt(b, "<a href=\"%s", base);
-	buf_url(b, path);
-	buf_str(b, "\">");
-	buf_html(b, text);
-	buf_str(b, "</a> ");
+	put(b, "<a href=\"%s%u\">%h</a> ", base, path, text);
 }
 
 /* A cell: its value for machines, and as people like to see it. base is what
@@ -4380,10 +4393,8 @@ cell(struct request *r, const struct column *c, const char *value,
 	else if (r->form == TEXT)
 		buf_fmt(b, "%*s  ", c->width, *shown != '\0' ? shown : "-");
 	else {
-		buf_fmt(b, "<td%s data-h=\"%s\" title=\"",
-		    c->number ? " class=n" : "", c->title);
-		buf_html(b, value);
-		buf_str(b, "\">");
+		put(b, "<td%s data-h=\"%s\" title=\"%h\">",
+		    c->number ? " class=n" : "", c->title, value);
 		if (base != NULL)
 			html_link(b, base, value, shown);
 		else
@@ -4559,8 +4570,7 @@ row_lock_json(struct buf *b, const struct lock *l)
 	json_member(b, "operation", l->operation);
 	json_member(b, "info", l->info);
 	json_member(b, "created", l->created);
-	json_member(b, "since", since);
-	buf_str(b, "}");
+	put(b, ",\"since\":%j}", since);
 }
 
 /* Who holds the lock, since when and for what, in words. */
@@ -4642,31 +4652,25 @@ html_backend(struct buf *b, const struct request *r)
 	static const char *const lines[] = {
 		"address       ", "lock_address  ", "unlock_address"
 	};
+	bool valid = r->query[0] != '\0' && name_wrong(r->query) == NULL;
 	size_t i;
 
 	buf_str(b, "<h2>A state of your own</h2><p>Put this into a .tf file, "
 	    "then run <code>terraform init</code>. The state comes to be with "
 	    "the first apply.</p>\n<pre>terraform {\n  backend \"http\" {\n");
-	for (i = 0; i < 3; i++) {
-		buf_fmt(b, "    %s = \"%s://", lines[i],
-		    r->fronted ? "https" : "http");
-		buf_html(b, r->host);
-		buf_str(b, "/<span class=name>");
-		buf_url(b, r->query[0] != '\0' && name_wrong(r->query) == NULL
-		    ? r->query : "demo");
-		buf_str(b, "</span>\"\n");
-	}
-	buf_fmt(b, "  }\n}</pre>\n<script>%s</script>", page_js);
+	for (i = 0; i < 3; i++)
+		put(b, "    %s = \"%s://%h/<span class=name>%u</span>\"\n",
+		    lines[i], r->fronted ? "https" : "http", r->host,
+		    valid ? r->query : "demo");
+	put(b, "  }\n}</pre>\n<script>%s</script>", page_js);
 }
 
 static void
 html_search(struct buf *b, const char *query)
 {
-	buf_str(b, "<form><input type=search name=q aria-label=\"Search by "
+	put(b, "<form><input type=search name=q aria-label=\"Search by "
 	    "name\" placeholder=\"Search by name\" autocomplete=off "
-	    "autofocus value=\"");
-	buf_html(b, query);
-	buf_str(b, "\"></form>\n");
+	    "autofocus value=\"%h\"></form>\n", query);
 }
 
 static void
@@ -4770,12 +4774,8 @@ page_versions(struct request *r)
 		html_link(&r->text, "/-/changes/", r->name, "its changes");
 		html_link(&r->text, "/-/log/", r->name, "log");
 	}
-	buf_str(&base, "/-/versions/");
-	buf_url(&base, r->name);
-	buf_str(&base, "/");
-	buf_str(&changes, "/-/changes/");
-	buf_url(&changes, r->name);
-	buf_str(&changes, "/");
+	put(&base, "/-/versions/%u/", r->name);
+	put(&changes, "/-/changes/%u/", r->name);
 	table_begin(r, version_columns);
 	for (i = ids.n; i > 0; i--) {
 		(void)snprintf(leaf, LEAF, "%.64s" STATE, ids.list[i - 1].text);
@@ -4935,15 +4935,12 @@ changes_list(struct request *r, char kind, const struct items *old,
 		k += side >= 0;
 		if (is != kind)
 			continue;
-		if (r->form == JSON) {
-			buf_str(b, b->len > 0 && b->data[b->len - 1] == '[' ?
-			    "" : ",");
-			buf_json(b, address);
-			continue;
-		}
-		buf_fmt(b, r->form == HTML ? "<tr><td>%c " : "%c ", kind);
-		(r->form == HTML ? buf_html : buf_str)(b, address);
-		buf_str(b, "\n");
+		if (r->form == JSON)
+			put(b, "%s%j", b->len > 0 &&
+			    b->data[b->len - 1] == '[' ? "" : ",", address);
+		else
+			put(b, r->form == HTML ? "<tr><td>%s %h\n" : "%s %s\n",
+			    (const char[]){ kind, '\0' }, address);
 	}
 }
 
@@ -7331,8 +7328,7 @@ command_start(void)
 	random_bytes(bytes, sizeof(bytes));
 	hex(bytes, sizeof(bytes), secret);
 	users = users_single("statesrv", secret);
-	buf_fmt(&url, "%s/", listeners[0].name);
-	buf_url(&url, conf.command_name);
+	put(&url, "%s/%u", listeners[0].name, conf.command_name);
 	loop.shares_terminal = isatty(STDIN_FILENO) == 1 &&
 	    tcgetpgrp(STDIN_FILENO) == getpgrp();
 	if (url.failed || (loop.child = fork()) == -1)
@@ -7385,16 +7381,6 @@ command_ended(void)
 	return true;
 }
 
-/* Appends a word as a shell wants it, and a space. */
-static void
-buf_shell(struct buf *b, const char *s)
-{
-	buf_str(b, "'");
-	for (; *s != '\0'; s++)
-		buf_add(b, *s == '\'' ? "'\\''" : s, *s == '\'' ? 4 : 1);
-	buf_str(b, "' ");
-}
-
 /* Names the lock that the command left behind, with what releases it. */
 static void
 command_farewell(void)
@@ -7406,12 +7392,8 @@ command_farewell(void)
 	if (place_open(conf.command_name, false, &p) == -1)
 		return;
 	if (lock_read(&p, &l) == 0 && lock_is(&l, loop.locked)) {
-		buf_shell(&line, conf.program);
-		buf_shell(&line, "-d");
-		buf_shell(&line, conf.dir);
-		buf_shell(&line, conf.command_name);
-		buf_str(&line, "terraform force-unlock -force ");
-		buf_shell(&line, l.id);
+		put(&line, "%q '-d' %q %q terraform force-unlock -force %q",
+		    conf.program, conf.dir, conf.command_name, l.id);
 		complain("%s is still locked by '%s' (%s). If nothing runs any "
 		    "more, release it with\n\t%s", conf.command_name, l.who,
 		    l.operation, line.data);
