@@ -369,6 +369,7 @@ enum form { TEXT, JSON, HTML };
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
 
 #define TMP 48				/* bytes: a name in .tmp */
+#define VERSION_ID 48			/* bytes: an earlier version's ID */
 
 /* An upload: check and write go together, piece by piece. */
 struct upload {
@@ -404,7 +405,7 @@ struct request {
 	bool has_id, has_md5, force;
 	int64_t length;			/* of the body, or -1: chunked */
 	char name[NAME_LEN_MAX + 1];	/* of the state, or the path */
-	char version[40];		/* an earlier version's ID */
+	char version[VERSION_ID];	/* the ID of an earlier one */
 	char query[64];			/* ?q= of the listing */
 	char id[ID_MAX + 1];		/* lock ID: from ?ID= or the body */
 	char host[128];			/* as the client calls us */
@@ -4983,7 +4984,7 @@ changes_write(struct request *r, const char *before, const struct items *old,
 
 /* The version before the one asked for; the present one comes last. */
 static void
-version_before(const struct request *r, char out[64])
+version_before(const struct request *r, char out[VERSION_ID])
 {
 	int dir = history_enter(r->name, false);
 	struct names ids = { NULL, 0, false };
@@ -4993,7 +4994,7 @@ version_before(const struct request *r, char out[64])
 	if (dir != -1 && history_list(dir, &ids) == 0)
 		for (i = 0; i < ids.n && (*r->version == '\0' ||
 		    strcmp(ids.list[i].text, r->version) < 0); i++)
-			(void)snprintf(out, 64, "%.63s", ids.list[i].text);
+			span_copy(out, VERSION_ID, span(ids.list[i].text));
 	names_free(&ids);
 	close_quietly(dir);
 }
@@ -5003,7 +5004,7 @@ static int
 page_changes(struct request *r)
 {
 	struct items old = { .fd = -1 }, new = { .fd = -1 };
-	char before[64];
+	char before[VERSION_ID];
 	struct stat st;
 
 	version_before(r, before);
