@@ -7674,39 +7674,35 @@ check(const char *text)
 
 /* ==== main =============================================================== */
 
+static const char usage_text[] =
+"usage: statesrv [options]                  serve\n"
+"       statesrv [options] NAME COMMAND...  serve one command, as the backend\n"
+"                                           of state NAME, in its environment\n"
+"\n  -b HOURS  a LOCK may break another's that is older (never)\n"
+"  -c        ask the server at the first -l whether it is ready: exit 0 or 1\n"
+"  -d DIR    where the states live (%s)\n"
+"  -h        this help\n"
+"  -k N      earlier versions kept of each state (%u)\n"
+"  -l ADDR   HOST:PORT, [V6]:PORT or unix:PATH, more than once if you like;\n"
+"            port 0 picks one and says which (127.0.0.1:8080)\n"
+"  -m MIB    largest state (%lld)\n"
+"  -n        do without users where other machines can reach it\n"
+"  -s        strict: refuse a lower serial or another lineage\n"
+"  -u FILE   users, a line each: name secret right [pattern...]\n"
+"            secret as it is or sha256:HEX; right read, plan or write\n"
+"  -v        show every head and body on stderr\n"
+"  -V        the version\n\n"
+"Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user.\n\n"
+"  statesrv                               a laptop's backend\n"
+"  statesrv demo terraform apply          without a server to start "
+"(init too)\n"
+"  statesrv -l unix:/run/s.sock -u users  a team's, behind TLS\n";
+
 static void
 usage(FILE *out)
 {
-	(void)fprintf(out,
-	    "usage: statesrv [options]                  serve\n"
-	    "       statesrv [options] NAME COMMAND...  serve one command, as "
-	    "the backend\n"
-	    "                                           of state NAME, in its "
-	    "environment\n\n"
-	    "  -b HOURS  a LOCK may break another's that is older (never)\n"
-	    "  -c        ask the server at the first -l whether it is ready: "
-	    "exit 0 or 1\n"
-	    "  -d DIR    where the states live (%s)\n"
-	    "  -h        this help\n"
-	    "  -k N      earlier versions kept of each state (%u)\n"
-	    "  -l ADDR   HOST:PORT, [V6]:PORT or unix:PATH, more than once if "
-	    "you like;\n"
-	    "            port 0 picks one and says which (127.0.0.1:8080)\n"
-	    "  -m MIB    largest state (%lld)\n"
-	    "  -n        do without users where other machines can reach it\n"
-	    "  -s        strict: refuse a lower serial or another lineage\n"
-	    "  -u FILE   users, a line each: name secret right [pattern...]\n"
-	    "            secret as it is or sha256:HEX; right read, plan or "
-	    "write\n"
-	    "  -v        show every head and body on stderr\n"
-	    "  -V        the version\n\n"
-	    "Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one "
-	    "user.\n\n"
-	    "  statesrv                               a laptop's backend\n"
-	    "  statesrv demo terraform apply          without a server to "
-	    "start (init too)\n"
-	    "  statesrv -l unix:/run/s.sock -u users  a team's, behind TLS\n",
-	    conf.dir, conf.keep, (long long)(conf.body_max >> 20));
+	(void)fprintf(out, usage_text, conf.dir, conf.keep,
+	    (long long)(conf.body_max >> 20));
 }
 
 /* Reads an option's number, or ends the program. */
