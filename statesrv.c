@@ -2483,35 +2483,31 @@ meta_read(int fd, struct meta *m, bool brief)
 }
 
 /*
- * Room on the disk. A reserve is kept, so that locks can be released and
- * taken when states no longer fit.
+ * Room on the disk, in bytes. A reserve is kept, so that locks can be
+ * released and taken when states no longer fit.
  */
-struct room {
-	uint64_t free, reserve;		/* bytes */
-};
-
 static int
-store_room(struct room *room)
+store_room(uint64_t *room, uint64_t *reserve)
 {
 	struct statvfs fs;
-	uint64_t small;
 	bool low;
 
 	if (fstatvfs(store.root, &fs) == -1)
 		return -1;
 	/* Some network file systems do not tell. */
-	room->free = fs.f_blocks == 0 ? UINT64_MAX / 2 :
+	*room = fs.f_blocks == 0 ? UINT64_MAX / 2 :
 	    (uint64_t)fs.f_bavail * fs.f_frsize;
-	small = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
-	room->reserve = small < RESERVE ? small : RESERVE;
-	low = room->free < room->reserve;
+	*reserve = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
+	if (*reserve > RESERVE)
+		*reserve = RESERVE;
+	low = *room < *reserve;
 	(void)pthread_mutex_lock(&store.mutex);
 	if (low != store.low)
 		complain(low ? "%s: the disk is nearly full: %llu bytes are "
 		    "left, writes are refused below %llu" : "%s: there is "
 		    "room again: %llu bytes, and %llu are kept for locks",
-		    conf.dir, (unsigned long long)room->free,
-		    (unsigned long long)room->reserve);
+		    conf.dir, (unsigned long long)*room,
+		    (unsigned long long)*reserve);
 	store.low = low;
 	(void)pthread_mutex_unlock(&store.mutex);
 	return 0;
@@ -2521,11 +2517,11 @@ store_room(struct room *room)
 static int
 store_fits(int64_t n)
 {
-	struct room room;
+	uint64_t room, reserve;
 
-	if (store_room(&room) == -1)
+	if (store_room(&room, &reserve) == -1)
 		return -1;
-	if (room.free >= room.reserve + (uint64_t)n)
+	if (room >= reserve + (uint64_t)n)
 		return 0;
 	errno = ENOSPC;
 	return -1;
@@ -5126,10 +5122,10 @@ page_metrics(struct request *r)
 	struct census c = { 0 };
 	struct walk w = { .on = census_on, .to = &c };
 	static const double batches[] = { 1, 2, 4, 8, 16, 32, 64 };
-	struct room room = { 0, 0 };
+	uint64_t room, reserve;
 	struct buf *b = &r->text;
 
-	if (walk_states(&w) == -1 || store_room(&room) == -1)
+	if (walk_states(&w) == -1 || store_room(&room, &reserve) == -1)
 		return refuse_errno(r, "count the states");
 	(void)pthread_mutex_lock(&jobs.mutex);
 	metric_histogram(b, "commit_batch_size", "Jobs that ran side by side "
@@ -5141,10 +5137,9 @@ page_metrics(struct request *r)
 	metric(b, "oldest_lock_age_seconds", "gauge",
 	    "Age of the oldest lock, 0 without any.",
 	    c.oldest == 0 ? 0 : (double)(time(NULL) - c.oldest));
-	metric(b, "free_bytes", "gauge", "Room on the disk.",
-	    (double)room.free);
+	metric(b, "free_bytes", "gauge", "Room on the disk.", (double)room);
 	metric(b, "reserve_bytes", "gauge",
-	    "Room below which writes are refused.", (double)room.reserve);
+	    "Room below which writes are refused.", (double)reserve);
 	r->type = "text/plain; version=0.0.4; charset=utf-8";
 	return done(r);
 }
@@ -6423,9 +6418,7 @@ body_done(struct conn *c)
 	c->unread = false;
 	if (r->len > 0)
 		trace(">", r->body, r->len);
-	if (act->now != NULL && act->now(r) != 0)
-		return conn_answer(c);
-	if (act->job == NULL)
+	if ((act->now != NULL && act->now(r) != 0) || act->job == NULL)
 		return conn_answer(c);
 	r->tell = loop.stopping ? NULL : reply_early;
 	return conn_submit(c, act->job, true);
