@@ -7470,9 +7470,8 @@ loop_stop(void)
 	loop.stopping = true;
 	loop.stop = loop.now + STOP_MS;
 	for (i = 1; i < set.base; i++) {
-		(void)close(set.fd[i].fd >= 0 ? set.fd[i].fd : ~set.fd[i].fd);
+		(void)close(set.fd[i].fd);
 		set.fd[i].fd = -1;
-		set.fd[i].events = 0;
 	}
 	for (i = set.n; i > set.base; i--) {
 		c = set.at[i - 1];
