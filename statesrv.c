@@ -2791,7 +2791,7 @@ cache_fill(const char *name, int fd, const struct stat *st)
 
 	cache_drop(slot);
 	while (cache_bytes > 0 && cache_bytes + len > CACHE_BYTES)
-		cache_drop(&cache[next++ % CACHE_SLOTS]);
+		cache_drop(&cache[next++ % (CACHE_SLOTS + 1)]);
 	if ((c = malloc(sizeof(*c) + len)) == NULL)
 		return NULL;
 	if ((n = read_at(fd, c->data, len, 0)) != st->st_size) {
@@ -2800,7 +2800,8 @@ cache_fill(const char *name, int fd, const struct stat *st)
 		return NULL;
 	}
 	(void)snprintf(c->name, sizeof(c->name), "%s" STATE, name);
-	c->fresh = slot == &cache[CACHE_SLOTS] ||
+	/* Another host's clock says nothing about ours. */
+	c->fresh = slot == &cache[CACHE_SLOTS] || store.remote ||
 	    st->CTIME.tv_sec + 1 >= clock_us(CLOCK_REALTIME) / 1000000;
 	c->st = *st;
 	c->len = len;

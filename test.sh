@@ -9446,7 +9446,7 @@ run_one() {
 		settle
 	) &
 	body=$!
-	{ sleep 300 && pkill -9 -P $body; } 2>/dev/null & # what hangs has failed
+	{ sleep 500 && pkill -9 -P $body; } 2>/dev/null & # what hangs has failed
 	watch=$!
 	wait $body || rc=$?
 	{ pkill -P $watch; kill $watch; wait $watch; } 2>/dev/null
