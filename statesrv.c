@@ -128,8 +128,9 @@
  * -DNAME=VALUE (the tests do, so that edges are near), and the options, which
  * main fills in and all others only read.
  *
- * What one connection may cost: 260 bytes while it is idle; HEAD_MAX and a
- * struct request while it speaks; SPOOL more while it uploads. Descriptors:
+ * What one connection may cost: 250 bytes while it is idle; HEAD_MAX and a
+ * struct request while it speaks; SPOOL more while it uploads; and of the
+ * kernel's memory UNSENT_MAX, for an answer that nobody reads. Descriptors:
  * its own, and one while a large state is sent or received.
  */
 #define VERSION "1.0"
