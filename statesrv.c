@@ -212,7 +212,7 @@
 #endif
 #define RATE 1024		/* and a second for every RATE bytes */
 #ifndef DRAIN_MS
-#define DRAIN_MS 10000		/* for a refused client to finish speaking */
+#define DRAIN_MS 10000		/* for a client to finish speaking, or reading */
 #endif
 #define STALL_MS 5000		/* a silent one makes room after this */
 #define DENY_MS 1000		/* a wrong secret is answered after this */
@@ -3253,7 +3253,7 @@ static struct {
 	struct request *done;		/* to be answered */
 	struct lane *lanes[LANES];
 	unsigned threads, max, idle, ready;
-	uint64_t commits, batches[8];	/* how many ran at once: 1, 2, 4... */
+	uint64_t batches[8];		/* how many ran at once: 1, 2, 4... */
 	uint64_t batch_sum;
 	int wake[2];			/* to the loop: 'J', and signals */
 } jobs = {
@@ -3469,7 +3469,6 @@ job_take(struct lane *lane)
 		jobs.last = &jobs.first;
 	jobs.ready--;
 	if (r->lane != NULL) {
-		jobs.commits++;
 		jobs.batch_sum += jobs.threads - jobs.idle;
 		while (i < 7 && 1u << i < jobs.threads - jobs.idle)
 			i++;
@@ -5396,8 +5395,9 @@ action_allow(struct buf *b, enum kind kind)
 	buf_str(b, "\r\n");
 }
 
-/* "localhost", or an address: what a name that an attacker's DNS points to
- * 127.0.0.1 cannot be. */
+/* "localhost", or digits and dots, or [: what a name that an attacker's DNS
+ * points to 127.0.0.1 cannot be, for browsers take a last label of digits for
+ * the end of an address. */
 static bool
 host_is_local(struct span h)
 {
@@ -5551,7 +5551,7 @@ enum conn_state {
 	C_JOB,		/* a commit thread has the request */
 	C_DENY,		/* a wrong secret waits for its answer */
 	C_REPLY,	/* the answer is going out */
-	C_DRAIN,	/* a refused client may finish speaking */
+	C_DRAIN,	/* told all: the client may finish, and close */
 	C_COUNT
 };
 
@@ -5589,7 +5589,7 @@ static struct {
 	unsigned hot;			/* end of the busy ones */
 	unsigned n;
 	unsigned max;			/* connections */
-	unsigned peak;			/* how many there have been */
+	unsigned peak;			/* most of them since the last trim */
 } set;
 
 static struct listener {
@@ -6011,8 +6011,8 @@ reply_fields(const struct request *r, struct buf *b)
 /*
  * A commit thread tells the client that all is well, before it hands the
  * request back: as long as its connection is in C_JOB, it is the job's. That
- * saves waking the loop first, a tenth of what a small write takes. The loop
- * does what is left: the rest of the head, if not all of it fitted, and logs.
+ * saves waking the loop first, which a single client that writes feels. The
+ * loop does what is left: the rest of the head, if not all fitted, and logs.
  */
 static void
 reply_early(struct request *r)

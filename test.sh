@@ -1908,7 +1908,20 @@ test_what_is_no_file_is_no_state_and_no_lock() {
 # with_source: C that includes the server, its main aside, and then stdin.
 with_source() {
 	printf '#define main statesrv_main\n#include "%s/statesrv.c"\n' "$here"
-	echo '#undef main'
+	cat <<'END'
+#undef main
+
+/* A copy in a block of its own that ends where the bytes do. */
+static char *
+exact(const void *data, size_t len)
+{
+	char *copy = malloc(len);
+
+	if (len > 0)
+		memcpy(copy, data, len);
+	return copy;
+}
+END
 	cat
 }
 
@@ -1929,17 +1942,6 @@ must(bool ok, const char *what, const char *data, size_t len)
 		printf(*data >= ' ' && *data <= '~' ? "%c" : "\\x%02x",
 		    (unsigned char)*data);
 	printf("\n");
-}
-
-/* A copy in a block of its own that ends where the bytes do. */
-static char *
-exact(const char *data, size_t len)
-{
-	char *copy = malloc(len);
-
-	if (len > 0)
-		memcpy(copy, data, len);
-	return copy;
 }
 
 #define CASE(s) { s, sizeof(s) - 1 }
@@ -2806,17 +2808,6 @@ choose(const uint8_t **data, size_t *n)
 	return *n > 0 ? (*data)[--*n] : 0;
 }
 
-/* A copy that ends where the bytes do. */
-static char *
-exact(const void *data, size_t n)
-{
-	char *copy = malloc(n);
-
-	if (n > 0)
-		memcpy(copy, data, n);
-	return copy;
-}
-
 #if defined(FUZZ_HEAD)
 /* The parser: whole, and grown byte by byte, it must say the same; its spans
  * lie in the input. */
@@ -3145,9 +3136,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 	bool cut;
 
 	for (times = 0; times < 2; times++) {
-		if (jobs.commits != commits)
+		if (jobs.batch_sum != commits)
 			(void)nftw("states", remove_one, 8, FTW_DEPTH | FTW_PHYS);
-		commits = jobs.commits;
+		commits = jobs.batch_sum;
 		talk(data, n, times == 0 ? (unsigned)n + 1 : step, how,
 		    times == 0 ? &whole : &parts);
 	}
