@@ -3,7 +3,7 @@
  *
  *	cc -O2 -pthread -o statesrv statesrv.c && ./statesrv
  *
- * serves ./states on 127.0.0.1:8080; README says the rest.
+ * serves ./states on 127.0.0.1:8080; the README says the rest.
  *
  * On disk:
  *
@@ -11,9 +11,9 @@
  *	states/demo.lock	present = locked; the lock info, byte for byte
  *	states/demo.log		what happened to it, a JSON line an event
  *	states/team/prod.tfstate	a name with slashes is a path
- *	states/.history/demo/	earlier versions, hard links, newest N kept
+ *	states/.history/demo/	earlier versions
  *	states/.tmp/		uploads in flight, swept at start
- *	states/.guard		its bytes are locked by servers that share it
+ *	states/.guard		its bytes are locked by the servers that share it
  *
  * Promises, each tested under its number by test.sh:
  *
@@ -21,16 +21,29 @@
  *	2. A reader gets one whole version; 404 never means "could not look".
  *	3. A lock has one holder, across processes and machines.
  *	4. A write lands only under the lock's own ID, or with none when
- *	   nothing is locked, checked in the same breath as it lands.
+ *	   nothing is locked; both are checked under the name's guard.
  *	5. The bytes are kept; a large body never lives in memory whole.
  *	6. Repeating a request whose answer was lost does no harm.
  *	7. Nothing is thrown away in silence: there is the history.
  *	8. Bad input is told what was wrong and stalls nobody else.
  *	9. Secrets stay in: files 0600, loopback, nothing secret in a log.
  *
+ * How it works: a request is either in the loop or in one thread. The loop
+ * polls, reads heads, and answers what needs no waiting. Everything else is
+ * given with its connection to one thread of a pool, which does it from the
+ * first line to the last. So every wait has an end, every piece of work has
+ * somebody who wants it, and no lock of the program is held over a disk, but
+ * for a name's own guard. To follow one request, read these in order:
+ *
+ *	loop_turn, conn_drive, head_read, request_new, admit: in the loop
+ *	GET of a small state: now_state, cache_get, conn_answer, reply_send
+ *	POST: pool_give, then in a thread thread_serve, do_write,
+ *	state_receive, state_check, change, change_prepare, guard_take,
+ *	write_publish, change_end, reply_send, and at last change_free
+ *
  * What it does not do: TLS (put a front before it), encryption at rest
- * (OpenTofu encrypts before it sends), workspaces (no client speaks them
- * over http), replication (share the directory).
+ * (OpenTofu encrypts before it sends), workspaces (no client has them over
+ * http), replication (share the directory).
  *
  * The map; each section knows only those above it:
  *
@@ -42,9 +55,9 @@
  *	HTTP parser
  *	names
  *	storage
- *	locks
+ *	locks and guard
  *	users
- *	jobs
+ *	wire
  *	commits
  *	pages
  *	methods
@@ -77,12 +90,14 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define _FILE_OFFSET_BITS 64
+#define _TIME_BITS 64			/* 2038, on 32 bits with glibc */
 
 #include <sys/types.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 
@@ -91,6 +106,7 @@
 #include <arpa/inet.h>
 
 #include <assert.h>
+#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -118,88 +134,87 @@
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
+#ifdef __APPLE__
+#include <sys/random.h>
+#endif
+
+/*
+ * What other systems lack. macOS has no record locks of an open file (nor has
+ * OpenBSD), no Landlock, no reads that do not wait, no sendfile of this kind,
+ * no accept4, no condition that waits by the monotonic clock, and its fsync
+ * does not reach the disk. Each is handled where it is used, behind #ifdef;
+ * these have a plain stand-in.
+ */
 #ifndef MSG_MORE
-#define MSG_MORE 0			/* a hint, where it is known */
+#define MSG_MORE 0			/* only a hint */
+#endif
+#ifndef POLLRDHUP
+#define POLLRDHUP 0			/* a recv tells it as well */
+#endif
+#ifdef __APPLE__
+#define st_mtim st_mtimespec
+#define st_ctim st_ctimespec
 #endif
 
 /* ==== limits and config ==================================================
  *
  * Every number of the program, most of them to be overridden with
- * -DNAME=VALUE (the tests do, so that edges are near), and the options, which
- * main fills in and all others only read.
+ * -DNAME=VALUE (the tests do, so that limits are near), and the options,
+ * which main fills in and all others only read.
  *
  * What one connection may cost: 250 bytes while it is idle; HEAD_MAX and a
- * struct request while it speaks; SPOOL more while it uploads; and of the
- * kernel's memory UNSENT_MAX, for an answer that nobody reads. Descriptors:
- * its own, and one while a large state is sent or received.
+ * struct request while its head comes; a thread (some 30 KiB of its stack are
+ * touched) and PIECE while its request waits for anything; and of the
+ * kernel's memory UNSENT_MAX, for an answer that nobody reads.
  */
-#define VERSION "1.0"
-#ifndef HEAD_MAX
+#define VERSION "2.0"
 #define HEAD_MAX 16384		/* bytes: request line and fields */
-#endif
-#ifndef TARGET_MAX
 #define TARGET_MAX 8192		/* bytes: request target */
-#endif
-#ifndef FIELDS_MAX
 #define FIELDS_MAX 100		/* header fields, and trailer fields */
-#endif
 #define BLANKS_MAX 8		/* empty lines before a request line */
-#ifndef CHUNK_LINE_MAX
 #define CHUNK_LINE_MAX 1024	/* bytes: a chunk's size and extensions */
-#endif
-#define SEGMENTS_MAX 8		/* of a name */
+#define SEGMENTS_MAX 32		/* of a name */
 #define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
 #define NAME_LEN_MAX 1000	/* bytes: a name */
 #define ID_MAX 256		/* bytes: a lock's ID */
+#define LINEAGE_MAX 255		/* bytes: one that can be compared */
 #define USERS_MAX 1048576	/* bytes: the users file */
-#ifndef LOCK_INFO_MAX
 #define LOCK_INFO_MAX 65536	/* bytes: the body of LOCK and UNLOCK */
-#endif
-#ifndef JSON_DEPTH
 #define JSON_DEPTH 1000		/* nested arrays and objects */
+#ifndef ANY_OBJECT
+#define ANY_OBJECT 0		/* 1: any JSON object is taken for a state */
 #endif
 #define ROWS_MAX 5000		/* of an HTML page */
-#ifndef HASH_MAX
 #define HASH_MAX 16384		/* bytes: up to this MD5 is logged, unasked */
-#endif
 #define META_MAX 65536		/* bytes searched for serial and lineage */
-#define LIST_MAX 16777216	/* bytes: resources are counted up to this */
-#ifndef BODY_MEM
-#define BODY_MEM 65536		/* bytes: a larger state is asked for first */
+#define TAIL_MAX 65536		/* bytes of a log that a page looks at */
+#ifndef SMALL
+#define SMALL 65536		/* bytes: the loop answers such a state */
 #endif
-#ifndef SPOOL
-#define SPOOL 262144		/* bytes: it is written in pieces of this */
-#endif
-#ifndef CACHE_FILE
-#define CACHE_FILE 65536	/* bytes: a state kept in memory, */
-#endif
-#ifndef CACHE_SLOTS
-#define CACHE_SLOTS 1024	/* one of so many, */
-#endif
-#ifndef CACHE_BYTES
-#define CACHE_BYTES 16777216	/* bytes: all of them */
+#define CACHE_SLOTS 256		/* of them are kept in memory */
+#ifndef PIECE
+#define PIECE 131072		/* bytes that a thread moves at a time */
 #endif
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
 #endif
 #define LISTENERS_MAX 32
 #ifndef THREADS_MAX
-#define THREADS_MAX 64		/* commits side by side */
+#define THREADS_MAX 256
 #endif
 #ifndef THREAD_STACK
 #define THREAD_STACK 262144	/* bytes, as far as touched */
 #endif
-#ifndef SEND_MAX
-#define SEND_MAX 1048576	/* bytes to one client in one turn */
+#define THREAD_IDLE_MS 1000	/* milliseconds; then an idle one leaves */
+#ifndef PAGES_MAX
+#define PAGES_MAX 8		/* threads that make pages */
 #endif
-#ifndef UNSENT_MAX
+#define WAITERS_MAX 16		/* threads that wait for one name */
 #define UNSENT_MAX 131072	/* bytes of an answer that wait in the kernel */
-#endif
-#ifndef FLAT
+#define SEND_MAX 1048576	/* bytes in one sendfile */
 #define FLAT 64			/* so many connections are simply all polled */
-#endif
-#define TURN_MAX 32		/* requests of one client in one turn */
-#define HOT_MS 5		/* milliseconds: one silent so long is idle */
+#define TURN_MAX 32		/* answers to one client in one turn */
+#define HOT_MS 5		/* milliseconds between looks at idle ones */
 #define LOG_MS 10		/* log lines may wait so long for others */
 #ifndef IDLE_MS
 #define IDLE_MS 120000		/* Go's client gives up its own after 90 s */
@@ -208,22 +223,28 @@
 #define HEAD_MS 20000		/* for the head, from its first byte on */
 #endif
 #ifndef BODY_MS
-#define BODY_MS 20000		/* for the body, and for taking the answer, */
+#define BODY_MS 60000		/* of silence, in a body or of a slow reader, */
 #endif
-#define RATE 1024		/* and a second for every RATE bytes */
+#define RATE 1024		/* and so many bytes a second on average */
 #ifndef DRAIN_MS
-#define DRAIN_MS 10000		/* for a client to finish speaking, or reading */
+#define DRAIN_MS 10000		/* for a client to read the last answer */
 #endif
-#define STALL_MS 5000		/* a silent one makes room after this */
+#ifndef STALL_MS
+#define STALL_MS 5000		/* after this a silent client makes room */
+#endif
+#define NEW_MS 100		/* a new connection has so long to speak */
+#define QUEUE_MS 20000		/* a request waits so long for a thread */
+#ifndef GUARD_MS
+#define GUARD_MS 5000		/* and so long for its name */
+#endif
+#ifndef LOOK_MS
+#define LOOK_MS 5000		/* /-/ready: a slower disk is not ready */
+#endif
+#define FRESH_MS 1000		/* /-/ready: so long a verdict is used */
 #define DENY_MS 1000		/* a wrong secret is answered after this */
 #define STOP_MS 10000		/* for what is in progress at the end */
-/*
- * Bytes kept free for locks and unlocks, which need a block each, and for
- * the log lines that tell of refusals: a thousand locks' worth. Of a very
- * small file system a sixteenth will do.
- */
 #ifndef RESERVE
-#define RESERVE 4194304
+#define RESERVE 4194304		/* bytes kept free on the disk, for locks */
 #endif
 
 static struct config {
@@ -236,6 +257,7 @@ static struct config {
 	int64_t body_max;		/* -m: bytes */
 	bool strict;			/* -s */
 	bool open;			/* -n */
+	bool fronted;			/* -x */
 	bool verbose;			/* -v */
 	bool check;			/* -c */
 	char **command;			/* of the wrapper, or NULL */
@@ -249,9 +271,9 @@ static struct config {
 
 /* ==== types ==============================================================
  *
- * Bytes, and the request, which travels: the loop parses it, a commit thread
- * works on it as a job, the loop answers it. At any time one of the two owns
- * it, and whoever owns it may write to it.
+ * Bytes, what is known about a state or a lock, and the request. A request
+ * belongs to the loop until it is given to a thread, and from then on to that
+ * thread, which frees it.
  */
 struct span {				/* bytes that belong to another */
 	const char *ptr;
@@ -264,6 +286,12 @@ struct buf {				/* bytes that grow; zero is empty */
 	bool failed;			/* memory ran out: contents are cut */
 };
 
+struct names {				/* a list of malloced strings */
+	char **list;
+	size_t n;
+	bool failed;			/* memory ran out: some are missing */
+};
+
 enum method {
 	M_GET, M_HEAD, M_POST, M_PUT, M_DELETE, M_LOCK, M_UNLOCK, M_OPTIONS,
 	M_COUNT
@@ -273,126 +301,131 @@ static const char method_names[M_COUNT][8] = {
 	"GET", "HEAD", "POST", "PUT", "DELETE", "LOCK", "UNLOCK", "OPTIONS"
 };
 
+/* The fields that mean something here. From F_CONNECTION on they may come
+ * twice, and the last one counts, for a front adds its own at the end. */
 enum field {
-	F_HOST, F_LENGTH, F_CODING, F_CONNECTION, F_EXPECT, F_AUTHORIZATION,
-	F_MD5, F_ACCEPT, F_ORIGIN, F_FORWARDED, F_RANGE, F_MATCH, F_NONE_MATCH,
-	F_UNMODIFIED, F_COUNT
+	F_HOST, F_LENGTH, F_CODING, F_EXPECT, F_AUTHORIZATION, F_MD5,
+	F_CONNECTION, F_ACCEPT, F_ORIGIN, F_FORWARDED, F_AGENT, F_RANGE,
+	F_MATCH, F_NONE_MATCH, F_UNMODIFIED, F_COUNT
+};
+
+static const char field_names[F_COUNT][20] = {
+	"host", "content-length", "transfer-encoding", "expect",
+	"authorization", "content-md5", "connection", "accept", "origin",
+	"x-forwarded-for", "user-agent", "content-range", "if-match",
+	"if-none-match", "if-unmodified-since"
 };
 
 /* What a parsed head says; the spans point into the connection's buffer. */
 struct head {
 	enum method method;
 	int minor;			/* of HTTP/1.x: 0 or 1 */
-	struct span target;		/* path and query, or "*" */
-	struct span host;
+	struct span target, host;	/* path and query, or "*" */
 	struct span field[F_COUNT];	/* their values; ptr NULL: none */
 	const char *why;		/* it was refused */
 	int64_t length;			/* Content-Length, or -1 */
 	bool chunked;
+	bool close, keep_alive;		/* as Connection says */
 	bool keep;			/* the client would stay connected */
 };
 
-/* Where a chunked body is, between two bytes of it; all zero but for room is
- * its beginning. */
-struct chunks {
-	enum { CH_SIZE, CH_BLANK, CH_NAME, CH_EXT, CH_QUOTE, CH_ESC,
-	    CH_SIZE_LF, CH_DATA, CH_CR, CH_LF, CH_TRAILER, CH_FIELD, CH_VALUE,
-	    CH_TRAILER_LF, CH_END_LF, CH_DONE } state;
-	uint64_t left;			/* of the chunk */
-	uint64_t room;			/* what the body may still have */
-	unsigned digits, line, fields, trailer;
-};
-
-struct md5 {
-	uint32_t state[4];
-	uint64_t len;
+struct hash {				/* MD5 or SHA-256 */
+	void (*blocks)(uint32_t *, const unsigned char *, size_t);
+	size_t size;			/* of the digest */
+	uint64_t len;			/* of what was added */
+	uint32_t state[8];
 	unsigned char block[64];
 };
 
-/* Keys that someone wants to know the values of; matched as Go's clients
- * do, whatever their case. */
-enum word {
-	W_NONE, W_ID, W_OPERATION, W_INFO, W_WHO, W_CREATED, W_SERIAL,
-	W_LINEAGE, W_TERRAFORM_VERSION, W_RESOURCES, W_MODULE, W_MODE, W_TYPE,
-	W_NAME, W_INSTANCES, W_INDEX_KEY, W_COUNT
-};
-
-#define JSON_WATCH 5		/* resources, [, {, instances, [, { */
-#define JSON_TEXT 512		/* bytes of a value that are kept */
-
-struct json {
-	void (*on)(struct json *, char);	/* see json_tell; may be NULL */
-	void *to;			/* whose business it is */
-	const char *why;		/* it is not JSON, or NULL */
-	uint64_t at;			/* bytes taken so far */
-	int state;
-	unsigned depth;
-	bool key;			/* the string is a key */
-	bool stop;			/* set by on(): has seen enough */
-	unsigned char low, high, more;	/* of a UTF-8 sequence */
-	unsigned hex, digits;		/* of a \u escape */
-	unsigned surrogate;		/* its first half, or 0 */
-	const char *literal;		/* what is left of true, false, null */
-	enum word word[JSON_WATCH + 1];	/* the last key at each depth */
-	size_t len;			/* of text, and more if it was cut */
-	char text[JSON_TEXT];		/* the string or number being read */
-	unsigned char nest[JSON_DEPTH / 8 + 1];	/* a bit: is an array */
+/* A member of a JSON object that is asked for: what it is, by its last. */
+struct member {
+	const char *key;		/* in any case, as Go's clients read */
+	char *to;			/* its text is copied there */
+	size_t size;
+	size_t len;			/* of its text; SIZE_MAX: has a NUL */
+	unsigned n;			/* so many there are */
+	char type;			/* 's', 'n', or another */
 };
 
 /* What is told about a state without understanding it. */
 struct meta {
-	bool known;			/* serial was found */
+	char type;			/* 's'tate, 'l'ock info, 0: neither */
+	const char *doubled;		/* a key that is there twice, or NULL */
+	bool known;			/* has a serial */
 	uint64_t serial;
-	char lineage[128];
+	size_t lineage_len;
+	char lineage[LINEAGE_MAX + 1];
 	char version[32];		/* terraform_version */
-	unsigned resources;
 };
 
 struct lock {
 	bool held;
 	bool foreign;			/* made by hand: not lock info */
-	bool torso;			/* left by one who died creating it */
-	time_t since;			/* the file's mtime */
+	bool torn;			/* a crash cut its LOCK short */
+	struct timespec since;		/* the file's mtime */
 	char id[ID_MAX + 1];
 	char operation[64], info[256], who[128], created[64];
 	char *raw;			/* the file's bytes, malloced */
 	size_t len;
 };
 
-/* What a URL names. */
+/* What a URL names, as what a page is written, what a user may do there. */
 enum kind {
-	K_STAR, K_STATE, K_LOCK, K_ROOT, K_VERSIONS, K_VERSION, K_CHANGES,
-	K_LOG, K_HEALTHY, K_READY, K_METRICS
+	K_STAR, K_STATE, K_LOCK, K_ROOT, K_VERSIONS, K_VERSION, K_LOG,
+	K_HEALTHY, K_READY, K_METRICS
 };
-
 enum form { TEXT, JSON, HTML };
-
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
 
-#define TMP 48				/* bytes: a name in .tmp */
-#define VERSION_ID 48			/* bytes: an earlier version's ID */
+#define VERSION_ID 64			/* bytes: an earlier version's ID */
 
-/* An upload: check and write go together, piece by piece. */
-struct upload {
-	struct md5 md5;
-	struct json json;
-	struct meta meta;
-	bool hash;			/* MD5 is wanted */
-	int fd;				/* the temporary file, or -1 */
-	char tmp[TMP];			/* its name in .tmp */
-	int64_t size;
-	unsigned char digest[16];
+/* Where a name's files lie. */
+struct place {
+	int dir;			/* -1: there is none, nor any file */
+	const char *leaf;		/* points into the name */
 };
 
-struct after;
+/* A name's guard, in the list of those that this process has or waits for. */
+struct guard {
+	off_t byte;			/* of .guard */
+	struct guard *next;
+};
+
+/* A temporary file: an upload, a copy, a new lock. */
+struct tmp {
+	int fd;				/* or -1 */
+	int dir;			/* where it lies */
+	char name[48];			/* "": it was renamed */
+};
+
+/*
+ * A change of a state or a lock, with what is left to be freed and pruned
+ * after the answer. It belongs to the thread that makes the change.
+ */
+struct change {
+	struct place place;
+	struct guard guard;
+	struct lock lock;		/* the lock that was found */
+	struct lock asked;		/* the lock info that was sent */
+	struct tmp tmp;			/* the new state, */
+	struct meta meta;
+	int64_t size;			/* in bytes, */
+	char md5[33];			/* and in hex, or "" */
+	int old;			/* the state that is there, or -1 */
+	struct stat old_st;
+	struct meta old_meta;
+	bool equal;			/* the two have the same bytes */
+	int history;			/* the history's directory, or -1 */
+	struct tmp kept;		/* a second name of old, in there */
+	struct names ids;		/* the versions in it, oldest first */
+	bool writes;			/* what is refused is logged */
+	const char *event;		/* what was done, for the state's log */
+};
 
 struct request {
-	struct request *next;		/* in whichever queue it stands */
-	int (*run)(struct request *);	/* what a commit thread does */
-	struct after *after;		/* and leaves behind, meanwhile */
-	struct conn *conn;		/* NULL: nobody waits for it */
-	struct lane *lane;		/* those of its name, or NULL */
+	struct conn *conn;
 	struct users *users;		/* as they were when it came */
+	struct change *change;		/* of the thread that has it */
 	int64_t start;			/* microseconds, monotonic */
 
 	/* what was asked */
@@ -400,65 +433,165 @@ struct request {
 	enum kind kind;
 	enum right right;		/* on that name */
 	enum form form;			/* of pages, by Accept */
-	bool keep, http10;
-	bool fronted;			/* came by a unix socket */
-	bool tls;			/* or rather a TLS hello */
-	bool has_id, has_md5, force;
-	int64_t length;			/* of the body, or -1: chunked */
+	bool keep, http10, expects;	/* as the head says */
+	bool fronted;			/* a front speaks for the client */
+	bool tls;			/* it is a TLS hello */
+	bool has_id, has_md5;
+	bool go;			/* sent by a Go program: terraform */
+	bool bearer;			/* showed a secret, but no name */
+	bool locked;			/* ?locked of the listing */
+	char root[128];			/* from the URL to /: "../../" */
 	char name[NAME_LEN_MAX + 1];	/* of the state, or the path */
 	char version[VERSION_ID];	/* the ID of an earlier one */
-	char query[64];			/* ?q= of the listing */
+	char query[256];		/* ?q= of the listing */
 	char id[ID_MAX + 1];		/* lock ID: from ?ID= or the body */
-	char host[128];			/* as the client calls us */
+	char host[256];			/* as the client calls us */
 	char client[64];		/* its address */
 	char user[64];
 	unsigned char secret[32];	/* SHA-256 of what it showed */
 	unsigned char md5[16];
 
-	/* the body, or the piece of it that is at hand */
-	char *body;
-	size_t len, cap;
-	struct upload *up;
-
-	/* what the commit found and did, for the log */
-	const char *event;
-	struct meta old;
-	struct lock lock;		/* the lock that stood in the way */
-	struct lock asked;		/* the lock info that was sent */
+	/* the body */
+	int64_t length;			/* bytes still to come; -1: chunked */
+	int64_t room;			/* bytes that it may still have, */
+	int too_large;			/* else this is the status */
+	int64_t chunk;			/* bytes still to come of a chunk */
+	bool in_chunks;			/* the first chunk has begun */
+	char *body;			/* a small body, or a piece; malloced */
+	size_t len;			/* of body */
 
 	/* the answer */
-	int status;
-	time_t date;
-	void (*tell)(struct request *);	/* the commit thread may call it */
-	size_t told;			/* bytes of the head, by that */
-	const char *type;
-	struct span data;		/* text, or what is sent at once */
-	struct buf text;
-	int file;			/* or -1 */
+	int status;			/* 0: none, or none yet */
+	bool cut;			/* no answer: the connection ends */
+	unsigned retry;			/* Retry-After of a 503, seconds */
+	const char *type;		/* Content-Type */
+	bool heading;			/* a table's cells write their titles */
+	struct buf head, text;
+	struct span out[2];		/* of head and body: what is unsent */
+	int file;			/* the body, or -1 */
 	off_t off, left;		/* of the file */
-	int64_t sent;			/* bytes of the answer's body */
-	char why[200];			/* of a refusal */
+	int64_t got, sent;		/* bytes, for the count */
+	char why[300];			/* it was refused */
 };
 
 /* ==== small helpers ======================================================
  *
- * Complain and die in the err(3) manner, bytes that grow, clocks.
+ * Clocks and the only wait; complain and die in the err(3) manner; bytes that
+ * grow; text for people.
  */
+static int64_t
+clock_us(clockid_t id)
+{
+	struct timespec t;
+
+	(void)clock_gettime(id, &t);	/* cannot fail for these clocks */
+	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
+/* Milliseconds: monotonic, for deadlines, and of the day, which may jump. */
+#define clock_ms() (clock_us(CLOCK_MONOTONIC) / 1000)
+#define time_ms() (clock_us(CLOCK_REALTIME) / 1000)
+
+/* Waits for a descriptor, or with fd -1 only for the time, until a moment
+ * (milliseconds, monotonic). No thread waits elsewhere. What poll says of the
+ * descriptor, or 0: it is too late. */
+static short
+wait_until(int fd, short events, int64_t until)
+{
+	struct pollfd p = { .fd = fd, .events = events };
+	int64_t left;
+
+	do {
+		left = until - clock_ms();
+		left = left < 0 ? 0 : left < INT_MAX ? left : INT_MAX;
+		if (poll(&p, 1, (int)left) == 1)
+			return p.revents;
+	} while (left > 0);
+	return 0;
+}
+
+/* Starts a thread, with a small stack. */
+static bool
+thread_start(void *(*run)(void *))
+{
+	pthread_attr_t attr;
+	pthread_t id;
+	int error;
+
+	(void)pthread_attr_init(&attr);
+	(void)pthread_attr_setstacksize(&attr, THREAD_STACK);
+	(void)pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+	error = pthread_create(&id, &attr, run, NULL);
+	(void)pthread_attr_destroy(&attr);
+	return error == 0;
+}
+
+/* The code point that s begins with, and its length; 0 if that is not UTF-8
+ * (RFC 3629: no overlong forms, no surrogates, nothing past 10FFFF). */
+static size_t
+utf8_next(const char *s, unsigned *code)
+{
+	const unsigned char *p = (const unsigned char *)s;
+	unsigned char low = *p == 0xe0 ? 0xa0 : *p == 0xf0 ? 0x90 : 0x80;
+	unsigned char high = *p == 0xed ? 0x9f : *p == 0xf4 ? 0x8f : 0xbf;
+	size_t n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 :
+	    *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
+
+	*code = n == 1 ? *p : *p & (0x7fu >> n);
+	for (i = 1; i < n; i++, low = 0x80, high = 0xbf) {
+		if (p[i] < low || p[i] > high)
+			return 0;
+		*code = *code << 6 | (p[i] & 0x3f);
+	}
+	return n;
+}
+
+/* May a terminal or a page get it? Not what they would obey: the controls of
+ * ASCII and Latin-1, and what turns the direction of a text around. */
+static bool
+is_shown(unsigned code)
+{
+	return code >= 0x20 && (code < 0x7f || code >= 0xa0) &&
+	    (code < 0x2028 || code > 0x202e) &&
+	    (code < 0x2066 || code > 0x2069);
+}
+
+/* Makes text from outside fit to be shown, in place: each byte that is not
+ * becomes a question mark. */
+static void
+scrub(char *s)
+{
+	unsigned code;
+	size_t n;
+
+	for (; *s != '\0'; s += n) {
+		if ((n = utf8_next(s, &code)) > 0 && is_shown(code))
+			continue;
+		n = n > 0 ? n : 1;
+		memset(s, '?', n);
+	}
+}
+
+/* Both stdout and stderr may be one pipe, which takes PIPE_BUF bytes when it
+ * polls writable: so they are written one at a time. */
+static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
 
 /* Says what is wrong on stderr; the server goes on, even if nobody reads. */
 __attribute__((format(printf, 1, 2)))
 static void
 complain(const char *fmt, ...)
 {
-	struct pollfd out = { .fd = STDERR_FILENO, .events = POLLOUT };
 	char line[2048];
 	va_list ap;
 
 	va_start(ap, fmt);
 	(void)vsnprintf(line, sizeof(line), fmt, ap);
 	va_end(ap);
-	if (poll(&out, 1, 0) == 1 && (out.revents & POLLOUT) != 0)
+	scrub(line);
+	(void)pthread_mutex_lock(&output);
+	if ((wait_until(STDERR_FILENO, POLLOUT, 0) & POLLOUT) != 0)
 		(void)fprintf(stderr, "statesrv: %s\n", line);
+	(void)pthread_mutex_unlock(&output);
 }
 
 /* Ends the program: status 2 for the user's mistakes, 1 for the system's. */
@@ -477,29 +610,31 @@ span_is(struct span s, const char *word)
 	return s.len == strlen(word) && strncasecmp(s.ptr, word, s.len) == 0;
 }
 
-/* Copies as a string, cut to what fits. */
+/* Copies as a string, cut to what fits, between two characters. */
 static void
 span_copy(char *to, size_t size, struct span s)
 {
 	size_t n = s.len < size ? s.len : size - 1;
 
+	while (n > 0 && n < s.len && (s.ptr[n] & 0xc0) == 0x80)
+		n--;
 	if (n > 0)
 		memcpy(to, s.ptr, n);
 	to[n] = '\0';
 }
 
-/* Takes the next element of a comma-separated list off its front. */
+/* Takes the next element of a list off its front, blanks around it removed;
+ * false at the end. */
 static bool
-span_next(struct span *list, struct span *item)
+span_next(struct span *list, char separator, struct span *item)
 {
-	const char *end, *p = list->ptr, *q;
+	const char *end = list->ptr + list->len, *p = list->ptr, *q;
 
 	if (list->len == 0)
 		return false;
-	end = p + list->len;
-	for (q = p; q < end && *q != ','; q++)
-		continue;
-	*list = (struct span){ q < end ? q + 1 : q, 0 };
+	if ((q = memchr(p, separator, list->len)) == NULL)
+		q = end;
+	list->ptr = q < end ? q + 1 : q;
 	list->len = (size_t)(end - list->ptr);
 	while (p < q && (*p == ' ' || *p == '\t'))
 		p++;
@@ -513,33 +648,19 @@ span_next(struct span *list, struct span *item)
 static bool
 buf_room(struct buf *b, size_t n)
 {
-	size_t cap = b->cap ? b->cap : 256;
+	size_t cap = b->cap > 0 ? b->cap : 256;
 	char *data;
 
-	if (b->failed || n > SIZE_MAX / 4 - b->len) {
-		b->failed = true;
-		return false;
-	}
-	while (cap < b->len + n + 1)
+	while (cap - b->len <= n && cap < SIZE_MAX / 2)
 		cap *= 2;
-	if (cap == b->cap)
-		return true;
-	if ((data = realloc(b->data, cap)) == NULL) {
+	data = b->failed || cap - b->len <= n ? NULL : realloc(b->data, cap);
+	if (data == NULL) {
 		b->failed = true;
 		return false;
 	}
 	b->data = data;
 	b->cap = cap;
 	return true;
-}
-
-/* The list with room for one more than its n elements: it doubles whenever n
- * is a power of two. NULL, and the list is as it was, if memory ran out. */
-static void *
-grow(void *list, size_t n, size_t size)
-{
-	return (n & (n - 1)) != 0 ? list :
-	    realloc(list, (n > 0 ? 2 * n : 1) * size);
 }
 
 static void
@@ -577,20 +698,17 @@ buf_fmt(struct buf *b, const char *fmt, ...)
 		b->len += n;
 }
 
-/* Appends a number, in digits at least; what printf does, and many times as
- * fast: every answer and every log line has several. */
+/* Appends a number, in digits at least; many times as fast as printf: every
+ * answer and every log line has several. */
 static void
 buf_num(struct buf *b, int64_t n, int digits)
 {
 	char text[24], *p = text + sizeof(text);
-	uint64_t v = n < 0 ? 0 - (uint64_t)n : (uint64_t)n;
 
 	do {
-		*--p = (char)('0' + v % 10);
-		v /= 10;
-	} while (--digits > 0 || v > 0);
-	if (n < 0)
-		*--p = '-';
+		*--p = (char)('0' + n % 10);
+		n /= 10;
+	} while (--digits > 0 || n > 0);
 	buf_add(b, p, (size_t)(text + sizeof(text) - p));
 }
 
@@ -601,111 +719,108 @@ buf_free(struct buf *b)
 	*b = (struct buf){ 0 };
 }
 
-/* Length of the UTF-8 sequence that s begins with, or 0 (RFC 3629). */
-static size_t
-utf8_length(const char *s)
+/* Appends s so that it means itself in a JSON string or in HTML, attributes
+ * too; what is not UTF-8, or should not be shown, is escaped or replaced. */
+static void
+buf_text(struct buf *b, const char *s, enum form form)
 {
-	const unsigned char *p = (const unsigned char *)s;
-	unsigned char low = *p == 0xe0 ? 0xa0 : *p == 0xf0 ? 0x90 : 0x80;
-	unsigned char high = *p == 0xed ? 0x9f : *p == 0xf4 ? 0x8f : 0xbf;
-	size_t n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 :
-	    *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
+	const char *quoted = form == JSON ? "\"\\" : "<>&\"'";
+	unsigned code;
+	size_t n;
 
-	for (i = 1; i < n; i++, low = 0x80, high = 0xbf)
-		if (p[i] < low || p[i] > high)
-			return 0;
-	return n;
+	for (; *s != '\0'; s += n > 0 ? n : 1) {
+		n = utf8_next(s, &code);
+		if (n > 0 && is_shown(code) && strchr(quoted, *s) == NULL)
+			buf_add(b, s, n);
+		else if (form == JSON && n > 0 && is_shown(code))
+			buf_fmt(b, "\\%c", *s);
+		else if (form == JSON)
+			buf_fmt(b, "\\u%04x", n > 0 ? code : 0xfffd);
+		else if (n > 0 && is_shown(code))
+			buf_fmt(b, "&#%u;", code);
+		else
+			buf_str(b, "?");
+	}
 }
 
-/* Appends s as a JSON string: U+FFFD for what is not UTF-8 or was cut, and
- * nothing that a terminal would obey. */
+/* Appends a JSON string. */
 static void
 buf_json(struct buf *b, const char *s)
 {
-	size_t n;
-
 	buf_str(b, "\"");
-	for (; *s != '\0'; s += n > 0 ? n : 1) {
-		n = utf8_length(s);
-		if (n == 0)
-			buf_str(b, "\\ufffd");
-		else if (*s == '"' || *s == '\\')
-			buf_fmt(b, "\\%c", *s);
-		else if ((unsigned char)*s < 0x20 || *s == 0x7f)
-			buf_fmt(b, "\\u%04x", (unsigned)*s);
-		else if (n == 2 && (unsigned char)*s == 0xc2 &&
-		    (unsigned char)s[1] < 0xa0)
-			buf_fmt(b, "\\u%04x", (unsigned char)s[1]);
-		else
-			buf_add(b, s, n);
-	}
+	buf_text(b, s, JSON);
 	buf_str(b, "\"");
 }
 
-/* Appends s so that it means itself in HTML, in attributes too. */
-static void
-buf_html(struct buf *b, const char *s)
-{
-	for (; *s != '\0'; s++) {
-		if (strchr("<>&\"'", *s) != NULL || (unsigned char)*s < 0x20)
-			buf_fmt(b, "&#%u;", (unsigned char)*s);
-		else
-			buf_add(b, s, 1);
-	}
-}
+#define buf_html(b, s) buf_text(b, s, HTML)
 
 /* Appends a name as part of a URL. */
 static void
 buf_url(struct buf *b, const char *s)
 {
-	static const char plain[] = "abcdefghijklmnopqrstuvwxyz"
-	    "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~/";
-
-	for (; *s != '\0'; s++) {
-		if (strchr(plain, *s) != NULL)
+	for (; *s != '\0'; s++)
+		if (isalnum((unsigned char)*s) || strchr("-._~/", *s) != NULL)
 			buf_add(b, s, 1);
 		else
 			buf_fmt(b, "%%%02X", (unsigned char)*s);
-	}
 }
 
-/* Appends a word as a shell wants it. */
+/* Appends text, and then a word as a shell wants it. */
 static void
-buf_shell(struct buf *b, const char *s)
+buf_shell(struct buf *b, const char *before, const char *s)
 {
+	buf_str(b, before);
 	buf_str(b, "'");
 	for (; *s != '\0'; s++)
 		buf_add(b, *s == '\'' ? "'\\''" : s, *s == '\'' ? 4 : 1);
 	buf_str(b, "'");
 }
 
-/* Appends fmt with strings in it: %s as it is, %j for JSON, %h for HTML, %u
- * for a URL, %q for a shell. */
+/* Adds to a list, which doubles whenever its length is a power of two. */
 static void
-put_strings(struct buf *b, const char *fmt, const char *const *s)
+names_add(struct names *v, const char *name)
 {
-	size_t n;
+	char **list = v->list;
 
-	for (; *fmt != '\0'; fmt += n) {
-		n = *fmt == '%' ? 2 : strcspn(fmt, "%");
-		if (*fmt != '%')
-			buf_add(b, fmt, n);
-		else
-			(fmt[1] == 'j' ? buf_json : fmt[1] == 'h' ? buf_html :
-			    fmt[1] == 'u' ? buf_url : fmt[1] == 'q' ?
-			    buf_shell : buf_str)(b, *s++);
-	}
+	if ((v->n & (v->n - 1)) == 0)
+		list = realloc(list, (2 * v->n + 1) * sizeof(*list));
+	if (list != NULL)
+		v->list = list;
+	if (list == NULL || (list[v->n] = strdup(name)) == NULL)
+		v->failed = true;
+	else
+		v->n++;
 }
-#define put(b, fmt, ...) \
-	put_strings(b, fmt, (const char *const[]){ __VA_ARGS__ })
 
-static int64_t
-clock_us(clockid_t id)
+static int
+names_order(const void *a, const void *b)
 {
-	struct timespec t;
+	return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
-	(void)clock_gettime(id, &t);	/* cannot fail for these clocks */
-	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+/* Sorts a list, and removes what is in it twice. */
+static void
+names_sort(struct names *v)
+{
+	size_t i, n = 0;
+
+	if (v->n > 0)
+		qsort(v->list, v->n, sizeof(*v->list), names_order);
+	for (i = 0; i < v->n; i++)
+		if (n > 0 && strcmp(v->list[n - 1], v->list[i]) == 0)
+			free(v->list[i]);
+		else
+			v->list[n++] = v->list[i];
+	v->n = n;
+}
+
+static void
+names_free(struct names *v)
+{
+	while (v->n > 0)
+		free(v->list[--v->n]);
+	free(v->list);
+	*v = (struct names){ 0 };
 }
 
 /* Writes RFC 3339 in UTC with milliseconds, or in basic format, without
@@ -724,24 +839,13 @@ time_text(char out[32], int64_t ms, bool basic)
 	    (int)(ms % 1000));
 }
 
-/* "3 days" and the like: how long ago. */
-static void
-age_text(char out[32], int64_t seconds)
+/* Is a time later than another, or before it, or neither: 1, -1, 0. */
+static int
+time_order(struct timespec a, struct timespec b)
 {
-	static const struct { int64_t s; const char *unit; } units[] = {
-		{ 86400, "day" }, { 3600, "hour" }, { 60, "minute" },
-		{ 1, "second" }
-	};
-	size_t i = 0;
-	int64_t n;
-
-	if (seconds < 0)
-		seconds = 0;
-	while (i < 3 && seconds < units[i].s)
-		i++;
-	n = seconds / units[i].s;
-	(void)snprintf(out, 32, "%lld %s%s", (long long)n, units[i].unit,
-	    n == 1 ? "" : "s");
+	if (a.tv_sec != b.tv_sec)
+		return a.tv_sec > b.tv_sec ? 1 : -1;
+	return (a.tv_nsec > b.tv_nsec) - (a.tv_nsec < b.tv_nsec);
 }
 
 static int
@@ -751,6 +855,21 @@ hex_value(unsigned char c)
 	    (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
 }
 
+/* Reads up to size bytes from an offset on; how many there were, or -1. */
+static ssize_t
+read_at(int fd, void *data, size_t size, off_t at)
+{
+	size_t len = 0;
+	ssize_t n = 1;
+
+	for (; len < size && n != 0; len += n > 0 ? (size_t)n : 0) {
+		n = pread(fd, (char *)data + len, size - len, at + (off_t)len);
+		if (n == -1 && errno != EINTR)
+			return -1;
+	}
+	return (ssize_t)len;
+}
+
 /* Writes all of it, whatever the interruptions; -1 with errno. */
 static int
 write_all(int fd, const void *data, size_t len)
@@ -758,14 +877,11 @@ write_all(int fd, const void *data, size_t len)
 	const char *p = data;
 	ssize_t n;
 
-	while (len > 0) {
-		if ((n = write(fd, p, len)) == -1) {
-			if (errno == EINTR)
-				continue;
+	for (; len > 0; p += n, len -= (size_t)n) {
+		n = write(fd, p, len);
+		if (n == -1 && errno != EINTR)
 			return -1;
-		}
-		p += n;
-		len -= (size_t)n;
+		n = n == -1 ? 0 : n;
 	}
 	return 0;
 }
@@ -795,10 +911,35 @@ sync_fd(int fd)
 /* ==== digests ============================================================
  *
  * MD5 (RFC 1321) because terraform sends Content-MD5, SHA-256 (FIPS 180-4)
- * for secrets and names, base64 (RFC 4648) for both. Pure functions.
+ * for secrets and names, base64 (RFC 4648) for what comes in fields. Pure
+ * functions, with the tables of their standards.
  */
-static const struct md5 md5_start = {
-	{ 0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476 }, 0, { 0 }
+static const uint32_t md5_table[64] = {
+	0xd76aa478, 0xe8c7b756, 0x242070db, 0xc1bdceee, 0xf57c0faf, 0x4787c62a,
+	0xa8304613, 0xfd469501, 0x698098d8, 0x8b44f7af, 0xffff5bb1, 0x895cd7be,
+	0x6b901122, 0xfd987193, 0xa679438e, 0x49b40821, 0xf61e2562, 0xc040b340,
+	0x265e5a51, 0xe9b6c7aa, 0xd62f105d, 0x02441453, 0xd8a1e681, 0xe7d3fbc8,
+	0x21e1cde6, 0xc33707d6, 0xf4d50d87, 0x455a14ed, 0xa9e3e905, 0xfcefa3f8,
+	0x676f02d9, 0x8d2a4c8a, 0xfffa3942, 0x8771f681, 0x6d9d6122, 0xfde5380c,
+	0xa4beea44, 0x4bdecfa9, 0xf6bb4b60, 0xbebfbc70, 0x289b7ec6, 0xeaa127fa,
+	0xd4ef3085, 0x04881d05, 0xd9d4d039, 0xe6db99e5, 0x1fa27cf8, 0xc4ac5665,
+	0xf4292244, 0x432aff97, 0xab9423a7, 0xfc93a039, 0x655b59c3, 0x8f0ccc92,
+	0xffeff47d, 0x85845dd1, 0x6fa87e4f, 0xfe2ce6e0, 0xa3014314, 0x4e0811a1,
+	0xf7537e82, 0xbd3af235, 0x2ad7d2bb, 0xeb86d391
+};
+
+static const uint32_t sha256_table[64] = {
+	0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1,
+	0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3,
+	0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174, 0xe49b69c1, 0xefbe4786,
+	0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+	0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
+	0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13,
+	0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85, 0xa2bfe8a1, 0xa81a664b,
+	0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+	0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a,
+	0x5b9cca4f, 0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
+	0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
 };
 
 static inline uint32_t
@@ -818,19 +959,25 @@ rotl(uint32_t x, int n)
  * The time goes into one long chain of dependent additions: each step needs
  * the one before. So everything that does not need it is added first, and
  * the second function is a sum of two disjoint halves rather than an "or":
- * its first half is ready before the chain arrives.
+ * its first half is ready before the chain arrives. Step i of a round takes
+ * word m * i + n.
  */
 #define F1(x, y, z) ((z) ^ ((x) & ((y) ^ (z))))
 #define F2(x, y, z) (((x) & (z)) + ((y) & ~(z)))
 #define F3(x, y, z) ((x) ^ ((y) ^ (z)))
 #define F4(x, y, z) ((y) ^ ((x) | ~(z)))
-#define STEP(f, a, b, c, d, k, s, t) \
-	(a) += load32(p + 4 * (k)) + (t); \
+#define STEP(f, a, b, c, d, i, m, n, s) \
+	(a) += load32(p + 4 * (((m) * (i) + (n)) % 16)) + md5_table[i]; \
 	(a) += f(b, c, d); \
 	(a) = rotl(a, s) + (b)
-#define FOUR(f, k0, k1, k2, k3, s0, s1, s2, s3, t0, t1, t2, t3) \
-	STEP(f, a, b, c, d, k0, s0, t0); STEP(f, d, a, b, c, k1, s1, t1); \
-	STEP(f, c, d, a, b, k2, s2, t2); STEP(f, b, c, d, a, k3, s3, t3)
+#define FOUR(f, i, m, n, s0, s1, s2, s3) \
+	STEP(f, a, b, c, d, i, m, n, s0); \
+	STEP(f, d, a, b, c, (i) + 1, m, n, s1); \
+	STEP(f, c, d, a, b, (i) + 2, m, n, s2); \
+	STEP(f, b, c, d, a, (i) + 3, m, n, s3)
+#define ROUND(f, i, ...) \
+	FOUR(f, i, __VA_ARGS__); FOUR(f, (i) + 4, __VA_ARGS__); \
+	FOUR(f, (i) + 8, __VA_ARGS__); FOUR(f, (i) + 12, __VA_ARGS__)
 
 static void
 md5_blocks(uint32_t state[4], const unsigned char *p, size_t blocks)
@@ -838,734 +985,461 @@ md5_blocks(uint32_t state[4], const unsigned char *p, size_t blocks)
 	uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
 
 	for (; blocks > 0; blocks--, p += 64) {
-		uint32_t a0 = a, b0 = b, c0 = c, d0 = d;
-
-		FOUR(F1, 0, 1, 2, 3, 7, 12, 17, 22,
-		    0xd76aa478, 0xe8c7b756, 0x242070db, 0xc1bdceee);
-		FOUR(F1, 4, 5, 6, 7, 7, 12, 17, 22,
-		    0xf57c0faf, 0x4787c62a, 0xa8304613, 0xfd469501);
-		FOUR(F1, 8, 9, 10, 11, 7, 12, 17, 22,
-		    0x698098d8, 0x8b44f7af, 0xffff5bb1, 0x895cd7be);
-		FOUR(F1, 12, 13, 14, 15, 7, 12, 17, 22,
-		    0x6b901122, 0xfd987193, 0xa679438e, 0x49b40821);
-		FOUR(F2, 1, 6, 11, 0, 5, 9, 14, 20,
-		    0xf61e2562, 0xc040b340, 0x265e5a51, 0xe9b6c7aa);
-		FOUR(F2, 5, 10, 15, 4, 5, 9, 14, 20,
-		    0xd62f105d, 0x02441453, 0xd8a1e681, 0xe7d3fbc8);
-		FOUR(F2, 9, 14, 3, 8, 5, 9, 14, 20,
-		    0x21e1cde6, 0xc33707d6, 0xf4d50d87, 0x455a14ed);
-		FOUR(F2, 13, 2, 7, 12, 5, 9, 14, 20,
-		    0xa9e3e905, 0xfcefa3f8, 0x676f02d9, 0x8d2a4c8a);
-		FOUR(F3, 5, 8, 11, 14, 4, 11, 16, 23,
-		    0xfffa3942, 0x8771f681, 0x6d9d6122, 0xfde5380c);
-		FOUR(F3, 1, 4, 7, 10, 4, 11, 16, 23,
-		    0xa4beea44, 0x4bdecfa9, 0xf6bb4b60, 0xbebfbc70);
-		FOUR(F3, 13, 0, 3, 6, 4, 11, 16, 23,
-		    0x289b7ec6, 0xeaa127fa, 0xd4ef3085, 0x04881d05);
-		FOUR(F3, 9, 12, 15, 2, 4, 11, 16, 23,
-		    0xd9d4d039, 0xe6db99e5, 0x1fa27cf8, 0xc4ac5665);
-		FOUR(F4, 0, 7, 14, 5, 6, 10, 15, 21,
-		    0xf4292244, 0x432aff97, 0xab9423a7, 0xfc93a039);
-		FOUR(F4, 12, 3, 10, 1, 6, 10, 15, 21,
-		    0x655b59c3, 0x8f0ccc92, 0xffeff47d, 0x85845dd1);
-		FOUR(F4, 8, 15, 6, 13, 6, 10, 15, 21,
-		    0x6fa87e4f, 0xfe2ce6e0, 0xa3014314, 0x4e0811a1);
-		FOUR(F4, 4, 11, 2, 9, 6, 10, 15, 21,
-		    0xf7537e82, 0xbd3af235, 0x2ad7d2bb, 0xeb86d391);
-		a += a0;
-		b += b0;
-		c += c0;
-		d += d0;
+		ROUND(F1, 0, 1, 0, 7, 12, 17, 22);
+		ROUND(F2, 16, 5, 1, 5, 9, 14, 20);
+		ROUND(F3, 32, 3, 5, 4, 11, 16, 23);
+		ROUND(F4, 48, 7, 0, 6, 10, 15, 21);
+		a = state[0] += a;
+		b = state[1] += b;
+		c = state[2] += c;
+		d = state[3] += d;
 	}
-	state[0] = a;
-	state[1] = b;
-	state[2] = c;
-	state[3] = d;
 }
 
 static void
-md5_add(struct md5 *m, const void *data, size_t n)
+sha256_blocks(uint32_t state[8], const unsigned char *p, size_t blocks)
 {
-	const unsigned char *p = data;
-	size_t have = (size_t)(m->len % 64), take;
-
-	m->len += n;
-	if (have > 0) {
-		take = n < 64 - have ? n : 64 - have;
-		memcpy(m->block + have, p, take);
-		if (have + take < 64)
-			return;
-		md5_blocks(m->state, m->block, 1);
-		p += take;
-		n -= take;
-	}
-	md5_blocks(m->state, p, n / 64);
-	if (n % 64 > 0)
-		memcpy(m->block, p + n / 64 * 64, n % 64);
-}
-
-static void
-md5_end(struct md5 *m, unsigned char out[16])
-{
-	static const unsigned char pad[64] = { 0x80 };
-	uint64_t bits = m->len * 8;
-	unsigned char size[8];
-	unsigned i;
-
-	for (i = 0; i < 8; i++)
-		size[i] = (unsigned char)(bits >> 8 * i);
-	md5_add(m, pad, 1 + (119 - m->len % 64) % 64);
-	md5_add(m, size, 8);
-	for (i = 0; i < 16; i++)
-		out[i] = (unsigned char)(m->state[i / 4] >> i % 4 * 8);
-}
-
-static void
-sha256_block(uint32_t h[8], const unsigned char *p)
-{
-	static const uint32_t k[64] = {
-		0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b,
-		0x59f111f1, 0x923f82a4, 0xab1c5ed5, 0xd807aa98, 0x12835b01,
-		0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7,
-		0xc19bf174, 0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc,
-		0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da, 0x983e5152,
-		0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147,
-		0x06ca6351, 0x14292967, 0x27b70a85, 0x2e1b2138, 0x4d2c6dfc,
-		0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
-		0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819,
-		0xd6990624, 0xf40e3585, 0x106aa070, 0x19a4c116, 0x1e376c08,
-		0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f,
-		0x682e6ff3, 0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208,
-		0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2
-	};
 	uint32_t w[64], s[8], x, y;
 	int i;
 
-	for (i = 0; i < 16; i++)
-		w[i] = (uint32_t)p[4 * i] << 24 | (uint32_t)p[4 * i + 1] << 16 |
-		    (uint32_t)p[4 * i + 2] << 8 | p[4 * i + 3];
-	for (; i < 64; i++) {
-		x = rotl(w[i - 15], 25) ^ rotl(w[i - 15], 14) ^ w[i - 15] >> 3;
-		y = rotl(w[i - 2], 15) ^ rotl(w[i - 2], 13) ^ w[i - 2] >> 10;
-		w[i] = w[i - 16] + x + w[i - 7] + y;
+	for (; blocks > 0; blocks--, p += 64) {
+		memcpy(w, p, 64);
+		for (i = 0; i < 16; i++)
+			w[i] = ntohl(w[i]);
+		for (; i < 64; i++) {
+			x = w[i - 15];
+			y = w[i - 2];
+			w[i] = (rotl(x, 25) ^ rotl(x, 14) ^ x >> 3) +
+			    (rotl(y, 15) ^ rotl(y, 13) ^ y >> 10) +
+			    w[i - 16] + w[i - 7];
+		}
+		memcpy(s, state, sizeof(s));
+		for (i = 0; i < 64; i++) {
+			x = rotl(s[4], 26) ^ rotl(s[4], 21) ^ rotl(s[4], 7);
+			x += ((s[4] & s[5]) ^ (~s[4] & s[6])) + s[7] +
+			    sha256_table[i] + w[i];
+			y = rotl(s[0], 30) ^ rotl(s[0], 19) ^ rotl(s[0], 10);
+			y += (s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]);
+			memmove(s + 1, s, 7 * sizeof(*s));
+			s[4] += x;
+			s[0] = x + y;
+		}
+		for (i = 0; i < 8; i++)
+			state[i] += s[i];
 	}
-	memcpy(s, h, sizeof(s));
-	for (i = 0; i < 64; i++) {
-		x = s[7] + (rotl(s[4], 26) ^ rotl(s[4], 21) ^ rotl(s[4], 7)) +
-		    ((s[4] & s[5]) ^ (~s[4] & s[6])) + k[i] + w[i];
-		y = (rotl(s[0], 30) ^ rotl(s[0], 19) ^ rotl(s[0], 10)) +
-		    ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
-		memmove(s + 1, s, 7 * sizeof(*s));
-		s[4] += x;
-		s[0] = x + y;
+}
+
+static const struct hash md5_start = { md5_blocks, 16, 0,
+    { 0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476 }, { 0 } };
+
+static const struct hash sha256_start = { sha256_blocks, 32, 0,
+    { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c,
+    0x1f83d9ab, 0x5be0cd19 }, { 0 } };
+
+static void
+hash_add(struct hash *h, const void *data, size_t n)
+{
+	const unsigned char *p = data;
+	size_t have = (size_t)(h->len % 64), take;
+
+	h->len += n;
+	if (have > 0) {
+		take = n < 64 - have ? n : 64 - have;
+		memcpy(h->block + have, p, take);
+		if (have + take < 64)
+			return;
+		h->blocks(h->state, h->block, 1);
+		p += take;
+		n -= take;
 	}
+	h->blocks(h->state, p, n / 64);
+	if (n % 64 > 0)
+		memcpy(h->block, p + n / 64 * 64, n % 64);
+}
+
+/* The digest, of 16 bytes or 32. Where MD5 puts the low byte of a number
+ * first, SHA-256 puts the high one. */
+static void
+hash_end(struct hash *h, unsigned char *out)
+{
+	static const unsigned char pad[64] = { 0x80 };
+	unsigned char size[8];
+	uint64_t bits = h->len * 8;
+	unsigned i, turn = h->size == 32 ? 7 : 0;
+
 	for (i = 0; i < 8; i++)
-		h[i] += s[i];
+		size[i ^ turn] = (unsigned char)(bits >> 8 * i);
+	hash_add(h, pad, 1 + (119 - h->len % 64) % 64);
+	hash_add(h, size, 8);
+	for (i = 0; i < h->size; i++)
+		out[i ^ (turn & 3)] = (unsigned char)(h->state[i / 4] >>
+		    i % 4 * 8);
 }
 
 static void
 sha256(const void *data, size_t n, unsigned char out[32])
 {
-	uint32_t h[8] = { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-	    0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19 };
-	const unsigned char *p = data;
-	unsigned char tail[128] = { 0 };
-	uint64_t bits = (uint64_t)n * 8;
-	size_t i, rest = n % 64, end = rest < 56 ? 64 : 128;
+	struct hash h = sha256_start;
 
-	for (i = 0; i < n / 64; i++)
-		sha256_block(h, p + 64 * i);
-	if (rest > 0)
-		memcpy(tail, p + n - rest, rest);
-	tail[rest] = 0x80;
-	for (i = 0; i < 8; i++)
-		tail[end - 1 - i] = (unsigned char)(bits >> 8 * i);
-	for (i = 0; i < end; i += 64)
-		sha256_block(h, tail + i);
-	for (i = 0; i < 32; i++)
-		out[i] = (unsigned char)(h[i / 4] >> (24 - i % 4 * 8));
+	hash_add(&h, data, n);
+	hash_end(&h, out);
 }
-
-static const char base64_digits[] =
-    "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
 /* Decodes into at most size bytes; -1 if it is not whole, padded base64. */
 static ssize_t
 base64_decode(struct span s, void *out, size_t size)
 {
+	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
 	unsigned char *to = out;
 	const char *digit;
 	uint32_t bits = 0;
 	size_t i, n = 0, pad = 0;
 
-	if (s.len % 4 != 0)
-		return -1;
 	while (pad < 2 && pad < s.len && s.ptr[s.len - 1 - pad] == '=')
 		pad++;
 	for (i = 0; i < s.len - pad; i++) {
-		digit = memchr(base64_digits, s.ptr[i], 64);
-		if (digit == NULL)
+		digit = memchr(digits, s.ptr[i], 64);
+		if (digit == NULL || (i % 4 != 0 && n == size))
 			return -1;
-		bits = bits << 6 | (uint32_t)(digit - base64_digits);
-		if (i % 4 == 0)
-			continue;
-		if (n == size)
-			return -1;
-		to[n++] = (unsigned char)(bits >> (6 - 2 * (i % 4)));
+		bits = bits << 6 | (uint32_t)(digit - digits);
+		if (i % 4 != 0)
+			to[n++] = (unsigned char)(bits >> (6 - 2 * (i % 4)));
 	}
 	/* Bits left over must be zero, or two texts would mean one thing. */
-	if (pad > 0 && (bits & (pad == 1 ? 3 : 15)) != 0)
-		return -1;
-	return (ssize_t)n;
-}
-
-static void
-base64_encode(const unsigned char *p, size_t n, char *out)
-{
-	uint32_t bits;
-	size_t i;
-
-	for (i = 0; i < n; i += 3) {
-		bits = (uint32_t)p[i] << 16 |
-		    (i + 1 < n ? (uint32_t)p[i + 1] << 8 : 0) |
-		    (i + 2 < n ? p[i + 2] : 0);
-		*out++ = base64_digits[bits >> 18];
-		*out++ = base64_digits[bits >> 12 & 63];
-		*out++ = i + 1 < n ? base64_digits[bits >> 6 & 63] : '=';
-		*out++ = i + 2 < n ? base64_digits[bits & 63] : '=';
-	}
-	*out = '\0';
+	return s.len % 4 != 0 || (bits & ((1u << 2 * pad) - 1)) != 0 ? -1 :
+	    (ssize_t)n;
 }
 
 static void
 hex(const unsigned char *p, size_t n, char *out)
 {
-	static const char digits[] = "0123456789abcdef";
-
-	for (; n > 0; n--, p++) {
-		*out++ = digits[*p >> 4];
-		*out++ = digits[*p & 15];
-	}
-	*out = '\0';
+	for (; n > 0; n--, p++, out += 2)
+		(void)snprintf(out, 3, "%02x", *p);
 }
 
 /* ==== JSON ===============================================================
  *
- * A check that takes the text in pieces of any size and accepts exactly one
- * RFC 8259 object: no recursion, no allocation, one byte at a time but for
- * the insides of strings. What it reads on the way down to JSON_WATCH it
- * tells to on(), so that serials, lock IDs and resources are found without a
- * second pass. It never changes or keeps the text.
+ * A check that pulls a text, byte by byte, from memory or a file, and accepts
+ * exactly one RFC 8259 object. The members that are asked for are found in
+ * the same pass, and the MD5 is computed. Nested values are read by
+ * json_value calling itself: JSON_DEPTH bounds that.
  */
-enum {
-	JS_START, JS_FIRST_KEY, JS_KEY, JS_COLON, JS_VALUE, JS_FIRST_VALUE,
-	JS_NEXT, JS_STRING, JS_ESCAPE, JS_HEX, JS_UTF8, JS_MINUS, JS_ZERO,
-	JS_INT, JS_POINT, JS_FRACTION, JS_E, JS_E_SIGN, JS_EXPONENT,
-	JS_LITERAL, JS_END
+struct json {
+	struct member *members;		/* that are asked for */
+	size_t n;			/* so many */
+	unsigned brief;			/* ends when so many are found; or 0 */
+	int fd;				/* the file, or -1 */
+	off_t pos, max;			/* bytes had of it, and at most */
+	struct hash *md5;		/* takes what is read; or NULL */
+	const unsigned char *p, *end;	/* the bytes at hand */
+	const char *why;		/* it is no JSON object, or NULL */
+	uint64_t at;			/* at this byte */
+	int error;			/* the file could not be read: errno */
+	size_t len;			/* of text, and more if it was cut */
+	bool nul;			/* text had a NUL; in it stands a ? */
+	char text[512];			/* the string or number just read */
+	unsigned char piece[8192];	/* of the file */
 };
 
-static const char json_words[W_COUNT][18] = {
-	[W_ID] = "id", [W_OPERATION] = "operation", [W_INFO] = "info",
-	[W_WHO] = "who", [W_CREATED] = "created", [W_SERIAL] = "serial",
-	[W_LINEAGE] = "lineage", [W_TERRAFORM_VERSION] = "terraform_version",
-	[W_RESOURCES] = "resources", [W_MODULE] = "module", [W_MODE] = "mode",
-	[W_TYPE] = "type", [W_NAME] = "name", [W_INSTANCES] = "instances",
-	[W_INDEX_KEY] = "index_key"
-};
+/* The next byte, not taken yet; -1 at the end. */
+static int
+json_peek(struct json *j)
+{
+	ssize_t n;
 
-/* Sets why and returns false: this is not JSON. */
+	if (j->p < j->end)
+		return *j->p;
+	if (j->fd == -1 || j->pos >= j->max)
+		return -1;
+	n = read_at(j->fd, j->piece, sizeof(j->piece), j->pos);
+	if (n == -1)
+		j->error = errno;
+	if (n <= 0)
+		return -1;
+	if (j->md5 != NULL)
+		hash_add(j->md5, j->piece, (size_t)n);
+	j->pos += n;
+	j->p = j->piece;
+	j->end = j->piece + n;
+	return *j->p;
+}
+
+/* Sets what is wrong, and where; returns false. */
 static bool
 json_wrong(struct json *j, const char *why)
 {
-	j->why = why;
+	j->why = json_peek(j) != -1 ? why :
+	    j->pos == 0 ? "is empty" : "ends too early";
+	j->at = (uint64_t)(j->pos - (j->end - j->p));
 	return false;
 }
 
-static bool
-json_watched(const struct json *j)
+/* The next byte that is no white space, not taken yet. */
+static int
+json_skip(struct json *j)
 {
-	return j->on != NULL && j->depth <= JSON_WATCH;
+	int c;
+
+	while ((c = json_peek(j)) == ' ' || c == '\n' || c == '\t' || c == '\r')
+		j->p++;
+	return c;
 }
 
+/* Keeps a byte of a string or number, if there is room. */
 static void
-json_text(struct json *j, const void *data, size_t n)
+json_keep(struct json *j, unsigned c)
 {
-	size_t room = j->len < JSON_TEXT - 1 ? JSON_TEXT - 1 - j->len : 0;
-
-	if (n < room)
-		room = n;
-	if (room > 0)
-		memcpy(j->text + j->len, data, room);
-	j->len += n;
+	if (j->len < sizeof(j->text))
+		j->text[j->len] = (char)c;
+	j->len++;
 }
 
-/* Appends a code point in UTF-8. */
-static void
-json_code(struct json *j, unsigned c)
+/* Takes bytes of a set, up to a number of them; how many there were. */
+static unsigned
+json_take(struct json *j, const char *set, unsigned max)
 {
-	char s[4];
-	size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
+	unsigned n = 0;
+	int c;
 
-	for (i = n - 1; i > 0; i--, c >>= 6)
-		s[i] = (char)(0x80 | (c & 0x3f));
-	s[0] = (char)(n == 1 ? c : (0xf00u >> n & 0xf0) | c);
-	json_text(j, s, n);
-}
-
-/*
- * Tells on() of '{' '}' '[' ']', 's' a string, 'n' a number, 'l' another
- * literal, each at the depth that it stands in, the text in j->text. The
- * word of a value is j->word[j->depth], W_NONE in an array.
- */
-static void
-json_tell(struct json *j, char what)
-{
-	if (!json_watched(j))
-		return;
-	j->text[j->len < JSON_TEXT ? j->len : JSON_TEXT - 1] = '\0';
-	j->on(j, what);
-}
-
-static bool
-json_in_array(const struct json *j)
-{
-	return (j->nest[j->depth / 8] >> j->depth % 8 & 1) != 0;
-}
-
-static bool
-json_open(struct json *j, unsigned char c)
-{
-	unsigned bit;
-
-	if (j->depth + 1 >= JSON_DEPTH)
-		return json_wrong(j, "is nested too deeply");
-	j->len = 0;
-	json_tell(j, (char)c);
-	j->depth++;
-	bit = 1u << j->depth % 8;
-	if (c == '[')
-		j->nest[j->depth / 8] |= (unsigned char)bit;
-	else
-		j->nest[j->depth / 8] &= (unsigned char)~bit;
-	if (j->depth <= JSON_WATCH)
-		j->word[j->depth] = W_NONE;
-	j->state = c == '[' ? JS_FIRST_VALUE : JS_FIRST_KEY;
-	return true;
-}
-
-static bool
-json_close(struct json *j, unsigned char c)
-{
-	if (json_in_array(j) != (c == ']'))
-		return json_wrong(j, "closes what is not open");
-	j->depth--;
-	j->len = 0;
-	json_tell(j, (char)c);
-	j->state = j->depth == 0 ? JS_END : JS_NEXT;
-	return true;
-}
-
-static bool
-json_value(struct json *j, unsigned char c)
-{
-	j->len = 0;
-	j->state = JS_LITERAL;
-	if (c == '{' || c == '[')
-		return json_open(j, c);
-	if (c == '"') {
-		j->key = false;
-		j->state = JS_STRING;
-	} else if (c == '-' || (c >= '0' && c <= '9')) {
-		j->state = c == '-' ? JS_MINUS : c == '0' ? JS_ZERO : JS_INT;
-		json_text(j, &c, 1);
-	} else if (c == 't')
-		j->literal = "rue";
-	else if (c == 'f')
-		j->literal = "alse";
-	else if (c == 'n')
-		j->literal = "ull";
-	else
-		return json_wrong(j, "has no value where one is due");
-	return true;
-}
-
-/* The string is complete: a key, or a value. */
-static void
-json_string_end(struct json *j)
-{
-	enum word w = W_NONE;
-
-	if (!j->key) {
-		json_tell(j, 's');
-		j->state = JS_NEXT;
-		return;
-	}
-	j->state = JS_COLON;
-	if (!json_watched(j))
-		return;
-	for (w = 1; w < W_COUNT; w++)
-		if (span_is((struct span){ j->text, j->len < JSON_TEXT ?
-		    j->len : 0 }, json_words[w]))
+	for (; n < max; n++, j->p++) {
+		if ((c = json_peek(j)) <= 0 || strchr(set, c) == NULL)
 			break;
-	j->word[j->depth] = w == W_COUNT ? W_NONE : w;
-}
-
-/* A byte of a string that is not plain ASCII: a quote, an escape, UTF-8. */
-static bool
-json_string(struct json *j, unsigned char c)
-{
-	if (c < 0x20)
-		return json_wrong(j, "has a control character in a string");
-	if (c == '"') {
-		json_string_end(j);
-		return true;
+		json_keep(j, (unsigned)c);
 	}
-	if (c == '\\') {
-		j->state = JS_ESCAPE;
-		return true;
-	}
-	/* RFC 3629: no overlong forms, no surrogates, nothing past 10FFFF. */
-	j->low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
-	j->high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
-	if (c >= 0xc2 && c <= 0xdf)
-		j->more = 1;
-	else if (c >= 0xe0 && c <= 0xef)
-		j->more = 2;
-	else if (c >= 0xf0 && c <= 0xf4)
-		j->more = 3;
-	else
-		return json_wrong(j, "has a string that is not UTF-8");
-	j->state = JS_UTF8;
-	json_text(j, &c, 1);
-	return true;
+	return n;
 }
 
 static bool
-json_utf8(struct json *j, unsigned char c)
+json_number(struct json *j)
 {
-	if (c < j->low || c > j->high)
-		return json_wrong(j, "has a string that is not UTF-8");
-	j->low = 0x80;
-	j->high = 0xbf;
-	json_text(j, &c, 1);
-	if (--j->more == 0)
-		j->state = JS_STRING;
-	return true;
+	static const char digits[] = "0123456789";
+	bool ok;
+
+	j->len = 0;
+	(void)json_take(j, "-", 1);
+	ok = json_take(j, "0", 1) > 0 || json_take(j, digits, UINT_MAX) > 0;
+	if (ok && json_take(j, ".", 1) > 0)
+		ok = json_take(j, digits, UINT_MAX) > 0;
+	if (ok && json_take(j, "eE", 1) > 0) {
+		(void)json_take(j, "+-", 1);
+		ok = json_take(j, digits, UINT_MAX) > 0;
+	}
+	return ok || json_wrong(j, "has a malformed number");
 }
 
+/* What stands behind a backslash: a code point, which may be one half of a
+ * surrogate pair. */
 static bool
-json_escape(struct json *j, unsigned char c)
+json_escape(struct json *j, unsigned *code)
 {
 	static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-	const char *p = c == '\0' ? NULL : strchr(from, c);
+	int c = json_peek(j), i, v;
+	const char *p = c <= 0 ? NULL : strchr(from, c);
 
-	if (c == 'u') {
-		j->state = JS_HEX;
-		j->hex = j->digits = 0;
-		return true;
-	}
-	if (p == NULL)
+	if (p == NULL && c != 'u')
 		return json_wrong(j, "has an unknown escape in a string");
-	json_text(j, to + (p - from), 1);
-	j->state = JS_STRING;
+	j->p++;
+	*code = p != NULL ? (unsigned)to[p - from] : 0;
+	for (i = 0; p == NULL && i < 4; i++, j->p++) {
+		c = json_peek(j);
+		if (c == -1 || (v = hex_value((unsigned char)c)) == -1)
+			return json_wrong(j, "has a bad \\u escape");
+		*code = *code << 4 | (unsigned)v;
+	}
 	return true;
 }
 
-/* RFC 8259 lets half a surrogate pair pass; as text it is U+FFFD. */
+/* Takes a character of two to four bytes, the first of which is c. */
 static bool
-json_hex(struct json *j, unsigned char c)
+json_utf8(struct json *j, int c)
 {
-	int v = hex_value(c);
+	size_t n = c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4, i;
+	char s[5] = "";
+	unsigned code;
 
-	if (v == -1)
-		return json_wrong(j, "has a bad \\u escape in a string");
-	j->hex = j->hex << 4 | (unsigned)v;
-	if (++j->digits < 4)
-		return true;
-	j->state = JS_STRING;
-	if (j->hex >= 0xdc00 && j->hex <= 0xdfff && j->surrogate != 0) {
-		j->len -= 3;		/* the U+FFFD that held its place */
-		json_code(j, 0x10000 + ((j->surrogate & 0x3ff) << 10) +
-		    (j->hex & 0x3ff));
-		j->surrogate = 0;
-		return true;
+	for (i = 0; i < n && (c = json_peek(j)) != -1; i++, j->p++) {
+		s[i] = (char)c;
+		json_keep(j, (unsigned)c);
 	}
-	j->surrogate = j->hex >= 0xd800 && j->hex <= 0xdbff ? j->hex : 0;
-	json_code(j, (j->hex & 0xf800) == 0xd800 ? 0xfffd : j->hex);
-	return true;
+	if (utf8_next(s, &code) == n)
+		return true;
+	(void)json_wrong(j, "has a string that is not UTF-8");
+	j->at -= i;
+	return false;
 }
 
-/* A byte of a number; what ends it is looked at again as what follows. */
+/* A string, its first quote not taken yet. RFC 8259 lets half a surrogate
+ * pair pass; as text it is U+FFFD. */
 static bool
-json_number(struct json *j, unsigned char c)
+json_string(struct json *j)
 {
-	bool digit = c >= '0' && c <= '9';
-	int s = j->state, to = -1;
+	unsigned code = 0, high = 0, n;
+	int c;
 
-	if (digit && s != JS_ZERO)
-		to = s == JS_MINUS ? (c == '0' ? JS_ZERO : JS_INT) :
-		    s == JS_POINT ? JS_FRACTION :
-		    s == JS_E || s == JS_E_SIGN ? JS_EXPONENT : s;
-	else if (c == '.' && (s == JS_ZERO || s == JS_INT))
-		to = JS_POINT;
-	else if ((c | 32) == 'e' &&
-	    (s == JS_ZERO || s == JS_INT || s == JS_FRACTION))
-		to = JS_E;
-	else if ((c == '+' || c == '-') && s == JS_E)
-		to = JS_E_SIGN;
-	if (to != -1) {
-		j->state = to;
-		json_text(j, &c, 1);
-		return true;
-	}
-	if (digit || s == JS_MINUS || s == JS_POINT || s == JS_E ||
-	    s == JS_E_SIGN)
-		return json_wrong(j, "has a malformed number");
-	json_tell(j, 'n');
-	j->state = JS_NEXT;
-	return true;
-}
-
-/* A byte between values: structure. White space has been skipped. */
-static bool
-json_between(struct json *j, unsigned char c)
-{
-	switch (j->state) {
-	case JS_START:
-		return c == '{' ? json_open(j, c) :
-		    json_wrong(j, "does not begin with {");
-	case JS_FIRST_KEY:
-	case JS_KEY:
-		if (c == '}' && j->state == JS_FIRST_KEY)
-			return json_close(j, c);
-		if (c != '"')
-			return json_wrong(j, "has no key where one is due");
-		j->key = true;
-		j->len = 0;
-		j->state = JS_STRING;
-		return true;
-	case JS_COLON:
-		j->state = JS_VALUE;
-		return c == ':' || json_wrong(j, "has no colon after a key");
-	case JS_FIRST_VALUE:
-		return c == ']' ? json_close(j, c) : json_value(j, c);
-	case JS_VALUE:
-		return json_value(j, c);
-	case JS_NEXT:
-		if (c == '}' || c == ']')
-			return json_close(j, c);
-		j->state = json_in_array(j) ? JS_VALUE : JS_KEY;
-		return c == ',' || json_wrong(j, "has no comma or end where "
-		    "one is due");
-	default:
-		return json_wrong(j, "goes on after its end");
-	}
-}
-
-static bool
-json_byte(struct json *j, unsigned char c)
-{
-	switch (j->state) {
-	case JS_STRING:
-		j->surrogate = c == '\\' ? j->surrogate : 0;
-		return json_string(j, c);
-	case JS_ESCAPE:
-		j->surrogate = c == 'u' ? j->surrogate : 0;
-		return json_escape(j, c);
-	case JS_HEX:
-		return json_hex(j, c);
-	case JS_UTF8:
-		return json_utf8(j, c);
-	case JS_LITERAL:
-		if (c != (unsigned char)*j->literal)
-			return json_wrong(j, "has no value where one is due");
-		if (*++j->literal == '\0') {
-			json_tell(j, 'l');
-			j->state = JS_NEXT;
+	j->len = 0;
+	j->nul = false;
+	for (j->p++; (c = json_peek(j)) != '"'; high = c == '\\' ? high : 0) {
+		if (c < 0x20)
+			return json_wrong(j, "has a control character in a "
+			    "string");
+		if (c >= 0x80) {
+			if (!json_utf8(j, c))
+				return false;
+			continue;
 		}
-		return true;
-	case JS_MINUS: case JS_ZERO: case JS_INT: case JS_POINT:
-	case JS_FRACTION: case JS_E: case JS_E_SIGN: case JS_EXPONENT:
-		if (!json_number(j, c))
+		j->p++;
+		if (c != '\\') {
+			json_keep(j, (unsigned)c);
+			continue;
+		}
+		if (!json_escape(j, &code))
 			return false;
-		if (j->state != JS_NEXT)
-			return true;
-		break;
-	default:
-		break;
+		if (high != 0 && code >= 0xdc00 && code <= 0xdfff) {
+			j->len -= 3;	/* the U+FFFD of its first half */
+			code = 0x10000 + ((high & 0x3ff) << 10) +
+			    (code & 0x3ff);
+		}
+		high = code >= 0xd800 && code <= 0xdbff ? code : 0;
+		code = (code & ~0x7ffu) == 0xd800 ? 0xfffd : code;
+		j->nul |= code == 0;
+		n = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+		json_keep(j, n == 0 ? (code == 0 ? '?' : code) :
+		    (0xf80u >> n & 0xff) | code >> 6 * n);
+		while (n-- > 0)
+			json_keep(j, 0x80 | (code >> 6 * n & 0x3f));
 	}
-	if (c == ' ' || c == '\n' || c == '\t' || c == '\r')
-		return true;
-	return json_between(j, c);
+	j->p++;
+	return true;
 }
 
-/* The length of the run of plain bytes that a string goes on with: eight at
- * a time, by the old trick that finds a byte below n or above 127. */
-static size_t
-json_plain(const unsigned char *p, size_t n)
-{
-	const uint64_t ones = UINT64_MAX / 255, high = ones << 7;
-	size_t i = 0;
-	uint64_t v, quote, slash;
+static int json_value(struct json *, unsigned);
 
-	for (; i + 8 <= n; i += 8) {
-		memcpy(&v, p + i, 8);
-		quote = v ^ ones * '"';
-		slash = v ^ ones * '\\';
-		if (((v | (v - ones * 0x20) | (quote - ones) |
-		    (slash - ones)) & high) != 0)
-			break;
-	}
-	while (i < n && p[i] >= 0x20 && p[i] < 0x80 && p[i] != '"' &&
-	    p[i] != '\\')
-		i++;
-	return i;
-}
-
-/* Takes the next piece; false if the text is wrong, at byte j->at. */
+/* A key and its value, which is copied if it is asked for. False too when a
+ * brief look has found all. */
 static bool
-json_feed(struct json *j, const void *data, size_t n)
+json_member(struct json *j, unsigned depth)
+{
+	struct member *m = NULL;
+	size_t i, last = sizeof(j->text) - 1;
+	char *s;
+	int type;
+
+	if (json_skip(j) != '"')
+		return json_wrong(j, "has no key where one is due");
+	if (!json_string(j))
+		return false;
+	j->text[j->len < last ? j->len : last] = '\0';
+	while ((s = strstr(j->text, "\xc5\xbf")) != NULL) {
+		*s = 's';		/* a long one, to Go as well */
+		memmove(s + 1, s + 2, strlen(s + 1));
+	}
+	for (i = 0; depth == 1 && i < j->n; i++)
+		if (strcasecmp(j->text, j->members[i].key) == 0)
+			m = &j->members[i];
+	if (json_skip(j) != ':')
+		return json_wrong(j, "has no colon after a key");
+	j->p++;
+	type = json_value(j, depth + 1);
+	if (type == 0 || m == NULL)
+		return type != 0;
+	m->type = (char)type;
+	m->len = j->nul ? SIZE_MAX : j->len;
+	span_copy(m->to, m->size, (struct span){ j->text,
+	    j->len < last ? j->len : last });
+	return m->n++ > 0 || --j->brief > 0;
+}
+
+/* A value, in others to this depth. What it was: 's' a string, 'n' a number,
+ * or another letter; 0 if it is wrong. */
+static int
+json_value(struct json *j, unsigned depth)
+{
+	int open = json_skip(j), end = open == '{' ? '}' : ']', c;
+	const char *word = open == 't' ? "true" :
+	    open == 'f' ? "false" : "null";
+
+	if (open == '"')
+		return json_string(j) ? 's' : 0;
+	if (open == '-' || (open >= '0' && open <= '9'))
+		return json_number(j) ? 'n' : 0;
+	if (open != '{' && open != '[') {
+		for (; *word != '\0' && json_peek(j) == *word; word++)
+			j->p++;
+		j->len = 0;
+		return *word == '\0' ? 'l' :
+		    json_wrong(j, "has no value where one is due");
+	}
+	if (depth > JSON_DEPTH)
+		return json_wrong(j, "is nested too deeply");
+	j->p++;
+	if ((c = json_skip(j)) != end)
+		do {
+			if (open == '{' ? !json_member(j, depth) :
+			    json_value(j, depth + 1) == 0)
+				return 0;
+			c = json_skip(j);
+			j->p += c == ',';
+		} while (c == ',');
+	if (c != end)
+		return json_wrong(j, "has no comma or end where one is due");
+	j->p++;
+	j->len = 0;			/* it is no text */
+	j->nul = false;
+	return open;
+}
+
+/* Is it one whole object, and nothing else? */
+static bool
+json_object(struct json *j)
+{
+	if (json_skip(j) != '{')
+		return json_wrong(j, "does not begin with {");
+	return json_value(j, 1) != 0 && (json_skip(j) == -1 ||
+	    json_wrong(j, "goes on after its end"));
+}
+
+/* JSON that is all at hand. */
+static struct json
+json_text(const void *data, size_t len, struct member *members, size_t n)
 {
 	const unsigned char *p = data;
-	size_t i = 0, run;
 
-	while (i < n && !j->stop) {
-		if (j->state == JS_STRING) {
-			run = json_plain(p + i, n - i);
-			if (run > 0) {
-				j->surrogate = 0;
-				if (json_watched(j))
-					json_text(j, p + i, run);
-				j->at += run;
-				i += run;
-				continue;
-			}
-		}
-		if (p[i] == ' ' && j->state < JS_STRING)
-			;		/* indentation, much of any state */
-		else if (!json_byte(j, p[i]))
-			return false;
-		j->at++;
-		i++;
-	}
-	return true;
+	return (struct json){ .p = p, .end = p + len, .pos = (off_t)len,
+	    .fd = -1, .members = members, .n = n };
 }
 
-/* True if the text was one whole object; else why is set. */
+/* A text as a whole number; false if it is none. */
 static bool
-json_done(struct json *j)
+whole_number(const char *text, uint64_t *n)
 {
-	if (j->why == NULL && j->state != JS_END)
-		j->why = j->at == 0 ? "is empty" : "ends too early";
-	return j->why == NULL;
-}
-
-static void
-json_keep(char *to, size_t size, const struct json *j)
-{
-	span_copy(to, size, (struct span){ j->text,
-	    j->len < JSON_TEXT ? j->len : JSON_TEXT - 1 });
-}
-
-/* Keeps a text for show: without what a terminal would obey, which are the
- * control characters of ASCII and those of Latin-1, C2 80 to C2 9F. */
-static void
-json_show(char *to, size_t size, const struct json *j)
-{
-	json_keep(to, size, j);
-	for (; *to != '\0'; to++) {
-		if ((unsigned char)*to == 0xc2 && (unsigned char)to[1] < 0xa0 &&
-		    to[1] != '\0')
-			*to++ = ' ';
-		else if ((unsigned char)*to >= 0x20 && *to != 0x7f)
-			continue;
-		*to = ' ';
-	}
-}
-
-/* Fills a struct meta from a state. */
-static void
-meta_on(struct json *j, char what)
-{
-	struct meta *m = j->to;
-	enum word w = j->word[j->depth];
 	char *end;
 
-	if (j->depth == 2 && what == '{' && j->word[1] == W_RESOURCES &&
-	    json_in_array(j))
-		m->resources++;
-	if (j->depth != 1)
-		return;
-	if (w == W_SERIAL && what == 'n') {
-		errno = 0;
-		m->serial = strtoull(j->text, &end, 10);
-		m->known = *end == '\0' && errno == 0 && *j->text != '-';
-		m->serial = m->known ? m->serial : 0;
-	} else if (w == W_LINEAGE && what == 's')
-		json_show(m->lineage, sizeof(m->lineage), j);
-	else if (w == W_TERRAFORM_VERSION && what == 's')
-		json_show(m->version, sizeof(m->version), j);
-}
-
-/* As meta_on, but has seen enough with the serial and the lineage. */
-static void
-meta_on_brief(struct json *j, char what)
-{
-	struct meta *m = j->to;
-
-	meta_on(j, what);
-	j->stop = m->known && m->lineage[0] != '\0';
-}
-
-/* Fills a struct lock from lock info. An ID that is too long is none, and
- * so is one with a NUL, which would end it early. */
-static void
-lock_on(struct json *j, char what)
-{
-	struct lock *l = j->to;
-
-	if (j->depth != 1 || what != 's')
-		return;
-	if (j->word[1] == W_ID) {
-		l->id[0] = '\0';
-		if (j->len <= ID_MAX && memchr(j->text, 0, j->len) == NULL)
-			json_keep(l->id, sizeof(l->id), j);
-	} else if (j->word[1] == W_OPERATION)
-		json_show(l->operation, sizeof(l->operation), j);
-	else if (j->word[1] == W_INFO)
-		json_show(l->info, sizeof(l->info), j);
-	else if (j->word[1] == W_WHO)
-		json_show(l->who, sizeof(l->who), j);
-	else if (j->word[1] == W_CREATED)
-		json_show(l->created, sizeof(l->created), j);
+	errno = 0;
+	*n = strtoull(text, &end, 10);
+	return *end == '\0' && errno == 0 && *text >= '0' && *text <= '9';
 }
 
 /* ==== HTTP parser ========================================================
  *
  * Bytes in, spans out; no I/O, no allocation. RFC 9112 as a server, read
  * strictly: whatever two parsers could understand differently is refused,
- * and so is every bare CR or LF. A status returned negative ends the
- * connection, for nobody knows where the next request would begin.
+ * and so is every bare CR or LF. Functions return NULL, or the status and
+ * what is wrong. What is refused ends the connection, for nobody knows where
+ * the next request would begin.
  */
 
-/* Sets of ASCII characters, a bit for each. */
-static const uint64_t token_chars[2] = {	/* RFC 9110, 5.6.2: tchar */
-	0x03ff6cfa00000000, 0x57ffffffc7fffffe
-};
-static const uint64_t host_chars[2] = {		/* RFC 3986: reg-name */
-	0x2bff7ff200000000, 0x47fffffe87fffffe
-};
-
-static bool
-in_set(const uint64_t set[2], unsigned char c)
-{
-	return c < 128 && (set[c / 64] >> c % 64 & 1) != 0;
-}
-
-static bool
+/* A character of a token (RFC 9110, 5.6.2), a set with a bit for each. Always
+ * inline: each byte of a name is asked for. */
+__attribute__((always_inline))
+static inline bool
 is_token(unsigned char c)
 {
-	return in_set(token_chars, c);
+	static const uint64_t set[2] = {
+		0x03ff6cfa00000000, 0x57ffffffc7fffffe
+	};
+
+	return c < 128 && (set[c / 64] >> c % 64 & 1) != 0;
 }
 
 static bool
@@ -1574,256 +1448,198 @@ is_value(unsigned char c)		/* RFC 9110, 5.5: no CTL but HTAB */
 	return c == '\t' || (c >= 0x20 && c != 0x7f);
 }
 
+/* Takes a token off the front of what is left of a line. */
+static struct span
+http_token(struct span *line)
+{
+	const char *p = line->ptr, *start = p, *end = p + line->len;
+
+	while (p < end && is_token((unsigned char)*p))
+		p++;
+	*line = (struct span){ p, (size_t)(end - p) };
+	return (struct span){ start, (size_t)(p - start) };
+}
+
 /* RFC 9110, 4.2: host [":" port]; the host a name, IPv4, or [IPv6]. */
 static bool
 http_host_ok(struct span h)
 {
-	const char *p = h.ptr, *end = p + h.len, *close;
+	const char *p = h.ptr, *end = p + h.len;
 	char text[INET6_ADDRSTRLEN + 1];
 	struct in6_addr six;
 	unsigned port = 0;
 
-	if (h.len == 0)
+	if (h.len > 0 && *p == '[') {
+		while (p < end && *p != ']')
+			p++;
+		span_copy(text, sizeof(text), (struct span){ h.ptr + 1,
+		    (size_t)(p - h.ptr - 1) });
+		if (p++ == end || inet_pton(AF_INET6, text, &six) != 1)
+			return false;
+	} else
+		while (p < end && (isalnum((unsigned char)*p) ||
+		    strchr("-._~!$&'()*+,;=", *p) != NULL || (*p == '%' &&
+		    end - p > 2 && isxdigit((unsigned char)p[1]) &&
+		    isxdigit((unsigned char)p[2]))))
+			p++;
+	if (p == h.ptr || (p < end && (*p != ':' || end - p > 6)))
 		return false;
-	if (*p == '[') {
-		if ((close = memchr(p, ']', h.len)) == NULL)
-			return false;
-		span_copy(text, sizeof(text), (struct span){ p + 1,
-		    (size_t)(close - p - 1) });
-		if (inet_pton(AF_INET6, text, &six) != 1)
-			return false;
-		p = close + 1;
-	} else {
-		for (; p < end && in_set(host_chars, (unsigned char)*p); p++)
-			if (*p == '%' && (end - p < 3 ||
-			    hex_value((unsigned char)p[1]) == -1 ||
-			    hex_value((unsigned char)p[2]) == -1))
-				return false;
-		if (p == h.ptr)
-			return false;
-	}
-	if (p == end)
-		return true;
-	if (*p != ':' || end - p > 6)
-		return false;
-	for (p++; p < end; p++) {
-		if (*p < '0' || *p > '9')
-			return false;
+	for (p++; p < end && *p >= '0' && *p <= '9'; p++)
 		port = port * 10 + (unsigned)(*p - '0');
-	}
-	return port <= 65535;
+	return p >= end && port <= 65535;
 }
 
-/* A head that is refused: why, and minus the status. */
-static int
-http_bad(struct head *h, int status, const char *why)
-{
-	h->why = why;
-	return -status;
-}
-
-/* Content-Length: digits and nothing else. */
-static int
-http_length(struct head *h, struct span v)
-{
-	for (h->length = v.len > 0 ? 0 : -1; v.len > 0; v.ptr++, v.len--) {
-		if (*v.ptr < '0' || *v.ptr > '9')
-			return http_bad(h, 400, "Content-Length is not a "
-			    "number");
-		if (h->length < INT64_MAX / 100)	/* else 413 follows */
-			h->length = h->length * 10 + (*v.ptr - '0');
-	}
-	return h->length != -1 ? 0 :
-	    http_bad(h, 400, "Content-Length is empty");
-}
-
-/* RFC 9112, 6.1 and 6.3: chunked, once and last; we know no other coding. */
-static int
-http_coding(struct head *h, struct span v)
-{
-	struct span item = { NULL, 0 };
-	bool empty = v.len > 0 && v.ptr[v.len - 1] == ',';
-	unsigned items = 0, chunked = 0;
-
-	for (; span_next(&v, &item); items++) {
-		chunked += span_is(item, "chunked");
-		empty |= item.len == 0;
-	}
-	if (h->minor == 0 || h->length != -1)
-		return http_bad(h, 400, "Transfer-Encoding goes neither with "
-		    "Content-Length nor with HTTP/1.0");
-	if (chunked != 1 || !span_is(item, "chunked") || empty)
-		return http_bad(h, 400, "Transfer-Encoding does not end in "
-		    "chunked");
-	h->chunked = true;
-	return items == 1 ? 0 : http_bad(h, 501, "the only transfer coding "
-	    "known here is chunked");
-}
-
-/* Is word in a comma-separated list? Parameters after ";" do not count. */
+/* Is word in a comma-separated list? With a quality of 0 it is not wanted
+ * (RFC 9110, 12.4.2); other parameters do not count. */
 static bool
 http_lists(struct span list, const char *word)
 {
-	struct span item;
-	const char *semi;
+	struct span item, part;
+	bool wanted;
 
-	while (span_next(&list, &item)) {
-		if ((semi = memchr(item.ptr, ';', item.len)) != NULL)
-			item.len = (size_t)(semi - item.ptr);
-		if (span_is(item, word))
+	while (span_next(&list, ',', &item)) {
+		wanted = span_next(&item, ';', &part) && span_is(part, word);
+		while (span_next(&item, ';', &part))
+			wanted &= part.len < 3 || (*part.ptr | 32) != 'q' ||
+			    part.len != 2 + strspn(part.ptr + 2, "0.");
+		if (wanted)
 			return true;
 	}
 	return false;
 }
 
-/* The fields that mean something here. What may come twice is a list, and
- * then the last line counts, for a front adds its own at the end. */
-static const struct {
-	char name[20];
-	unsigned char len;
-	bool twice;
-} http_fields[F_COUNT] = {
-#define FIELD(name, twice) { name, sizeof(name) - 1, twice }
-	[F_HOST] = FIELD("host", false),
-	[F_LENGTH] = FIELD("content-length", false),
-	[F_CODING] = FIELD("transfer-encoding", false),
-	[F_CONNECTION] = FIELD("connection", true),
-	[F_EXPECT] = FIELD("expect", false),
-	[F_AUTHORIZATION] = FIELD("authorization", false),
-	[F_MD5] = FIELD("content-md5", false),
-	[F_ACCEPT] = FIELD("accept", true),
-	[F_ORIGIN] = FIELD("origin", true),
-	[F_FORWARDED] = FIELD("x-forwarded-for", true),
-	[F_RANGE] = FIELD("content-range", true),
-	[F_MATCH] = FIELD("if-match", true),
-	[F_NONE_MATCH] = FIELD("if-none-match", true),
-	[F_UNMODIFIED] = FIELD("if-unmodified-since", true),
-};
-
 /* One field line, without its CRLF. */
-static int
-http_field(struct head *h, const char *p, const char *end)
+static const char *
+http_field(struct head *h, struct span line)
 {
-	struct span name = { p, 0 }, value;
-	size_t i;
+	const char *p, *end = line.ptr + line.len;
+	struct span name = http_token(&line), value;
+	size_t f = name.len < sizeof(*field_names) ? 0 : F_COUNT;
 
-	while (p < end && is_token((unsigned char)*p))
-		p++;
-	name.len = (size_t)(p - name.ptr);
 	/* obs-fold and "Name :" end here. */
-	if (name.len == 0 || p == end || *p != ':')
-		return http_bad(h, 400, "a field line does not begin with a "
-		    "name and a colon");
-	for (p++; p < end && (*p == ' ' || *p == '\t'); p++)
+	if (name.len == 0 || line.len == 0 || *line.ptr != ':')
+		return "400 a field line is not: name, colon, value";
+	for (p = line.ptr + 1; p < end && (*p == ' ' || *p == '\t'); p++)
 		continue;
 	while (end > p && (end[-1] == ' ' || end[-1] == '\t'))
 		end--;
 	value = (struct span){ p, (size_t)(end - p) };
 	for (; p < end; p++)
 		if (!is_value((unsigned char)*p))
-			return http_bad(h, 400, "a field's value has a "
-			    "control character");
-	for (i = 0; i < F_COUNT; i++)
-		if (name.len == http_fields[i].len &&
-		    span_is(name, http_fields[i].name))
-			break;
-	if (i == F_COUNT)
-		return 0;
-	if (h->field[i].ptr != NULL && !http_fields[i].twice)
-		return http_bad(h, 400, "a field that may stand once stands "
-		    "twice");
-	h->field[i] = value;
-	/* "close" must be seen in whichever line it stands. */
-	if (i == F_CONNECTION && http_lists(value, "close"))
-		h->keep = false;
-	return 0;
+			return "400 a field's value has a control character";
+	while (f < F_COUNT && ((*name.ptr | 32) != *field_names[f] ||
+	    field_names[f][name.len] != '\0' ||
+	    strncasecmp(name.ptr, field_names[f], name.len) != 0))
+		f++;
+	if (f == F_COUNT)
+		return NULL;
+	if (f < F_CONNECTION && h->field[f].ptr != NULL)
+		return "400 a field that may stand once stands twice";
+	h->field[f] = value;
+	if (f == F_CONNECTION) {	/* in whichever line it stands */
+		h->close |= http_lists(value, "close");
+		h->keep_alive |= http_lists(value, "keep-alive");
+	}
+	return NULL;
 }
 
 /* Cuts scheme and authority off an absolute-form target (RFC 9112, 3.2.2):
- * its host is the one that counts. */
-static int
+ * its host is the one that counts. The blank behind the target ends both. */
+static const char *
 http_absolute(struct head *h)
 {
-	const char *p = h->target.ptr, *end = p + h->target.len, *host;
-	size_t scheme = h->target.len > 8 &&
-	    strncasecmp(p, "https://", 8) == 0 ? 8 : 7;
+	const char *p = h->target.ptr;
+	size_t n = strncasecmp(p, "https://", 8) == 0 ? 8 : 7;
 
-	if (h->target.len <= scheme || (scheme == 7 &&
-	    strncasecmp(p, "http://", 7) != 0))
-		return http_bad(h, 400, "the target is no path and no URL");
-	host = p += scheme;
-	while (p < end && *p != '/' && *p != '?')
-		p++;
-	h->host = (struct span){ host, (size_t)(p - host) };
-	if (!http_host_ok(h->host))
-		return http_bad(h, 400, "the target's host is malformed");
-	h->target = (struct span){ p, (size_t)(end - p) };
-	return 0;
+	if (n == 7 && strncasecmp(p, "http://", 7) != 0)
+		return "400 the target is no path and no URL";
+	h->host = (struct span){ p + n, strcspn(p + n, "/? ") };
+	n += h->host.len;
+	h->target.ptr += n;
+	h->target.len -= n;
+	return http_host_ok(h->host) ? NULL :
+	    "400 the target's host is malformed";
 }
 
 /* method SP target SP HTTP/1.x, with nothing else between. */
-static int
-http_request_line(struct head *h, const char *p, const char *end)
+static const char *
+http_request_line(struct head *h, struct span line)
 {
-	const char *word = p;
-	size_t m;
-	int status = 0;
+	struct span word = http_token(&line);
+	const char *p = line.ptr + 1, *end = line.ptr + line.len;
+	size_t m = 0;
 
-	while (p < end && is_token((unsigned char)*p))
-		p++;
-	if (p == word || p == end || *p != ' ')
-		return http_bad(h, 400, "the request does not begin with a "
-		    "method");
-	for (m = 0; m < M_COUNT; m++)
-		if (strlen(method_names[m]) == (size_t)(p - word) &&
-		    memcmp(word, method_names[m], (size_t)(p - word)) == 0)
-			break;
+	if (word.len == 0 || line.len == 0 || *line.ptr != ' ')
+		return "400 the request does not begin with a method";
+	while (m < M_COUNT && (strlen(method_names[m]) != word.len ||
+	    memcmp(word.ptr, method_names[m], word.len) != 0))
+		m++;
 	h->method = (enum method)m;
-	for (word = ++p; p < end && *p > 0x20 && *p < 0x7f && *p != '#'; p++)
-		continue;
-	h->target = (struct span){ word, (size_t)(p - word) };
+	h->target.ptr = p;
+	while (p < end && *p > 0x20 && *p < 0x7f && *p != '#')
+		p++;
+	h->target.len = (size_t)(p - h->target.ptr);
 	if (h->target.len == 0 || end - p != 9 ||
 	    memcmp(p, " HTTP/", 6) != 0 || p[6] < '0' || p[6] > '9' ||
 	    p[7] != '.' || p[8] < '0' || p[8] > '9')
-		return http_bad(h, 400, "the request line is not: method, "
-		    "target, HTTP/1.1");
+		return "400 the request line is not: method, target, HTTP/1.1";
 	if (p[6] != '1')
-		return http_bad(h, 505, "the version is not HTTP/1.x");
+		return "505 the version is not HTTP/1.x";
 	h->minor = p[8] == '0' ? 0 : 1;
 	if (h->target.len > TARGET_MAX)
-		return http_bad(h, 414, "the target is too long");
+		return "414 the target is too long";
 	if (m == M_COUNT)
-		return http_bad(h, 501, "the method is not known here");
-	if (h->target.len == 1 && *word == '*')
-		status = m == M_OPTIONS ? 0 :
-		    http_bad(h, 400, "only OPTIONS goes with *");
-	else if (*word != '/')
-		status = http_absolute(h);
-	return status;
+		return "501 the method is not known here";
+	if (span_is(h->target, "*"))
+		return m == M_OPTIONS ? NULL : "400 only OPTIONS goes with *";
+	return *h->target.ptr == '/' ? NULL : http_absolute(h);
 }
 
-/* The rules that need the whole head: RFC 9112, 3.2, 6; 9110, 10.1.1. */
-static int
-http_whole(struct head *h)
+/* All lines of a head, up to end; NULL: it is too large. Then the rules that
+ * need the whole: RFC 9112, 3.2, 6; 9110, 10.1.1. */
+static const char *
+http_head(struct head *h, const char *p, size_t len, const char *end)
 {
+	const char *lf = memchr(p, '\n', len), *start = p, *wrong = NULL;
 	const struct span *f = h->field;
-	int status = 0;
+	unsigned fields = 0;
 
+	if (lf == NULL)
+		return "414 the request line is too long";
+	wrong = http_request_line(h, (struct span){ p, (size_t)(lf - 1 - p) });
+	if (wrong == NULL && (end == NULL || end - start > HEAD_MAX))
+		return "431 the head is too large";
+	for (p = lf + 1; wrong == NULL && p < end - 2; p = lf + 1) {
+		if (++fields > FIELDS_MAX)
+			return "431 there are too many fields";
+		lf = memchr(p, '\n', (size_t)(end - p));
+		wrong = http_field(h, (struct span){ p, (size_t)(lf - 1 - p) });
+	}
+	if (wrong != NULL)
+		return wrong;
 	if (f[F_HOST].ptr == NULL ? h->minor == 1 : !http_host_ok(f[F_HOST]))
-		return http_bad(h, 400, "Host is missing or malformed");
-	if (h->host.len == 0)		/* else the absolute form's */
-		h->host = f[F_HOST];
-	if (h->minor == 0)
-		h->keep = h->keep &&
-		    http_lists(f[F_CONNECTION], "keep-alive");
-	if (f[F_LENGTH].ptr != NULL)
-		status = http_length(h, f[F_LENGTH]);
-	if (status == 0 && f[F_CODING].ptr != NULL)
-		status = http_coding(h, f[F_CODING]);
-	if (status == 0 && f[F_EXPECT].ptr != NULL && h->minor == 1 &&
+		return "400 Host is missing or malformed";
+	if (h->host.len == 0 && f[F_HOST].ptr != NULL)
+		h->host = f[F_HOST];	/* else the absolute form's, or none */
+	h->keep = !h->close && (h->minor == 1 || h->keep_alive);
+	/* What is too large for a number is too large a body: strtoll says so
+	 * with the largest one. A line end, or a blank, ends the digits. */
+	if (f[F_LENGTH].ptr != NULL) {
+		if (f[F_LENGTH].len == 0 || strspn(f[F_LENGTH].ptr,
+		    "0123456789") < f[F_LENGTH].len)
+			return "400 Content-Length is no number";
+		h->length = strtoll(f[F_LENGTH].ptr, NULL, 10);
+	}
+	h->chunked = f[F_CODING].ptr != NULL;
+	if (h->chunked && (h->minor == 0 || h->length != -1))
+		return "400 Transfer-Encoding goes neither with Content-Length "
+		    "nor with HTTP/1.0";
+	if (h->chunked && !span_is(f[F_CODING], "chunked"))
+		return "501 the only transfer coding known is chunked";
+	if (f[F_EXPECT].ptr != NULL && h->minor == 1 &&
 	    !span_is(f[F_EXPECT], "100-continue"))
-		status = http_bad(h, 417, "only 100-continue can be expected");
-	return status;
+		return "417 only 100-continue can be expected";
+	return NULL;
 }
 
 /*
@@ -1835,166 +1651,60 @@ http_whole(struct head *h)
 static int
 http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 {
-	const char *end = NULL, *p, *line, *lf;
-	unsigned fields = 0;
-	int status;
+	const char *end = NULL, *p = data + *seen, *lf, *wrong = NULL;
 
-	for (p = data + *seen; (lf = memchr(p, '\n',
+	*h = (struct head){ .method = M_COUNT, .length = -1, .minor = 1,
+	    .host = { "", 0 } };
+	for (; end == NULL && wrong == NULL && (lf = memchr(p, '\n',
 	    (size_t)(data + len - p))) != NULL; p = lf + 1) {
 		if (lf == data || lf[-1] != '\r')
-			return http_bad(h, 400, "a line does not end in CR "
-			    "LF");
-		if (lf - data >= 3 && lf[-2] == '\n') {
+			wrong = "400 a line does not end in CR LF";
+		else if (lf - data >= 3 && lf[-2] == '\n')
 			end = lf + 1;
-			break;
-		}
 	}
 	*seen = len;
-	if (end == NULL && len < HEAD_MAX)
+	if (wrong == NULL && end == NULL && len < HEAD_MAX)
 		return 0;
-	*h = (struct head){ .method = M_COUNT, .length = -1, .minor = 1,
-	    .keep = true };
-	if ((lf = memchr(data, '\n', len)) == NULL)
-		return http_bad(h, 414, "the request line is too long");
-	status = http_request_line(h, data, lf - 1);
-	if (status != 0)
-		return status;
-	if (end == NULL || end - data > HEAD_MAX)
-		return http_bad(h, 431, "the head is larger than 16 KiB");
-	for (line = lf + 1; line < end - 2; line = lf + 1) {
-		lf = memchr(line, '\n', (size_t)(end - line));
-		if (++fields > FIELDS_MAX)
-			return http_bad(h, 431, "there are more than 100 "
-			    "fields");
-		if ((status = http_field(h, line, lf - 1)) != 0)
-			return status;
-	}
-	status = http_whole(h);
-	return status != 0 ? status : (int)(end - data);
-}
-
-/* One byte of a chunk's first line, between its size and its LF. */
-static int
-chunk_size(struct chunks *c, unsigned char b)
-{
-	int v;
-
-	if (++c->line > CHUNK_LINE_MAX)
-		return -400;
-	if (c->state == CH_QUOTE || c->state == CH_ESC) {
-		if (!is_value(b))
-			return -400;
-		c->state = c->state == CH_ESC || (b != '"' && b != '\\') ?
-		    CH_QUOTE : b == '"' ? CH_EXT : CH_ESC;
-		return 0;
-	}
-	/* After ";" comes a name: neither "=" nor nothing. */
-	if (c->state == CH_NAME && b != ' ' && b != '\t' && !is_token(b))
-		return -400;
-	if (b == '\r' && c->state != CH_BLANK) {
-		c->state = CH_SIZE_LF;
-		return c->digits > 0 ? 0 : -400;
-	}
-	if (c->state == CH_NAME && (b == ' ' || b == '\t'))
-		return 0;
-	if (c->state == CH_NAME || c->state == CH_EXT) {
-		c->state = b == '"' ? CH_QUOTE : b == ';' ? CH_NAME : CH_EXT;
-		return is_value(b) ? 0 : -400;
-	}
-	if (c->state == CH_SIZE && (v = hex_value(b)) != -1) {
-		c->left = c->left << 4 | (unsigned)v;
-		return ++c->digits <= 15 ? 0 : -413;
-	}
-	/* RFC 9112, 7.1.1: only ";" goes on, white space before it or not. */
-	c->state = b == ';' ? CH_NAME : CH_BLANK;
-	return c->digits > 0 && (b == ';' || b == ' ' || b == '\t') ? 0 : -400;
-}
-
-/* One byte of the trailer section: fields of the head's form, all dropped. */
-static int
-chunk_trailer(struct chunks *c, unsigned char b)
-{
-	if (++c->trailer > HEAD_MAX)
-		return -431;
-	switch (c->state) {
-	case CH_TRAILER:
-		if (b == '\r') {
-			c->state = CH_END_LF;
-			return 0;
-		}
-		if (++c->fields > FIELDS_MAX)
-			return -431;
-		c->state = CH_FIELD;
-		return is_token(b) ? 0 : -400;
-	case CH_FIELD:
-		c->state = b == ':' ? CH_VALUE : CH_FIELD;
-		return b == ':' || is_token(b) ? 0 : -400;
-	case CH_VALUE:
-		c->state = b == '\r' ? CH_TRAILER_LF : CH_VALUE;
-		return b == '\r' || is_value(b) ? 0 : -400;
-	case CH_TRAILER_LF:
-		c->state = CH_TRAILER;
-		return b == '\n' ? 0 : -400;
-	default:
-		c->state = CH_DONE;
-		return b == '\n' ? 0 : -400;
-	}
+	if (wrong == NULL)
+		wrong = http_head(h, data, len, end);
+	if (wrong == NULL)
+		return (int)(end - data);
+	h->why = wrong + 4;
+	return -atoi(wrong);
 }
 
 /*
- * Decodes a chunked body: takes from in what it can, appends the data to out
- * until that is full. Sets *used to the bytes taken; returns 0 or minus a
- * status. Whether the body is over, c->state tells: CH_DONE.
+ * The first line of a chunk, without its CRLF (RFC 9112, 7.1): sets size, and
+ * returns 0 or minus a status. Extensions mean nothing here, but each has a
+ * name after its ";", and a quoted value has an end.
  */
 static int
-chunk_decode(struct chunks *c, struct span in, size_t *used, char *out,
-    size_t *len, size_t cap)
+chunk_size(struct span line, uint64_t *size)
 {
-	int status = 0;
-	size_t n, i = 0;
+	const char *p = line.ptr, *end = p + line.len;
+	bool quoted = false, escaped = false, named = true, begun, blank;
 
-	while (i < in.len && status == 0 && c->state != CH_DONE) {
-		unsigned char b = (unsigned char)in.ptr[i];
-
-		switch (c->state) {
-		case CH_DATA:
-			n = in.len - i < cap - *len ? in.len - i : cap - *len;
-			n = n < c->left ? n : (size_t)c->left;
-			if (n == 0)
-				goto full;
-			memcpy(out + *len, in.ptr + i, n);
-			*len += n;
-			i += n;
-			if ((c->left -= n) == 0)
-				c->state = CH_CR;
-			continue;
-		case CH_CR:
-			c->state = CH_LF;
-			status = b == '\r' ? 0 : -400;
-			break;
-		case CH_LF:
-			c->state = CH_SIZE;
-			c->digits = c->line = 0;
-			status = b == '\n' ? 0 : -400;
-			break;
-		case CH_SIZE_LF:
-			c->state = c->left > 0 ? CH_DATA : CH_TRAILER;
-			status = b != '\n' ? -400 :
-			    c->left > c->room ? -413 : 0;
-			c->room -= c->left;
-			break;
-		case CH_SIZE: case CH_BLANK: case CH_NAME: case CH_EXT:
-		case CH_QUOTE: case CH_ESC:
-			status = chunk_size(c, b);
-			break;
-		default:
-			status = chunk_trailer(c, b);
-		}
-		i++;
+	for (*size = 0; p < end && hex_value((unsigned char)*p) != -1; p++)
+		*size = *size << 4 | (unsigned)hex_value((unsigned char)*p);
+	if (p == line.ptr)
+		return -400;
+	if (p - line.ptr > 15)
+		return -413;
+	for (begun = p == end; p < end; p++) {
+		blank = *p == ' ' || *p == '\t';
+		if (!is_value((unsigned char)*p) || (!blank &&
+		    ((!begun && *p != ';') || (!quoted && !named &&
+		    !is_token((unsigned char)*p)))))
+			return -400;
+		begun |= *p == ';';
+		if (escaped || (quoted && *p == '\\'))
+			escaped = !escaped;
+		else if (*p == '"')
+			quoted = !quoted;
+		else if (!quoted && !blank)
+			named = *p != ';';
 	}
-full:
-	*used = i;
-	return status;
+	return quoted || !named || !begun ? -400 : 0;
 }
 
 /* ==== names ==============================================================
@@ -2002,131 +1712,12 @@ full:
  * From a URL to what it names: decoded once, then read. All rules about
  * names are in name_wrong, and nothing reaches the disk that did not pass it.
  */
-
 static bool
 ends_in(const char *s, size_t len, const char *end)
 {
 	size_t n = strlen(end);
 
 	return len >= n && memcmp(s + len - n, end, n) == 0;
-}
-
-/* YYYYMMDDTHHMMSS.mmmZ-SERIAL, the ID of an earlier version, then end. */
-static bool
-is_version(const char *s, const char *end)
-{
-	static const char form[] = "ddddddddTdddddd.dddZ-";
-	size_t i;
-
-	for (i = 0; i < sizeof(form) - 1; i++)
-		if (form[i] == 'd' ? s[i] < '0' || s[i] > '9' :
-		    s[i] != form[i])
-			return false;
-	i = strspn(s + sizeof(form) - 1, "0123456789");
-	return i >= 1 && i <= 20 &&
-	    strcmp(s + sizeof(form) - 1 + i, end) == 0;
-}
-
-/* Rules 3 to 6, for the len bytes of one segment; NULL, or what is wrong. */
-static const char *
-segment_wrong(const char *s, size_t len)
-{
-	if (len == 0)
-		return "a state name has no empty segment";
-	if (len > SEGMENT_MAX)
-		return "a segment of a state name has 200 bytes at most";
-	if (*s == '.' || *s == '-')
-		return "no segment of a state name begins with '.' or '-'";
-	if (ends_in(s, len, ".lock") || ends_in(s, len, ".log") ||
-	    ends_in(s, len, ".tfstate"))
-		return "no segment of a state name ends in .lock, .log or "
-		    ".tfstate";
-	return NULL;
-}
-
-/*
- * NULL if name may be a state's, else what is wrong with it:
- * 1. at most 1,000 bytes; 2. UTF-8 without control characters, without
- * backslash; 3. 1 to 8 segments of 1 to 200 bytes; 4. none begins with '.'
- * or '-': so there is no "..", nothing hidden, nothing like an option;
- * 5. none ends like our own files, so no state's file is another's lock;
- * 6. the last is not "lock", which is the lock's URL;
- * 7. the first of several is not the original demo's terraform_state or
- * terraform_lock, whose URLs mean another state.
- */
-static const char *
-name_wrong(const char *name)
-{
-	const char *p, *segment = name, *wrong;
-	unsigned segments = 0;
-	size_t n;
-
-	if (strlen(name) > NAME_LEN_MAX)
-		return "a state name has 1000 bytes at most";
-	for (p = name;; p += n) {
-		if (*p == '/' || *p == '\0') {
-			wrong = segment_wrong(segment, (size_t)(p - segment));
-			if (wrong != NULL)
-				return wrong;
-			if (++segments > SEGMENTS_MAX)
-				return "a state name has 8 segments at most";
-			if (*p == '\0')
-				break;
-			segment = p + 1;
-		}
-		n = utf8_length(p);
-		if (n == 0 || (unsigned char)*p < 0x20 || *p == 0x7f ||
-		    *p == '\\' || (n == 2 && (unsigned char)*p == 0xc2 &&
-		    (unsigned char)p[1] < 0xa0))
-			return "a state name is UTF-8 without control "
-			    "characters or backslashes";
-	}
-	if (strncmp(name, "terraform_state/", 16) == 0 ||
-	    strncmp(name, "terraform_lock/", 15) == 0)
-		return "no state name begins with terraform_state/ or "
-		    "terraform_lock/";
-	return strcmp(segment, "lock") == 0 ?
-	    "no state is called lock: that is a lock's URL" : NULL;
-}
-
-/* Undoes percent-encoding once. The length, or -1 for a bad escape, a NUL,
- * or what does not fit. */
-static ssize_t
-url_decode(struct span s, char *out, size_t size, bool query)
-{
-	size_t i, n = 0;
-	int high, low;
-
-	for (i = 0; i < s.len; i++, n++) {
-		if (n + 1 >= size)
-			return -1;
-		out[n] = s.ptr[i];
-		if (query && out[n] == '+')
-			out[n] = ' ';
-		if (s.ptr[i] != '%')
-			continue;
-		if (s.len - i < 3 ||
-		    (high = hex_value((unsigned char)s.ptr[i + 1])) == -1 ||
-		    (low = hex_value((unsigned char)s.ptr[i + 2])) == -1 ||
-		    (high | low) == 0)
-			return -1;
-		out[n] = (char)(high << 4 | low);
-		i += 2;
-	}
-	out[n] = '\0';
-	return (ssize_t)n;
-}
-
-/* If s begins with prefix, removes that and returns true. */
-static bool
-cut_prefix(char *s, const char *prefix)
-{
-	size_t n = strlen(prefix);
-
-	if (strncmp(s, prefix, n) != 0)
-		return false;
-	memmove(s, s + n, strlen(s + n) + 1);
-	return true;
 }
 
 static bool
@@ -2140,34 +1731,115 @@ cut_suffix(char *s, const char *suffix)
 	return true;
 }
 
-/* What /-/... is; the name, if it has one, is left in path. False: nothing. */
+/* YYYYMMDDTHHMMSS.mmmZ-SERIAL, the ID of an earlier version, then end. */
 static bool
-page_kind(char *path, struct request *r)
+is_version(const char *s, const char *end)
 {
-	static const struct { const char *path; enum kind kind; } pages[] = {
-		{ "healthy", K_HEALTHY }, { "ready", K_READY },
-		{ "metrics", K_METRICS }, { "versions/", K_VERSIONS },
-		{ "changes/", K_CHANGES }, { "log/", K_LOG }
-	};
-	size_t i = 0, n = sizeof(pages) / sizeof(*pages);
-	char *last;
+	const char *form = "ddddddddTdddddd.dddZ-";
+	size_t digits;
 
-	while (i < n && !cut_prefix(path, pages[i].path))
-		i++;
-	if (i == n || (pages[i].kind >= K_HEALTHY && *path != '\0'))
-		return false;
-	r->kind = pages[i].kind;
-	(void)cut_suffix(path, ".tfstate");
-	last = strrchr(path, '/');
-	if (r->kind != K_LOG && last != NULL && is_version(last + 1, "")) {
-		(void)snprintf(r->version, sizeof(r->version), "%s", last + 1);
-		*last = '\0';
-		if (r->kind == K_VERSIONS)
-			r->kind = K_VERSION;
-		(void)cut_suffix(path, ".tfstate");
+	for (; *form != '\0'; form++, s++)
+		if (*form == 'd' ? !isdigit((unsigned char)*s) : *s != *form)
+			return false;
+	digits = strspn(s, "0123456789");
+	return digits >= 1 && digits <= 20 && strcmp(s + digits, end) == 0;
+}
+
+/* On a file system that ignores the case of letters Demo and demo would be
+ * one file under two guards. Set at start. */
+static bool names_fold;
+
+/*
+ * NULL if name may be a state's, else what is wrong with it:
+ * 1. at most 1,000 bytes; 2. UTF-8 without control characters, without
+ * backslash; 3. 1 to 32 segments of 1 to 200 bytes; 4. none begins with '.'
+ * or '-': so there is no "..", nothing hidden, nothing like an option;
+ * 5. none ends like our own files, so no state's file is another's lock;
+ * 6. the last is not "lock", which is the lock's URL;
+ * 7. the first of several is not the original demo's terraform_state or
+ * terraform_lock, whose URLs mean another state;
+ * 8. on a file system that ignores case, only one spelling is let in.
+ */
+static const char *
+name_wrong(const char *name)
+{
+	unsigned segments = 0, code;
+	const char *p = name;
+	size_t n;
+
+	if (strlen(name) > NAME_LEN_MAX)
+		return "a state name has 1000 bytes at most";
+	for (; *p != '\0'; p += n) {
+		n = utf8_next(p, &code);
+		if (n == 0 || !is_shown(code) || code == '\\')
+			return "a state name is UTF-8 without control "
+			    "characters or backslashes";
+		if (names_fold && (isupper((unsigned char)*p) || n > 1))
+			return "the server's file system ignores case: no "
+			    "capitals, and only ASCII, in a state name";
 	}
+	for (p = name;; p += n + 1) {
+		n = strcspn(p, "/");
+		if (n == 0 || n > SEGMENT_MAX || ++segments > SEGMENTS_MAX)
+			return "a state name has 1 to 32 segments of 1 to 200 "
+			    "bytes";
+		if (*p == '.' || *p == '-')
+			return "no segment of a state name begins with . or -";
+		if (ends_in(p, n, ".lock") || ends_in(p, n, ".log") ||
+		    ends_in(p, n, ".tfstate"))
+			return "no segment of a state name ends in .lock, .log "
+			    "or .tfstate";
+		if (p[n] == '\0')
+			break;
+	}
+	if (strcmp(p, "lock") == 0)
+		return "no state is called lock: that is a lock's URL";
+	return strncmp(name, "terraform_state/", 16) == 0 ||
+	    strncmp(name, "terraform_lock/", 15) == 0 ? "no state name begins "
+	    "with terraform_state/ or terraform_lock/" : NULL;
+}
+
+/* Undoes percent-encoding once. False for a bad escape, a NUL, or what does
+ * not fit. */
+static bool
+url_decode(struct span s, char *out, size_t size, bool query)
+{
+	int high, low;
+	size_t i, n;
+
+	for (i = n = 0; i < s.len; i++, n++) {
+		if (n + 1 >= size)
+			return false;
+		out[n] = query && s.ptr[i] == '+' ? ' ' : s.ptr[i];
+		if (s.ptr[i] != '%')
+			continue;
+		if (s.len - i < 3 ||
+		    (high = hex_value((unsigned char)s.ptr[i + 1])) == -1 ||
+		    (low = hex_value((unsigned char)s.ptr[i + 2])) == -1 ||
+		    (high | low) == 0)
+			return false;
+		out[n] = (char)(high << 4 | low);
+		i += 2;
+	}
+	out[n] = '\0';
 	return true;
 }
+
+/* What URLs begin with. A page without a name is the whole of its URL. */
+static const struct route {
+	const char *path;
+	enum kind kind;
+	bool named;
+} routes[] = {
+	{ "/", K_ROOT, false }, { "*", K_STAR, false },
+	{ "/-/healthy", K_HEALTHY, false }, { "/-/ready", K_READY, false },
+	{ "/-/metrics", K_METRICS, false },
+	{ "/-/versions/", K_VERSIONS, true }, { "/-/log/", K_LOG, true },
+	{ "/-/", K_STAR, true },	/* no other page */
+	{ "/terraform_state/", K_STATE, true },
+	{ "/terraform_lock/", K_LOCK, true }, { "/", K_STATE, true },
+	{ "", K_STATE, true }
+};
 
 /*
  * Fills kind, name and version from a target's path. NULL, or what is wrong
@@ -2176,67 +1848,85 @@ page_kind(char *path, struct request *r)
 static const char *
 name_route(struct span target, struct request *r, bool *found)
 {
-	char path[NAME_LEN_MAX + 64];
+	const struct route *route = routes;
+	char path[NAME_LEN_MAX + 64], *name, *last;
+	const char *wrong;
+	size_t i, ups = 0;
 
 	*found = true;
-	if (url_decode(target, path, sizeof(path), false) == -1) {
-		if (target.len >= 3 * sizeof(path) ||
-		    memchr(target.ptr, '%', target.len) == NULL)
-			return "a state name has 1000 bytes at most";
-		return "the URL has a bad escape, a NUL, or is too long";
-	}
+	(void)snprintf(r->root, sizeof(r->root), "./");
+	for (i = 1; i < target.len && ups < 40; i++)
+		if (target.ptr[i] == '/')
+			memcpy(r->root + 3 * ups++, "../", 4);
+	if (!url_decode(target, path, sizeof(path), false))
+		return "the URL has a bad escape or a NUL, or its state name "
+		    "more than 1000 bytes";
+	for (i = 0; route->path[i] != '\0' ||
+	    (!route->named && path[i] != '\0');)
+		if (path[i] == route->path[i])
+			i++;
+		else {
+			route++;
+			i = 0;
+		}
 	span_copy(r->name, sizeof(r->name), span(path));
-	r->kind = strcmp(path, "/") == 0 ? K_ROOT :
-	    strcmp(path, "*") == 0 ? K_STAR : K_STATE;
-	if (r->kind != K_STATE)
+	r->kind = route->kind;
+	*found = strcmp(route->path, "/-/") != 0;
+	if (!*found || !route->named)
 		return NULL;
-	if (cut_prefix(path, "/-/")) {
-		*found = page_kind(path, r);
-		if (!*found || r->kind >= K_HEALTHY)
-			return NULL;
-	} else if (cut_prefix(path, "/terraform_lock/"))
+	name = path + i;
+	last = strrchr(name, '/');
+	if (last != NULL && r->kind == K_STATE && strcmp(last, "/lock") == 0)
 		r->kind = K_LOCK;
-	else if (!cut_prefix(path, "/terraform_state/"))
-		(void)cut_prefix(path, "/");
-	if (r->kind == K_STATE && strrchr(path, '/') != NULL &&
-	    cut_suffix(path, "/lock"))
-		r->kind = K_LOCK;
-	if (r->kind == K_STATE || r->kind == K_LOCK)
-		(void)cut_suffix(path, ".tfstate");
-	if (name_wrong(path) != NULL)
-		return name_wrong(path);
-	span_copy(r->name, sizeof(r->name), span(path));
-	return NULL;
+	else if (last != NULL && r->kind == K_VERSIONS &&
+	    (is_version(last + 1, "") || is_version(last + 1, ".tfstate"))) {
+		r->kind = K_VERSION;
+		span_copy(r->version, sizeof(r->version), span(last + 1));
+		(void)cut_suffix(r->version, ".tfstate");
+	} else
+		last = NULL;
+	if (last != NULL)
+		*last = '\0';
+	(void)cut_suffix(name, ".tfstate");
+	if ((wrong = name_wrong(name)) == NULL)
+		span_copy(r->name, sizeof(r->name), span(name));
+	return wrong;
 }
 
-/* Takes what we know from a target's query: ID, and q. */
-static int
-name_query(struct span query, struct request *r)
+/*
+ * Takes what we know from a target's query: ID, and for the listing q and
+ * locked. NULL, or what is wrong. To a state's or a lock's URL nobody may add
+ * another key: ?env=prod and ?env=dev would be one state. Only an UNLOCK with
+ * one is done, so that a run that has begun ends well.
+ */
+static const char *
+name_query(struct span query, struct request *r, bool unlock)
 {
-	const char *end = query.ptr + query.len, *amp, *eq;
-	struct span key, value;
+	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock;
+	struct span part, key;
+	char word[8];
 
-	for (; query.ptr < end; query.ptr = amp + 1) {
-		amp = memchr(query.ptr, '&', (size_t)(end - query.ptr));
-		if (amp == NULL)
-			amp = end;
-		eq = memchr(query.ptr, '=', (size_t)(amp - query.ptr));
-		key = (struct span){ query.ptr,
-		    (size_t)((eq != NULL ? eq : amp) - query.ptr) };
-		value = (struct span){ eq != NULL ? eq + 1 : amp,
-		    eq != NULL ? (size_t)(amp - eq - 1) : 0 };
-		if (key.len == 1 && *key.ptr == 'q')
-			(void)url_decode(value, r->query, sizeof(r->query),
-			    true);
-		if (key.len != 2 || memcmp(key.ptr, "ID", 2) != 0)
+	while (span_next(&query, '&', &part)) {
+		if (!span_next(&part, '=', &key))
 			continue;
+		if (!url_decode(key, word, sizeof(word), true))
+			word[0] = '\0';
+		r->locked |= strcmp(word, "locked") == 0;
+		if (r->kind == K_ROOT && strcmp(word, "q") == 0 &&
+		    !url_decode(part, r->query, sizeof(r->query), true))
+			return "?q= is badly escaped or longer than 255 bytes";
+		if (strcmp(word, "ID") != 0 && strict)
+			return "a state's URL takes no query but ?ID=, which "
+			    "terraform adds: put what makes two states "
+			    "different into the path, as in /NAME/dev";
 		/* Two IDs, or one cut short, could open what is locked. */
-		if (r->has_id || url_decode(value, r->id, sizeof(r->id),
-		    true) == -1)
-			return -1;
-		r->has_id = true;
+		if (strcmp(word, "ID") == 0 && (r->has_id ||
+		    !url_decode(part, r->id, sizeof(r->id), true)))
+			return "?ID= is given twice, badly escaped, or longer "
+			    "than 256 bytes";
+		r->has_id |= strcmp(word, "ID") == 0;
 	}
-	return 0;
+	return NULL;
 }
 
 /* ==== storage ============================================================
@@ -2259,22 +1949,48 @@ name_query(struct span query, struct request *r)
 
 static struct {
 	int root;			/* the directory */
-	int guard;			/* .guard, for the jobs in lanes */
+	int guard;			/* .guard, opened once */
+	struct stat guard_st;
 	bool remote;			/* on a network file system */
-	uint64_t token;			/* ours, in the names of uploads */
-	pthread_mutex_t mutex;		/* for what follows */
-	uint64_t uploads;
-	bool low;			/* below the reserve */
-} store = {
-	.root = -1,
-	.guard = -1,
-	.mutex = PTHREAD_MUTEX_INITIALIZER,
-};
+	uint64_t token;			/* ours, in temporary names */
+	_Atomic unsigned tmps;		/* temporary files so far */
+	_Atomic bool low;		/* below the reserve */
+	_Atomic bool unsynced;		/* a directory's sync has failed */
+} store = { .root = -1, .guard = -1 };
 
-struct place {
-	int dir;			/* -1: there is none, nor any file */
-	const char *leaf;		/* points into the name */
-};
+static bool
+same_file(const struct stat *a, const struct stat *b)
+{
+	return a->st_ino == b->st_ino && a->st_dev == b->st_dev;
+}
+
+static bool
+unchanged(const struct stat *a, const struct stat *b)
+{
+	return same_file(a, b) && a->st_size == b->st_size &&
+	    time_order(a->st_mtim, b->st_mtim) == 0 &&
+	    time_order(a->st_ctim, b->st_ctim) == 0;
+}
+
+/* Is the states' directory still the one of its path? Link counts do not tell
+ * that on overlayfs. */
+static bool
+store_there(void)
+{
+	struct stat mine, named;
+
+	return fstat(store.root, &mine) == 0 && stat(conf.dir, &named) == 0 &&
+	    same_file(&mine, &named);
+}
+
+/* Leaves ENOENT in errno only if that is the whole truth. Returns -1. */
+static int
+absent(void)
+{
+	if (errno == ENOENT)
+		errno = store_there() ? ENOENT : EIDRM;
+	return -1;
+}
 
 static void
 dir_leave(int dir)
@@ -2283,92 +1999,59 @@ dir_leave(int dir)
 		close_quietly(dir);
 }
 
-/* Has the directory been removed under us, or its host been lost? Then
- * nothing can be looked up in it. */
+/* Syncs a directory, and asks once more: XFS, after an error of its own, says
+ * that all is well, and EIO from then on. After a failure, every change syncs
+ * all its directories. */
 static int
-store_there(void)
+dir_sync(int dir)
 {
 	struct stat st;
 
-	if (fstat(store.root, &st) == -1)
-		return -1;
-	errno = EIDRM;
-	return st.st_nlink == 0 ? -1 : 0;
-}
-
-/* Returns -1, with ENOENT only if that is the whole truth. */
-static int
-errno_absent(void)
-{
-	if (errno == ENOENT && store_there() == 0)
-		errno = ENOENT;
+	if (sync_fd(dir) == 0 && fstat(dir, &st) == 0)
+		return 0;
+	store.unsynced = true;
 	return -1;
 }
 
-/* Opens one directory in another; -1 with errno. A missing one is made, if
- * so wanted, and on disk before anything in it can be. */
+enum enter { D_OPEN, D_MAKE, D_SYNC };
+
+/* Finds where a name's files lie. What is missing is made by D_MAKE; for
+ * D_OPEN it is no error: then dir is -1, and errno ENOENT. D_SYNC syncs each
+ * directory from the root down. Left by dir_leave(p->dir). */
 static int
-dir_step(int dir, const char *part, bool create)
+place_open(const char *name, enum enter how, struct place *p)
 {
-	const int how = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+	const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
+	char part[NAME_MAX + 1];
+	const char *slash;
 	int next;
 
-	if (!create)
-		return openat(dir, part, how);
-	/* One at a time: nobody may use one whose maker has not synced it. */
-	(void)pthread_mutex_lock(&store.mutex);
-	next = openat(dir, part, how);
-	if (next == -1 && errno == ENOENT &&
-	    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST)) {
-		if (sync_fd(dir) == 0)
-			next = openat(dir, part, how);
-		else
-			(void)unlinkat(dir, part, AT_REMOVEDIR);
+	p->dir = store.root;
+	p->leaf = name;
+	while (how != D_SYNC || dir_sync(p->dir) == 0) {
+		if ((slash = strchr(p->leaf, '/')) == NULL)
+			return 0;
+		span_copy(part, sizeof(part), (struct span){ p->leaf,
+		    (size_t)(slash - p->leaf) });
+		p->leaf = slash + 1;
+		next = openat(p->dir, part, flags);
+		if (next == -1 && errno == ENOENT && how == D_MAKE &&
+		    (mkdirat(p->dir, part, 0700) == 0 || errno == EEXIST))
+			next = openat(p->dir, part, flags);
+		dir_leave(p->dir);
+		if ((p->dir = next) == -1)
+			break;
 	}
-	(void)pthread_mutex_unlock(&store.mutex);
-	return next;
-}
-
-/* Opens the directory that the first len bytes of path name, below base,
- * which is left if it is not the root. Left by dir_leave. */
-static int
-dir_enter(int base, const char *path, size_t len, bool create)
-{
-	char part[SEGMENT_MAX + 1];
-	int dir = base, next;
-	size_t n;
-
-	while (len > 0) {
-		for (n = 0; n < len && path[n] != '/'; n++)
-			continue;
-		span_copy(part, sizeof(part), (struct span){ path, n });
-		next = dir_step(dir, part, create);
-		dir_leave(dir);
-		if ((dir = next) == -1)
-			return errno_absent();
-		n += n < len;
-		path += n;
-		len -= n;
-	}
-	return dir;
-}
-
-/* Finds where a name's files lie, or would. Left by dir_leave(p->dir). */
-static int
-place_open(const char *name, bool create, struct place *p)
-{
-	const char *slash = strrchr(name, '/');
-
-	p->leaf = slash == NULL ? name : slash + 1;
-	p->dir = dir_enter(store.root, name,
-	    slash == NULL ? 0 : (size_t)(slash - name), create);
-	return p->dir != -1 || (!create && errno == ENOENT) ? 0 : -1;
+	dir_leave(p->dir);
+	p->dir = -1;
+	(void)absent();
+	return how == D_OPEN && errno == ENOENT ? 0 : -1;
 }
 
 static const char *
 leaf_name(char out[LEAF], const struct place *p, const char *suffix)
 {
-	(void)snprintf(out, LEAF, "%s%s", p->leaf, suffix);
+	(void)snprintf(out, LEAF, "%.200s%s", p->leaf, suffix);
 	return out;
 }
 
@@ -2377,14 +2060,13 @@ leaf_name(char out[LEAF], const struct place *p, const char *suffix)
 static int
 file_open(int dir, const char *name, int how, struct stat *st)
 {
-	struct stat mine;
+	struct stat mine = { 0 };
 	int fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY |
 	    O_CLOEXEC, 0600);
 
-	if (st == NULL)
-		st = &mine;
-	if (fd == -1 || (how & O_EXCL) != 0)
-		return fd;		/* what we created is ordinary */
+	if (fd == -1)
+		return absent();
+	st = st != NULL ? st : &mine;
 	if (fstat(fd, st) == 0) {
 		if (S_ISREG(st->st_mode))
 			return fd;
@@ -2392,6 +2074,31 @@ file_open(int dir, const char *name, int how, struct stat *st)
 	}
 	close_quietly(fd);
 	return -1;
+}
+
+/* Opens one of a name's files; -1 with errno, ENOENT only if there is none. */
+static int
+place_file(const struct place *p, const char *suffix, int how,
+    struct stat *st)
+{
+	char leaf[LEAF];
+
+	errno = ENOENT;
+	return p->dir == -1 ? absent() :
+	    file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
+}
+
+static int
+name_file(const char *name, const char *suffix, struct stat *st)
+{
+	struct place p;
+	int fd;
+
+	if (place_open(name, D_OPEN, &p) == -1)
+		return -1;
+	fd = place_file(&p, suffix, O_RDONLY, st);
+	dir_leave(p.dir);
+	return fd;
 }
 
 /* Closes a file that nobody is likely to read soon: its pages are better used
@@ -2406,87 +2113,70 @@ file_forget(int fd)
 	close_quietly(fd);
 }
 
-static int
-place_file(const struct place *p, const char *suffix, int how,
-    struct stat *st)
+/* Have two files the same bytes? No, if one cannot be read. */
+static bool
+file_same(int a, int b)
 {
-	char leaf[LEAF];
-	int fd;
-
-	errno = ENOENT;
-	if (p->dir == -1)
-		return -1;
-	fd = file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
-	return fd == -1 ? errno_absent() : fd;
-}
-
-/* Opens a name's file for reading; -1 with errno, ENOENT only if there is
- * none. */
-static int
-name_file(const char *name, const char *suffix, struct stat *st)
-{
-	struct place p;
-	int fd;
-
-	if (place_open(name, false, &p) == -1)
-		return -1;
-	fd = place_file(&p, suffix, O_RDONLY, st);
-	dir_leave(p.dir);
-	return fd;
-}
-
-/* Reads up to size bytes from an offset on; how many there were, or -1. */
-static ssize_t
-read_at(int fd, void *data, size_t size, off_t at)
-{
-	size_t len = 0;
-	ssize_t n;
-
-	while (len < size) {
-		n = pread(fd, (char *)data + len, size - len,
-		    at + (off_t)len);
-		if (n == -1 && errno == EINTR)
-			continue;
-		if (n == -1)
-			return -1;
-		if (n == 0)
-			break;
-		len += (size_t)n;
-	}
-	return (ssize_t)len;
-}
-
-/* Reads a file as JSON: until on() has seen enough, max bytes were read, or
- * something is wrong. */
-static void
-json_file(int fd, struct json *j, off_t max)
-{
-	char data[8192];
+	char one[8192], two[8192];
 	off_t at = 0;
 	ssize_t n;
 
-	while (at < max && !j->stop &&
-	    (n = read_at(fd, data, sizeof(data), at)) > 0 &&
-	    json_feed(j, data, (size_t)n))
+	do {
+		n = read_at(a, one, sizeof(one), at);
+		if (n == -1 || read_at(b, two, sizeof(two), at) != n ||
+		    memcmp(one, two, (size_t)n) != 0)
+			return false;
 		at += n;
+	} while (n > 0);
+	return true;
 }
 
-/* Reads what is said about a state in it: brief, only serial and lineage.
- * On anything that is not a state, what was found until then. */
-static void
-meta_read(int fd, struct meta *m, bool brief)
+/* Reads what a state says about itself; brief: no further than needed. False
+ * if it is no JSON object, which j tells. */
+static bool
+meta_read(struct json *j, struct meta *m)
 {
-	struct json j = { .on = brief ? meta_on_brief : meta_on, .to = m };
+	char serial[24], skip[2];
+	struct member k[] = {
+		{ "serial", serial, sizeof(serial), 0, 0, 0 },
+		{ "lineage", m->lineage, sizeof(m->lineage), 0, 0, 0 },
+		{ "version", skip, sizeof(skip), 0, 0, 0 },
+		{ "terraform_version", m->version, sizeof(m->version),
+		    0, 0, 0 },
+		{ "encrypted_data", skip, sizeof(skip), 0, 0, 0 },
+		{ "id", skip, sizeof(skip), 0, 0, 0 },
+	};
+	size_t i;
+	bool ok;
 
 	*m = (struct meta){ 0 };
-	/* -s must know the serial, wherever it stands. */
-	json_file(fd, &j, brief && !conf.strict ? META_MAX : INT64_MAX);
+	j->members = k;
+	j->n = j->brief ? 4 : 6;
+	ok = json_object(j);
+	m->known = k[0].type == 'n' && k[0].len < sizeof(serial) &&
+	    whole_number(serial, &m->serial);
+	m->lineage_len = k[1].len;
+	m->type = k[2].type == 'n' || k[4].type == 's' ? 's' :
+	    k[2].type == 's' || k[5].type == 's' ? 'l' : 0;
+	for (i = 0; i < 5; i++)
+		if (k[i].n > 1 && i != 3)
+			m->doubled = k[i].key;
+	return ok;
 }
 
-/*
- * Room on the disk, in bytes. A reserve is kept, so that locks can be
- * released and taken when states no longer fit.
- */
+/* The same of a state in a file, as far as it has one. -s must know the
+ * serial, wherever it stands. */
+static void
+meta_file(int fd, struct meta *m)
+{
+	struct json j = { .brief = 4, .fd = fd,
+	    .max = conf.strict ? conf.body_max : META_MAX };
+
+	(void)meta_read(&j, m);
+}
+
+/* Room on the disk, in bytes, and how much of it is kept, so that locks can be
+ * released and taken when states no longer fit: at most a sixteenth. */
 static int
 store_room(uint64_t *room, uint64_t *reserve)
 {
@@ -2499,18 +2189,12 @@ store_room(uint64_t *room, uint64_t *reserve)
 	*room = fs.f_blocks == 0 ? UINT64_MAX / 2 :
 	    (uint64_t)fs.f_bavail * fs.f_frsize;
 	*reserve = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
-	if (*reserve > RESERVE)
-		*reserve = RESERVE;
+	*reserve = *reserve < RESERVE ? *reserve : RESERVE;
 	low = *room < *reserve;
-	(void)pthread_mutex_lock(&store.mutex);
 	if (low != store.low)
-		complain(low ? "%s: the disk is nearly full: %llu bytes are "
-		    "left, writes are refused below %llu" : "%s: there is "
-		    "room again: %llu bytes, and %llu are kept for locks",
-		    conf.dir, (unsigned long long)*room,
-		    (unsigned long long)*reserve);
+		complain("%s: %s", conf.dir, low ? "the disk is nearly full, "
+		    "only locks are written" : "there is room again");
 	store.low = low;
-	(void)pthread_mutex_unlock(&store.mutex);
 	return 0;
 }
 
@@ -2522,141 +2206,133 @@ store_fits(int64_t n)
 
 	if (store_room(&room, &reserve) == -1)
 		return -1;
-	if (room >= reserve + (uint64_t)n)
-		return 0;
 	errno = ENOSPC;
-	return -1;
+	return room >= reserve + (uint64_t)n ? 0 : -1;
 }
 
-/* A new name, .tmp/TOKEN-NUMBER. */
-static void
-tmp_name(char out[TMP])
-{
-	uint64_t number;
-
-	(void)pthread_mutex_lock(&store.mutex);
-	number = store.uploads++;
-	(void)pthread_mutex_unlock(&store.mutex);
-	(void)snprintf(out, TMP, ".tmp/%016llx-%llu",
-	    (unsigned long long)store.token, (unsigned long long)number);
-}
-
-static int
-tmp_create(struct upload *up)
-{
-	tmp_name(up->tmp);
-	up->fd = file_open(store.root, up->tmp, O_WRONLY | O_CREAT | O_EXCL,
-	    NULL);
-	if (up->fd == -1 && errno == ENOENT &&	/* someone tidied up */
-	    (mkdirat(store.root, ".tmp", 0700) == 0 || errno == EEXIST))
-		up->fd = file_open(store.root, up->tmp,
-		    O_WRONLY | O_CREAT | O_EXCL, NULL);
-	return up->fd == -1 ? errno_absent() : 0;
-}
+/* ---- temporary files: .tmp/TOKEN-NUMBER, or .tmp-TOKEN-NUMBER elsewhere */
 
 static void
-tmp_remove(struct upload *up)
+tmp_name(struct tmp *t, int dir)
+{
+	*t = (struct tmp){ .fd = -1, .dir = dir };
+	(void)snprintf(t->name, sizeof(t->name), ".tmp%c%016llx-%u",
+	    dir == store.root ? '/' : '-', (unsigned long long)store.token,
+	    store.tmps++);
+}
+
+/* Closes one, and removes it if it was not renamed. Leaves errno alone. */
+static void
+tmp_remove(struct tmp *t)
 {
 	int saved = errno;
 
-	if (up->fd != -1) {
-		(void)close(up->fd);
-		if (up->tmp[0] != '\0')	/* else it was renamed */
-			(void)unlinkat(store.root, up->tmp, 0);
-	}
-	up->fd = -1;
+	if (t->name[0] != '\0')
+		(void)unlinkat(t->dir, t->name, 0);
+	close_quietly(t->fd);
+	*t = (struct tmp){ .fd = -1 };
 	errno = saved;
 }
 
-/* ---- history: .history/NAME/ID.tfstate, hard links ---- */
-
 static int
-history_enter(const char *name, bool create)
+tmp_create(struct tmp *t, int dir)
 {
-	int dir = dir_enter(store.root, ".history", 8, create);
+	const int how = O_RDWR | O_CREAT | O_EXCL;
 
-	return dir == -1 ? -1 : dir_enter(dir, name, strlen(name), create);
-}
-
-/*
- * Gives the present version a second name in the history, in the directory
- * dir; sets id to it. Its time is that at which it was replaced, so that
- * what comes later sorts later, whatever mtimes a cp brought along. Two in
- * one millisecond do not collide: the second is dated a little later.
- */
-static int
-history_link(const struct place *p, int dir, uint64_t serial, char id[LEAF])
-{
-	int64_t ms = clock_us(CLOCK_REALTIME) / 1000;
-	char leaf[LEAF], when[32];
-	int tries;
-
-	(void)leaf_name(leaf, p, STATE);
-	for (tries = 0; tries < 1000; tries++) {
-		time_text(when, ms + tries, true);
-		(void)snprintf(id, LEAF, "%s-%llu" STATE, when,
-		    (unsigned long long)serial);
-		if (linkat(p->dir, leaf, dir, id, 0) == 0)
-			return 0;
-		if (errno != EEXIST)
-			return -1;
-	}
+	tmp_name(t, dir);
+	t->fd = file_open(dir, t->name, how, NULL);
+	if (t->fd == -1 && errno == ENOENT &&	/* somebody tidied up */
+	    mkdirat(store.root, ".tmp", 0700) == 0)
+		t->fd = file_open(dir, t->name, how, NULL);
+	if (t->fd != -1)
+		return 0;
+	tmp_remove(t);			/* it may have been made */
 	return -1;
 }
 
-struct name {
-	char *text;
-	uint64_t at, len;		/* where what it names stands */
-};
-
-struct names {
-	struct name *list;
-	size_t n;
-	bool failed;			/* memory ran out */
-};
-
-static void
-names_add(struct names *v, const char *name, uint64_t at, uint64_t len)
-{
-	struct name *list = grow(v->list, v->n, sizeof(*list));
-
-	if (list == NULL || (list[v->n].text = strdup(name)) == NULL)
-		v->failed = true;
-	else {
-		list[v->n].at = at;
-		list[v->n++].len = len;
-	}
-	if (list != NULL)
-		v->list = list;
-}
-
 static int
-names_order(const void *a, const void *b)
+tmp_rename(struct tmp *t, int dir, const char *name)
 {
-	return strcmp(((const struct name *)a)->text,
-	    ((const struct name *)b)->text);
+	if (renameat(t->dir, t->name, dir, name) == -1)
+		return -1;
+	t->name[0] = '\0';
+	return 0;
 }
 
-static void
-names_sort(struct names *v)
+/* Makes one a copy of a file, synced, with the file's mtime. */
+static int
+tmp_copy(struct tmp *t, int dir, int fd)
 {
-	if (v->n > 0)
-		qsort(v->list, v->n, sizeof(*v->list), names_order);
+	char piece[8192];
+	struct stat st;
+	off_t at = 0;
+	ssize_t n;
+
+	if (fstat(fd, &st) == -1 || tmp_create(t, dir) == -1)
+		return -1;
+	while ((n = read_at(fd, piece, sizeof(piece), at)) > 0 &&
+	    write_all(t->fd, piece, (size_t)n) == 0)
+		at += n;
+	if (n == 0 && futimens(t->fd, (const struct timespec[]){ st.st_mtim,
+	    st.st_mtim }) == 0 && sync_fd(t->fd) == 0)
+		return 0;
+	tmp_remove(t);
+	return -1;
 }
 
-static void
-names_free(struct names *v)
+/* Moves one to another directory: by a copy, if that is another file system
+ * or a mount point. */
+static int
+tmp_move(struct tmp *t, int dir)
 {
-	while (v->n > 0)
-		free(v->list[--v->n].text);
-	free(v->list);
+	struct tmp to;
+
+	tmp_name(&to, dir);
+	if (renameat(t->dir, t->name, dir, to.name) == 0)
+		to.fd = t->fd;
+	else if (tmp_copy(&to, dir, t->fd) == 0)
+		tmp_remove(t);
+	else
+		return -1;
+	*t = to;
+	return 0;
+}
+
+/* ---- history: .history/NAME/ID.tfstate ---- */
+
+/* Opens a name's history, a directory of its own; or syncs it. */
+static int
+history_open(const char *name, enum enter how)
+{
+	char path[NAME_LEN_MAX + 16];
+	struct place p;
+
+	(void)snprintf(path, sizeof(path), ".history/%s/", name);
+	(void)place_open(path, how, &p);
+	return p.dir;
+}
+
+/* Opens an earlier version for reading. */
+static int
+version_open(const char *name, const char *id, struct stat *st)
+{
+	char path[NAME_LEN_MAX + VERSION_ID + 16];
+
+	(void)snprintf(path, sizeof(path), ".history/%s/%s", name, id);
+	return name_file(path, STATE, st);
+}
+
+static const char *
+version_leaf(char out[LEAF], const char *id)
+{
+	return leaf_name(out, &(struct place){ .leaf = id }, STATE);
 }
 
 /* Lists the IDs in a history, oldest first; its directory stays open. */
 static int
 history_list(int dir, struct names *ids)
 {
-	int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), error;
 	DIR *d = copy == -1 ? NULL : fdopendir(copy);
 	struct dirent *e;
 
@@ -2664,225 +2340,239 @@ history_list(int dir, struct names *ids)
 		close_quietly(copy);
 		return -1;
 	}
-	while ((e = readdir(d)) != NULL)
+	names_free(ids);
+	while (errno = 0, (e = readdir(d)) != NULL)
 		if (is_version(e->d_name, STATE) &&
 		    cut_suffix(e->d_name, STATE))
-			names_add(ids, e->d_name, 0, 0);
+			names_add(ids, e->d_name);
+	error = ids->failed ? ENOMEM : errno;
 	(void)closedir(d);
 	names_sort(ids);
-	return 0;
+	errno = error;
+	return error == 0 ? 0 : -1;
 }
 
-/* Removes all but the newest keep versions, and never the one just made: a
- * clock that was set back must not lose what it should save. Owns dir. */
-static void
-history_prune(int dir, const char *just_made)
+/* The time in a version's ID, in milliseconds; 0 if it is none. */
+static int64_t
+version_ms(const char *id)
 {
-	DIR *d = fdopendir(dir);
-	struct dirent *e;
-	char oldest[LEAF];
-	unsigned n = 0;
+	static const struct { int at, digits; } parts[] = {
+		{ 0, 4 }, { 4, 2 }, { 6, 2 }, { 9, 2 }, { 11, 2 }, { 13, 2 },
+		{ 16, 3 }
+	};
+	int n[7] = { 0 }, i, k;
+	struct tm tm = { 0 };
 
-	if (d == NULL) {
-		close_quietly(dir);
-		return;
-	}
-	do {				/* once, unless -k was lowered */
-		rewinddir(d);
-		oldest[0] = '\0';
-		for (n = 0; (e = readdir(d)) != NULL;) {
-			if (!is_version(e->d_name, STATE))
-				continue;
-			n++;
-			if (strcmp(e->d_name, just_made) != 0 &&
-			    (*oldest == '\0' || strcmp(e->d_name, oldest) < 0))
-				span_copy(oldest, LEAF, span(e->d_name));
-		}
-	} while (n > conf.keep && *oldest != '\0' &&
-	    unlinkat(dir, oldest, 0) == 0 && n > conf.keep + 1);
-	(void)closedir(d);
+	for (i = 0; i < 7 && is_version(id, ""); i++)
+		for (k = 0; k < parts[i].digits; k++)
+			n[i] = n[i] * 10 + (id[parts[i].at + k] - '0');
+	tm.tm_year = n[0] - 1900;
+	tm.tm_mon = n[1] - 1;
+	tm.tm_mday = n[2];
+	tm.tm_hour = n[3];
+	tm.tm_min = n[4];
+	tm.tm_sec = n[5];
+	return i == 0 ? 0 : (int64_t)timegm(&tm) * 1000 + n[6];
 }
 
-/* ---- a cache of small states, for the loop alone ----
- *
- * An entry serves as long as the name still leads to the same, unchanged
- * file, which one fstatat tells. A file changed less than a second ago is
- * never taken for the same: it could change again within one tick of the
- * file system's clock, and look as before.
- */
-static struct cached {
-	char name[NAME_LEN_MAX + sizeof(STATE)];
-	bool fresh;			/* serves only this once */
-	struct stat st;
-	size_t len;
-	char data[];
-} *cache[CACHE_SLOTS + 1];		/* the last one never serves */
-static size_t cache_bytes;
-
-#ifdef __APPLE__
-#define MTIME st_mtimespec
-#define CTIME st_ctimespec
-#else
-#define MTIME st_mtim
-#define CTIME st_ctim
-#endif
-
-static bool
-same_time(struct timespec a, struct timespec b)
+/* The next version's ID, added to the list: the time at which it was
+ * replaced, or a millisecond after the newest there is, if that is later: IDs
+ * sort in the order of events whatever the clocks say. NULL: no memory. */
+static const char *
+history_next(struct names *ids, uint64_t serial)
 {
-	return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+	const int64_t end = 253402300799999;	/* of the year 9999 */
+	int64_t ms = time_ms(), newest = 0;
+	char when[32], id[VERSION_ID];
+	size_t i;
+
+	for (i = ids->n; i > 0 && newest == 0; i--)
+		if ((newest = version_ms(ids->list[i - 1])) >= end)
+			newest = 0;	/* nothing can be later than that */
+	time_text(when, ms > newest ? ms : newest + 1, true);
+	(void)snprintf(id, sizeof(id), "%.20s-%llu", when,
+	    (unsigned long long)serial);
+	names_add(ids, id);
+	return ids->failed ? NULL : ids->list[ids->n - 1];
 }
 
-static uint32_t
-hash(const char *name)
-{
-	uint32_t h = 2166136261u;	/* FNV-1a */
-
-	for (; *name != '\0'; name++)
-		h = (h ^ (unsigned char)*name) * 16777619u;
-	return h;
-}
-
-/* In a directory fstatat would follow a link in that one's place: such names
- * are read anew each time. */
-static struct cached **
-cache_slot(const char *name)
-{
-	return &cache[strchr(name, '/') != NULL ? CACHE_SLOTS :
-	    hash(name) % CACHE_SLOTS];
-}
-
-/* The entry that may be served now, or NULL. */
-static const struct cached *
-cache_find(const char *name)
-{
-	const struct cached *c = *cache_slot(name);
-	size_t len = strlen(name);
-	struct stat st;
-
-	if (c == NULL || c->fresh || strncmp(c->name, name, len) != 0 ||
-	    strcmp(c->name + len, STATE) != 0 ||
-	    fstatat(store.root, c->name, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
-	    st.st_ino != c->st.st_ino || st.st_dev != c->st.st_dev ||
-	    st.st_size != c->st.st_size ||
-	    !same_time(st.MTIME, c->st.MTIME) ||
-	    !same_time(st.CTIME, c->st.CTIME))
-		return NULL;
-	return c;
-}
-
-static void
-cache_drop(struct cached **slot)
-{
-	if (*slot != NULL)
-		cache_bytes -= (*slot)->len;
-	free(*slot);
-	*slot = NULL;
-}
-
-/* Reads a state into its slot, which others are dropped for if they must. The
- * entry, valid until the next call, or NULL with errno. */
-static const struct cached *
-cache_fill(const char *name, int fd, const struct stat *st)
-{
-	static size_t next;
-	struct cached **slot = cache_slot(name), *c;
-	size_t len = (size_t)st->st_size;
-	ssize_t n;
-
-	cache_drop(slot);
-	while (cache_bytes > 0 && cache_bytes + len > CACHE_BYTES)
-		cache_drop(&cache[next++ % (CACHE_SLOTS + 1)]);
-	if ((c = malloc(sizeof(*c) + len)) == NULL)
-		return NULL;
-	if ((n = read_at(fd, c->data, len, 0)) != st->st_size) {
-		free(c);
-		errno = n == -1 ? errno : EAGAIN;	/* being edited */
-		return NULL;
-	}
-	(void)snprintf(c->name, sizeof(c->name), "%s" STATE, name);
-	/* Another host's clock says nothing about ours. */
-	c->fresh = slot == &cache[CACHE_SLOTS] || store.remote ||
-	    st->CTIME.tv_sec + 1 >= clock_us(CLOCK_REALTIME) / 1000000;
-	c->st = *st;
-	c->len = len;
-	cache_bytes += len;
-	*slot = c;
-	return c;
-}
-
-/* ==== locks ==============================================================
- *
- * NAME.lock present = locked. Its bytes are the lock info of the holder,
- * for the conflict's answer. A file that is not lock info, made by hand or
- * torn by a crash, locks too: it is a freeze, held by nobody whose ID could
- * match, until force-unlock or rm ends it.
+/*
+ * Removes what is beyond -k, the oldest first; but before the others those
+ * that were written under the lock that is held, except the newest of them:
+ * terraform writes every 20 seconds of a long run, and these must not push out
+ * what was there before it. Their mtime is later than the lock's: one file
+ * system, one clock. If an ID or an mtime is later than now, clocks have
+ * moved: then the oldest go.
  */
 static void
-lock_free(struct lock *l)
+history_prune(int dir, struct names *ids, const struct lock *lock)
 {
-	free(l->raw);
-	l->raw = NULL;
-}
+	size_t excess = ids->n > conf.keep ? ids->n - conf.keep : 0, i;
+	size_t own = ids->n, first = 0;
+	int64_t now = time_ms();
+	char leaf[LEAF], *id;
+	struct stat st;
 
-/* A freeze: what its first line says becomes the Info that clients show. */
-static void
-lock_made_up(struct lock *l)
-{
-	const char *p = l->raw, *end = p + l->len;
-	size_t n, len = 0;
-
-	*l = (struct lock){ .held = true, .foreign = true, .torso = l->torso,
-	    .since = l->since, .raw = l->raw, .len = l->len };
-	(void)snprintf(l->id, sizeof(l->id), "made-by-hand");
-	while (p < end && (unsigned char)*p >= ' ' && *p != 0x7f) {
-		n = utf8_length(p);	/* raw ends in a NUL */
-		if (n == 0 || len + n >= sizeof(l->info))
+	for (i = 0; lock->held && excess > 0 && i < ids->n; i++) {
+		id = ids->list[i];
+		if (fstatat(dir, version_leaf(leaf, id), &st,
+		    AT_SYMLINK_NOFOLLOW) == -1)
+			continue;
+		if (version_ms(id) > now || st.st_mtim.tv_sec > now / 1000) {
+			names_sort(ids);
 			break;
-		memcpy(l->info + len, p, n);
-		len += n;
-		p += n;
+		}
+		if (time_order(st.st_mtim, lock->since) <= 0)
+			continue;
+		if (own < i) {		/* the one before: to the front */
+			id = ids->list[own];
+			memmove(ids->list + first + 1, ids->list + first,
+			    (own - first) * sizeof(id));
+			ids->list[first++] = id;
+		}
+		own = i;
 	}
+	for (i = 0; i < excess; i++)
+		(void)unlinkat(dir, version_leaf(leaf, ids->list[i]), 0);
 }
 
-/* Reads who holds the lock. 0 and held or not, or -1: could not look. The
- * lock is to be freed by lock_free. */
+/* ---- small states, for the loop alone ----
+ *
+ * What can be had without waiting for a disk: from memory that the kernel
+ * says it has, or from an entry of ours, which serves as long as the name
+ * leads to the same, unchanged file. A file changed less than a second ago
+ * could change again within one tick, and look as before: it is never taken
+ * for the same. Nor is a name with slashes, where fstatat would follow a link
+ * in place of a directory.
+ */
+struct cached {
+	char name[NAME_LEN_MAX + 1];	/* "": serves no more */
+	struct stat st;
+	char data[SMALL];
+};
+
+/* The state if it is small and can be had without waiting, else NULL: then a
+ * thread will see to it. Valid until the next call. */
+static const struct cached *
+cache_get(const char *name)
+{
+#if defined(__linux__) && defined(RWF_NOWAIT)
+	static struct cached cache[CACHE_SLOTS];
+	/* struct open_how: flags, mode, resolve: NO_SYMLINKS, CACHED. */
+	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
+	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
+	char file[NAME_LEN_MAX + sizeof(STATE)];
+	const char *p;
+	uint32_t hash = 0;
+	struct cached *c;
+	struct stat st;
+	int64_t now;
+	bool ok;
+	int fd;
+
+	for (p = name; *p != '\0'; p++)
+		hash = hash * 31 + (unsigned char)*p;
+	c = &cache[hash % CACHE_SLOTS];
+	(void)snprintf(file, sizeof(file), "%s" STATE, name);
+	if (strcmp(c->name, name) == 0 && fstatat(store.root, file, &st,
+	    AT_SYMLINK_NOFOLLOW) == 0 && unchanged(&st, &c->st))
+		return c;
+	c->name[0] = '\0';
+	if (store.remote)
+		return NULL;
+	now = time_ms() / 1000;
+	fd = (int)syscall(437, store.root, file, how, sizeof(how));
+	ok = fd != -1 && fstat(fd, &c->st) == 0 && S_ISREG(c->st.st_mode) &&
+	    c->st.st_size > 0 && c->st.st_size <= SMALL &&
+	    preadv2(fd, &(struct iovec){ c->data, SMALL }, 1, 0,
+	    RWF_NOWAIT) == c->st.st_size;
+	close_quietly(fd);
+	if (ok && strchr(name, '/') == NULL && c->st.st_ctim.tv_sec + 1 < now)
+		memcpy(c->name, name, (size_t)(p - name) + 1);
+	return ok ? c : NULL;
+#else
+	(void)name;
+	return NULL;
+#endif
+}
+
+/* ==== locks and guard ====================================================
+ *
+ * NAME.lock present = locked. Its bytes are the lock info of the holder. A
+ * file that is not lock info was made by hand: a freeze, held by nobody whose
+ * ID could match, until force-unlock or rm ends it. One that is empty, or
+ * begins with a NUL byte, is a LOCK that a crash cut short: nobody was told of
+ * it, so nobody has it.
+ *
+ * Who changes a name's files holds its guard. Between processes and hosts it
+ * is a record lock on the byte of .guard that is the name's hash, inside the
+ * process an entry in a list. No other name waits for it.
+ */
+
+/* Takes what is known of it from lock info. False if that is no JSON object,
+ * which j tells, or has not one ID of a good length, without a NUL. */
+static bool
+lock_info(struct json *j, struct lock *l)
+{
+	struct member k[] = {
+		{ "ID", l->id, sizeof(l->id), 0, 0, 0 },
+		{ "Operation", l->operation, sizeof(l->operation), 0, 0, 0 },
+		{ "Info", l->info, sizeof(l->info), 0, 0, 0 },
+		{ "Who", l->who, sizeof(l->who), 0, 0, 0 },
+		{ "Created", l->created, sizeof(l->created), 0, 0, 0 },
+	};
+
+	j->members = k;
+	j->n = 5;
+	return json_object(j) && k[0].n == 1 && k[0].type == 's' &&
+	    k[0].len > 0 && k[0].len <= ID_MAX;
+}
+
+/* Reads who holds the lock, or -1: could not look. l->raw is to be freed. */
 static int
 lock_read(const struct place *p, struct lock *l)
 {
-	struct json j = { .on = lock_on, .to = l };
-	struct stat st;
+	struct lock freeze;
 	ssize_t n = -1;
+	struct stat st;
+	struct json j;
+	unsigned code;
+	size_t len;
+	char *end;
 	int fd;
 
 	*l = (struct lock){ 0 };
 	if ((fd = place_file(p, LOCK, O_RDONLY, &st)) == -1)
 		return errno == ENOENT ? 0 : -1;
-	l->held = true;
-	l->since = st.st_mtime;
-	/* Under the guard. A remote host's bytes may still be on their way,
-	 * but not for a quarter of a minute. */
-	l->torso = st.st_size == 0 && (st.st_mode & 0100) != 0 &&
-	    (!store.remote || time(NULL) - l->since > 15);
-	l->raw = malloc(LOCK_INFO_MAX + 1);
-	if (l->raw != NULL)
-		n = read_at(fd, l->raw, LOCK_INFO_MAX, 0);
+	if ((end = calloc(1, LOCK_INFO_MAX + 1)) != NULL)
+		n = read_at(fd, end, LOCK_INFO_MAX, 0);
 	close_quietly(fd);
 	if (n == -1) {
-		lock_free(l);
+		free(end);
 		return -1;
 	}
-	l->raw[n] = '\0';
-	l->len = (size_t)n;
-	if (st.st_size > LOCK_INFO_MAX || !json_feed(&j, l->raw, l->len) ||
-	    !json_done(&j) || l->id[0] == '\0')
-		lock_made_up(l);
+	freeze = (struct lock){ .since = st.st_mtim, .raw = end,
+	    .len = (size_t)n, .held = *end != '\0', .torn = *end == '\0' };
+	*l = freeze;
+	j = json_text(l->raw, l->len, NULL, 0);
+	if (l->torn || (st.st_size <= LOCK_INFO_MAX && lock_info(&j, l)))
+		return 0;
+	/* A freeze: what its first line says becomes its ID, which is all
+	 * that Terraform up to 1.14 shows of a holder, and its Info. */
+	*l = freeze;
+	l->foreign = true;
+	while ((len = utf8_next(end, &code)) > 0 && is_shown(code))
+		end += len;
+	span_copy(l->info, sizeof(l->info), (struct span){ l->raw,
+	    (size_t)(end - l->raw) });
+	(void)snprintf(l->id, sizeof(l->id), "%s",
+	    l->info[strspn(l->info, " ")] != '\0' ? l->info : "made-by-hand");
 	return 0;
 }
 
 /* Appends what a client in conflict is told: the holder's own bytes, or, of
- * a freeze, lock info that every client can parse: terraform 1.15 wants an
- * ID, and no version takes a Created that is not a time. */
+ * a freeze, lock info with an ID (terraform 1.15) and without a Created, which
+ * would have to be a time. */
 static void
 lock_tell(const struct lock *l, struct buf *b)
 {
@@ -2890,8 +2580,11 @@ lock_tell(const struct lock *l, struct buf *b)
 		buf_add(b, l->raw, l->len);
 		return;
 	}
-	put(b, "{\"ID\":%j,\"Operation\":\"\",\"Info\":%j,\"Who\":\"\","
-	    "\"Version\":\"\",\"Path\":\"\"}", l->id, l->info);
+	buf_str(b, "{\"ID\":");
+	buf_json(b, l->id);
+	buf_str(b, ",\"Operation\":\"\",\"Info\":");
+	buf_json(b, l->info);
+	buf_str(b, ",\"Who\":\"\",\"Version\":\"\",\"Path\":\"\"}");
 }
 
 static bool
@@ -2900,43 +2593,150 @@ lock_is(const struct lock *l, const char *id)
 	return l->held && !l->foreign && strcmp(l->id, id) == 0;
 }
 
-/* May a LOCK break it, by -b? Never a freeze: that is somebody's word. */
+/* May one who may only plan take and release it: does its operation change
+ * no state? terraform console's is OperationTypeInvalid. */
 static bool
-lock_stale(const struct lock *l)
+lock_plans(const struct lock *l)
 {
-	return conf.break_hours > 0 && !l->foreign &&
-	    time(NULL) - l->since > (time_t)conf.break_hours * 3600;
+	static const char *const plans[] = { "", "OperationTypePlan",
+	    "OperationTypeInvalid", "migration source state" };
+	size_t i = 0;
+
+	while (i < 4 && strcmp(l->operation, plans[i]) != 0)
+		i++;
+	return i < 4;
 }
 
-static int
-lock_remove(const struct place *p)
-{
-	char leaf[LEAF];
+/* ---- the guard ---- */
 
-	return unlinkat(p->dir, leaf_name(leaf, p, LOCK), 0);
+/* The guards that threads have, or wait for, as they came. The first of those
+ * with the same byte has it. */
+static struct {
+	pthread_mutex_t mutex;
+	struct guard *first;
+} guards = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+
+/* Locks or frees one byte of .guard; does not wait. Classic locks belong to
+ * the process, and any close of .guard drops them all: it is opened once. */
+static int
+guard_set(short type, off_t byte)
+{
+	struct flock l = { .l_type = type, .l_whence = SEEK_SET,
+	    .l_start = byte, .l_len = 1 };
+#if defined(F_OFD_SETLK) && !defined(NO_OFD)
+	int how = F_OFD_SETLK, n;
+#else
+	int how = F_SETLK, n;
+#endif
+
+	while ((n = fcntl(store.guard, how, &l)) == -1 && errno == EINTR)
+		continue;
+	return n;
+}
+
+/* A server's byte, above those of all names: held while it lives. */
+static off_t
+guard_server_byte(uint64_t token)
+{
+	return (off_t)((uint64_t)1 << 62 | token >> 3);
+}
+
+/* Is the locked file still the one that other servers lock? */
+static bool
+guard_in_place(void)
+{
+	struct stat st;
+
+	return fstatat(store.root, ".guard", &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+	    same_file(&st, &store.guard_st);
+}
+
+/* How many stand before it with the same byte. It joins the list, if it is
+ * not in it; or leaves it. */
+static unsigned
+guard_before(struct guard *g, bool leave)
+{
+	struct guard **p;
+	unsigned n = 0;
+
+	(void)pthread_mutex_lock(&guards.mutex);
+	for (p = &guards.first; *p != NULL && *p != g; p = &(*p)->next)
+		n += (*p)->byte == g->byte;
+	if (leave)
+		*p = g->next;
+	else if (*p == NULL) {
+		g->next = NULL;
+		*p = g;
+	}
+	(void)pthread_mutex_unlock(&guards.mutex);
+	return n;
+}
+
+static void
+guard_drop(struct guard *g)
+{
+	(void)guard_set(F_UNLCK, g->byte);	/* cannot fail */
+	(void)guard_before(g, true);
 }
 
 /*
- * Creates the lock file; what could not be written whole is removed again.
- * Returns its descriptor, not synced yet, or -1. Until it is synced its mode
- * is 0700: so an empty one that we left by dying here, of which nobody was
- * told, is not taken for one that somebody made with touch.
+ * Takes a name's guard, or tries to for so many milliseconds; 0: tries once.
+ * -1 with errno: ETIMEDOUT; EBUSY: too many wait for it; EIDRM: .guard was
+ * removed or replaced. The byte is 62 bits of a hash, so that no two names
+ * meet. It never changes, or an old and a new server would exclude nobody.
  */
 static int
-lock_create(const struct place *p, const void *info, size_t len)
+guard_take(struct guard *g, const char *name, int64_t ms)
 {
-	char leaf[LEAF];
-	int fd = openat(p->dir, leaf_name(leaf, p, LOCK), O_WRONLY | O_CREAT |
-	    O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0700), saved;
+	int64_t end = clock_ms() + ms, step = 1;
+	unsigned char digest[32];
+	unsigned before;
+	bool first = true;
+	int error = EAGAIN;
 
-	if (fd != -1 && write_all(fd, info, len) == -1) {
-		saved = errno;
-		(void)close(fd);
-		(void)lock_remove(p);
-		errno = saved;
-		return -1;
+	sha256(name, strlen(name), digest);
+	g->byte = (off_t)(((uint64_t)load32(digest) << 32 |
+	    load32(digest + 4)) & (((uint64_t)1 << 62) - 1));
+	for (; error == EAGAIN; step += step < 16 ? step : 0) {
+		before = guard_before(g, false);
+		first = first && before == 0;
+		if (before == 0 && guard_set(F_WRLCK, g->byte) == 0) {
+			if (guard_in_place())
+				return 0;
+			guard_drop(g);
+			errno = EIDRM;
+			return -1;
+		}
+		error = before > WAITERS_MAX ? EBUSY :
+		    before > 0 || errno == EACCES ? EAGAIN : errno;
+		if (error == EAGAIN && clock_ms() + step > end)
+			error = ETIMEDOUT;
+		if (error == EAGAIN)
+			(void)wait_until(-1, 0, clock_ms() + step);
 	}
-	return fd;
+	(void)guard_before(g, true);
+	if (error == ETIMEDOUT && ms == GUARD_MS && first)	/* once */
+		complain("%s: its guard cannot be had: another server on %s, "
+		    "or its disk, hangs", name, conf.dir);
+	errno = error;
+	return -1;
+}
+
+/* Reads a lock without meaning to change it, and waits for next to nothing.
+ * What looks like a freeze may be a lock whose info is being written: under
+ * the guard it is whole. */
+static int
+lock_look(const struct place *p, const char *name, struct lock *l)
+{
+	int status = lock_read(p, l);
+	struct guard g;
+
+	if (l->foreign && guard_take(&g, name, 20) == 0) {
+		free(l->raw);
+		status = lock_read(p, l);
+		guard_drop(&g);
+	}
+	return status;
 }
 
 /* ==== users ==============================================================
@@ -2944,27 +2744,35 @@ lock_create(const struct place *p, const void *info, size_t len)
  * Who may do what. A request shows a name and a secret, or a secret alone;
  * both are compared with every line, all 32 bytes of a digest each time, so
  * that neither the secret nor the existence of a user can be told from the
- * time it takes. Several lines may speak of one user: the most counts.
+ * time it takes. Several lines may speak of one user: the highest permission
+ * counts.
  */
 struct user {
 	char *name;
 	unsigned char secret[32];	/* SHA-256 */
 	enum right right;
-	const char *patterns;		/* and "" at the end; none means all */
+	const char *pattern;
 };
 
 struct users {
-	struct user *list;
+	struct user *list;		/* for each pattern of each line one */
 	size_t n;
-	unsigned refs;			/* requests that use it, and the loop */
+	_Atomic unsigned refs;		/* requests that use it, and the loop */
 	char *text;			/* the file, cut up; users point here */
 };
 
 static struct users *users;		/* NULL: everybody may do everything */
 
-static const char right_names[][6] = {
-	[R_READ] = "read", [R_PLAN] = "plan", [R_WRITE] = "write"
-};
+static const char right_names[][6] = { "none", "read", "plan", "write" };
+
+/* The users as they are now; to be dropped. For the loop, which has them. */
+static struct users *
+users_hold(void)
+{
+	if (users != NULL)
+		users->refs++;
+	return users;
+}
 
 static void
 users_drop(struct users *u)
@@ -3006,25 +2814,11 @@ glob(const char *pattern, const char *s)
 		} else
 			return false;
 	}
-	while (*pattern == '*')
-		pattern++;
-	return *pattern == '\0';
+	return pattern[strspn(pattern, "*")] == '\0';
 }
 
-static bool
-user_sees(const struct user *u, const char *name)
-{
-	const char *p = u->patterns;
-
-	if (*p == '\0' || name == NULL)
-		return true;
-	for (; *p != '\0'; p += strlen(p) + 1)
-		if (glob(p, name))
-			return true;
-	return false;
-}
-
-/* The right that a request has on a name; name NULL: on any at all. */
+/* The highest permission of the lines that are the request's, on a name;
+ * name NULL: on any at all. */
 static enum right
 user_right(const struct request *r, const char *name)
 {
@@ -3036,9 +2830,9 @@ user_right(const struct request *r, const char *name)
 		return R_WRITE;
 	for (i = 0; i < r->users->n; i++) {
 		u = &r->users->list[i];
-		if (same_secret(u->secret, r->secret) &&
-		    (r->user[0] == '\0' || strcmp(u->name, r->user) == 0) &&
-		    user_sees(u, name) && u->right > right)
+		if (same_secret(u->secret, r->secret) && u->right > right &&
+		    (r->bearer || strcmp(u->name, r->user) == 0) &&
+		    (name == NULL || glob(u->pattern, name)))
 			right = u->right;
 	}
 	return right;
@@ -3049,518 +2843,224 @@ user_right(const struct request *r, const char *name)
 static bool
 user_shows(struct request *r, struct span v)
 {
-	struct span scheme = { v.ptr, 0 };
 	char text[8192], *colon;
+	struct span scheme;
 	ssize_t n;
+	size_t i;
 
-	for (; v.len > 0 && *v.ptr != ' '; v.ptr++, v.len--)
-		scheme.len++;
-	for (; v.len > 0 && *v.ptr == ' '; v.ptr++, v.len--)
-		continue;
+	(void)span_next(&v, ' ', &scheme);
+	if (!span_next(&v, '\0', &v))	/* takes blanks off */
+		return false;
 	if (span_is(scheme, "bearer")) {
 		sha256(v.ptr, v.len, r->secret);
-		return v.len > 0;
+		r->bearer = true;	/* has no name until it is known */
+		for (i = 0; i < r->users->n; i++)
+			if (same_secret(r->users->list[i].secret, r->secret))
+				span_copy(r->user, sizeof(r->user),
+				    span(r->users->list[i].name));
+		return true;
 	}
-	if (!span_is(scheme, "basic"))
-		return false;
 	n = base64_decode(v, text, sizeof(text) - 1);
-	if (n == -1 || memchr(text, 0, (size_t)n) != NULL)
+	if (!span_is(scheme, "basic") || n == -1)
 		return false;
 	text[n] = '\0';
-	if ((colon = strchr(text, ':')) == NULL || colon == text ||
+	colon = strchr(text, ':');
+	if (strlen(text) != (size_t)n || colon == NULL || colon == text ||
 	    (size_t)(colon - text) >= sizeof(r->user))
 		return false;
-	*colon++ = '\0';
-	memcpy(r->user, text, (size_t)(colon - text));
-	sha256(colon, strlen(colon), r->secret);
+	span_copy(r->user, sizeof(r->user), (struct span){ text,
+	    (size_t)(colon - text) });
+	sha256(colon + 1, strlen(colon + 1), r->secret);
 	return true;
 }
 
-/* A bearer has no name until its secret is known; the log wants one. */
-static void
-user_name(struct request *r)
+/* Is there something in it that no client can show? */
+static bool
+has_control(const char *s)
 {
-	size_t i;
-
-	for (i = 0; r->user[0] == '\0' && i < r->users->n; i++)
-		if (same_secret(r->users->list[i].secret, r->secret))
-			span_copy(r->user, sizeof(r->user),
-			    span(r->users->list[i].name));
+	while (*s != '\0' && !iscntrl((unsigned char)*s))
+		s++;
+	return *s != '\0';
 }
 
 /* Reads "sha256:HEX", or takes the digest of what is written. */
 static bool
 secret_read(const char *word, unsigned char out[32])
 {
-	int high, low;
 	size_t i;
 
 	if (strncmp(word, "sha256:", 7) != 0) {
 		sha256(word, strlen(word), out);
-		return *word != '\0';
+		return true;
 	}
 	word += 7;
-	for (i = 0; strlen(word) == 64 && i < 32; i++) {
-		high = hex_value((unsigned char)word[2 * i]);
-		low = hex_value((unsigned char)word[2 * i + 1]);
-		if (high == -1 || low == -1)
-			return false;
-		out[i] = (unsigned char)(high << 4 | low);
-	}
-	return i == 32;
+	if (strlen(word) != 64 || strspn(word, "0123456789abcdefABCDEF") != 64)
+		return false;
+	for (i = 0; i < 64; i++)
+		out[i / 2] = (unsigned char)(out[i / 2] << 4 |
+		    hex_value((unsigned char)word[i]));
+	return true;
 }
 
-/* One line, cut into words in place. NULL, or what is wrong with it. */
+/* A pattern that was surely meant otherwise; NULL, or what is wrong: with a
+ * letter for each wildcard it is no name. */
 static const char *
-user_line(struct users *u, char *line)
+pattern_wrong(const char *pattern)
 {
-	struct user *new = &u->list[u->n];
-	char *save = NULL, *word, *to, *field[3] = { NULL, NULL, NULL };
+	char name[NAME_LEN_MAX + 2];
+	char *p;
+
+	if (strpbrk(pattern, ",\"'") != NULL)
+		return "no commas or quotes between patterns, only blanks; ? "
+		    "stands for a comma in a name";
+	(void)snprintf(name, sizeof(name), "%s", pattern);
+	while ((p = strpbrk(name, "*?")) != NULL)
+		*p = 'x';
+	return name_wrong(name);
+}
+
+/* One line, cut into words in place. NULL, or what is wrong with it, or with
+ * its pattern *at. */
+static const char *
+user_line(struct users *u, char *line, const char **at)
+{
+	struct user new = { .right = R_WRITE }, *list;
+	char *save = NULL, *field[4];
+	const char *wrong;
 	size_t i;
 
-	for (i = 0; i < 3; i++)
+	for (i = 0; i < 4; i++)
 		field[i] = strtok_r(i == 0 ? line : NULL, " \t\r", &save);
 	if (field[0] == NULL || field[0][0] == '#')
 		return NULL;
-	if (field[2] == NULL)
-		return "a line is: name secret right [pattern...]";
+	if (strncmp(field[0], "\xef\xbb\xbf", 3) == 0)
+		return "it begins with a byte order mark: save it without";
+	if (field[1] == NULL || field[2] == NULL)
+		return "a line is: name secret permission [pattern...]";
 	if (strlen(field[0]) > 63 || strchr(field[0], ':') != NULL)
 		return "a user name has 63 bytes at most, and no colon";
-	if (!secret_read(field[1], new->secret))
+	if (has_control(field[0]) || has_control(field[1]))
+		return "a name or a secret has a control character";
+	if (!secret_read(field[1], new.secret))
 		return "after sha256: come 64 hexadecimal digits";
-	for (i = R_READ; i <= R_WRITE; i++)
-		if (strcmp(field[2], right_names[i]) == 0)
-			new->right = (enum right)i;
-	if (new->right == R_NONE)
-		return "a right is read, plan or write";
-	new->name = field[0];
-	/* Close together, where the right stood: that makes room for "". */
-	new->patterns = to = field[2];
-	for (; (word = strtok_r(NULL, " \t\r", &save)) != NULL &&
-	    *word != '#'; to += strlen(to) + 1)
-		memmove(to, word, strlen(word) + 1);
-	*to = '\0';
-	u->n++;
+	while (strcmp(field[2], right_names[new.right]) != 0)
+		if (--new.right == R_NONE)
+			return "a permission is read, plan or write";
+	new.name = field[0];
+	new.pattern = field[3] == NULL || *field[3] == '#' ? "*" : field[3];
+	do {
+		*at = new.pattern;
+		if ((wrong = pattern_wrong(new.pattern)) != NULL)
+			return wrong;
+		list = realloc(u->list, (u->n + 1) * sizeof(*list));
+		if (list == NULL)
+			return "out of memory";
+		list[u->n++] = new;
+		u->list = list;
+		new.pattern = strtok_r(NULL, " \t\r", &save);
+	} while (new.pattern != NULL && *new.pattern != '#');
+	*at = NULL;
 	return NULL;
 }
 
-/* Builds the table from text, which it owns from then on. NULL, having
- * complained with the line, if a line is wrong or memory short. */
+/* Reads the file of -u as a string; NULL, having complained, if it is none, or
+ * u is. Once we serve, nothing may be waited for: a FIFO least of all. */
+static char *
+users_text(const struct users *u, const char *file)
+{
+	char *text = u != NULL ? malloc(USERS_MAX + 1) : NULL;
+	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY |
+	    (users != NULL ? O_NONBLOCK : 0));
+	size_t len = 0;
+	ssize_t n = -1;
+	struct stat st;
+
+	if (text != NULL && fd != -1 && fstat(fd, &st) == 0)
+		while ((n = read(fd, text + len, USERS_MAX - len)) > 0)
+			len += (size_t)n;
+	close_quietly(fd);
+	if (n == -1)
+		complain("cannot read the users in %s: %s", file,
+		    strerror(errno));
+	else if (users != NULL && !S_ISREG(st.st_mode))
+		complain("%s: it is not a file", file);
+	else if (len == USERS_MAX || memchr(text, 0, len) != NULL)
+		complain("%s: it is too large, or has a NUL in it", file);
+	else {
+		if ((st.st_mode & 077) != 0)
+			complain("others can read %s: chmod 600 it", file);
+		text[len] = '\0';
+		return text;
+	}
+	free(text);
+	return NULL;
+}
+
+/* The users of a file. NULL, having complained, if it is no good. */
 static struct users *
-users_parse(char *text, const char *file)
+users_read(const char *file)
 {
 	struct users *u = calloc(1, sizeof(*u));
-	const char *wrong = NULL;
-	char *line, *next;
-	size_t lines = 2, number = 0;
+	char *text = users_text(u, file), *rest = text, *line;
+	const char *wrong = NULL, *at = NULL;
+	size_t number = 0;
 
-	for (line = text; *line != '\0'; line++)
-		lines += *line == '\n';
-	if (u == NULL ||
-	    (u->list = calloc(lines, sizeof(*u->list))) == NULL) {
-		complain("%s: out of memory", file);
+	if (text == NULL) {
 		free(u);
-		free(text);
 		return NULL;
 	}
 	u->refs = 1;
 	u->text = text;
-	for (line = text; wrong == NULL && line != NULL; line = next) {
-		number++;
-		if ((next = strchr(line, '\n')) != NULL)
-			*next++ = '\0';
-		wrong = user_line(u, line);
-	}
-	if (wrong == NULL && u->n == 0)
-		wrong = "it names no user";
-	if (wrong == NULL)
+	for (; wrong == NULL && (line = strsep(&rest, "\n")) != NULL; number++)
+		wrong = user_line(u, line, &at);
+	if (wrong == NULL && u->n > 0)
 		return u;
-	if (u->n == 0 && line == NULL)
-		complain("%s: %s", file, wrong);
-	else
-		complain("%s, line %zu: %s", file, number, wrong);
+	complain("%s, line %zu: %s%s%s", file, number, at != NULL ? at : "",
+	    at != NULL ? ": " : "", wrong != NULL ? wrong :
+	    "it names no user");
 	users_drop(u);
 	return NULL;
 }
 
-/* Reads the file of -u; NULL, having complained, if it is no good. */
-static struct users *
-users_read(const char *file)
-{
-	struct buf text = { 0 };
-	struct stat st;
-	ssize_t n = -1;
+/* ==== wire ===============================================================
+ *
+ * One connection, as the thread sees that serves its request: what is sent
+ * and received waits in wait_until, up to a deadline, and nowhere else.
+ */
+struct listener {
+	bool local;			/* loopback */
+	bool path;			/* unix socket */
+	char name[128];			/* http://127.0.0.1:8080 */
+};
+
+enum conn_state {
+	C_HEAD,		/* between requests, or a head is coming */
+	C_DENY,		/* a wrong secret waits for its answer */
+	C_DRAIN,	/* told all: the client may finish, and close */
+	C_GONE		/* to be closed */
+};
+
+struct conn {
 	int fd;
-
-	/* Once we serve, nothing may be waited for: a FIFO least of all. */
-	if (users != NULL && stat(file, &st) == 0 && !S_ISREG(st.st_mode)) {
-		complain("%s: this is not a file", file);
-		return NULL;
-	}
-	fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY);
-	if (fd != -1 && fstat(fd, &st) == 0 && buf_room(&text, USERS_MAX))
-		while ((n = read(fd, text.data + text.len,
-		    USERS_MAX - text.len)) > 0)
-			text.len += (size_t)n;
-	if (n == -1)
-		complain("cannot read the users in %s: %s", file,
-		    strerror(errno));
-	else if (text.len == USERS_MAX ||
-	    memchr(text.data, 0, text.len) != NULL)
-		complain("%s: this is no list of users", file);
-	else {
-		if ((st.st_mode & 077) != 0)
-			complain("others can read %s: chmod 600 it", file);
-		close_quietly(fd);
-		text.data[text.len] = '\0';
-		return users_parse(text.data, file);
-	}
-	close_quietly(fd);
-	buf_free(&text);
-	return NULL;
-}
-
-/* ==== jobs ===============================================================
- *
- * The loop never waits for a disk: what does is a job for the commit
- * threads. Many of them, because many fsyncs in flight are folded into one
- * flush by the kernel, and one after the other they are not. Jobs of one
- * name stand in its lane and run one at a time, in order of arrival; others
- * run side by side. Between processes and hosts the guard does what the lane
- * does in here: a record lock on the byte of .guard that is the name's hash.
- */
-#define LANES 256			/* buckets */
-
-struct lane {				/* a name with a job that runs */
-	struct lane *next;		/* in its bucket */
-	struct request *first, **last;	/* jobs that wait for it */
-	char name[];
+	enum conn_state state;
+	const struct listener *from;
+	struct request *r;		/* or NULL: between two */
+	struct conn *next, *prev;	/* in the list that it is in */
+	bool begun;			/* the first byte of a head is here */
+	bool dry;			/* read, and poll has told of no more */
+	unsigned blanks;		/* empty lines before it */
+	char *in;			/* HEAD_MAX bytes, or NULL */
+	size_t at, used, seen;		/* of in */
+	int64_t since, active, deadline;	/* ms, monotonic */
+	int64_t moved;			/* bytes since then */
+	int64_t waits;			/* ms: since when for its client, or 0 */
+	char peer[56];
 };
 
-/* What a job leaves to be done once its answer is on its way. */
-struct after {
-	int fresh;			/* a lock file, to be synced, or -1 */
-	int old;			/* the replaced state, to be freed */
-	int history;			/* a directory to be pruned, or -1 */
-	char made[LEAF];		/* in it, just now */
-	char broken[TMP];		/* where a broken lock was put */
-};
+/* For waits, which the loop looks at, and for the lists of the pool. */
+static pthread_mutex_t conn_mutex = PTHREAD_MUTEX_INITIALIZER;
 
-static struct {
-	pthread_mutex_t mutex;
-	pthread_cond_t work;
-	struct request *first, **last;	/* ready to run */
-	struct request *done;		/* to be answered */
-	struct lane *lanes[LANES];
-	unsigned threads, max, idle, ready;
-	uint64_t batches[8];		/* how many ran at once: 1, 2, 4... */
-	uint64_t batch_sum;
-	int wake[2];			/* to the loop: 'J', and signals */
-} jobs = {
-	.mutex = PTHREAD_MUTEX_INITIALIZER,
-	.work = PTHREAD_COND_INITIALIZER,
-	.last = &jobs.first,
-	.wake = { -1, -1 },
-};
-
-/* ---- the guard ---- */
-
-/*
- * Locks or frees one byte of .guard. Open file description locks where there
- * are any: classic ones take all threads for one owner and see deadlocks
- * that are none.
- */
-static int
-guard_set(int fd, short type, off_t byte, bool wait)
-{
-	struct flock l = { .l_type = type, .l_whence = SEEK_SET,
-	    .l_start = byte, .l_len = 1 };
-#ifdef F_OFD_SETLKW
-	int how = wait ? F_OFD_SETLKW : F_OFD_SETLK;
-#else
-	int how = wait ? F_SETLKW : F_SETLK;
-#endif
-
-	while (fcntl(fd, how, &l) == -1)
-		if (errno != EINTR && errno != EDEADLK)
-			return -1;
-	return 0;
-}
-
-/* A name's byte: 62 bits of a hash, so that no two names meet. */
-static off_t
-guard_byte(const char *name)
-{
-	unsigned char digest[32];
-	uint64_t h;
-
-	sha256(name, strlen(name), digest);
-	/* Every machine must see the same bits in the same order. */
-	h = (uint64_t)load32(digest) << 32 | load32(digest + 4);
-	return (off_t)(h & (((uint64_t)1 << 62) - 1));
-}
-
-/* A server's byte, above those of all names: held while it lives. */
-static off_t
-guard_server_byte(uint64_t token)
-{
-	return (off_t)((uint64_t)1 << 62 | token >> 3);
-}
-
-static int
-guard_take(const char *name)
-{
-	struct stat st;
-
-	if (guard_set(store.guard, F_WRLCK, guard_byte(name), true) == -1)
-		return -1;
-	if (fstat(store.guard, &st) == 0 && st.st_nlink > 0)
-		return 0;
-	/* Removed: another server would lock another file of that name. */
-	(void)guard_set(store.guard, F_UNLCK, guard_byte(name), false);
-	errno = EIDRM;
-	return -1;
-}
-
-static void
-guard_drop(const char *name)
-{
-	/* Cannot fail: it shortens what we hold, and needs no waiting. */
-	(void)guard_set(store.guard, F_UNLCK, guard_byte(name), false);
-}
-
-/*
- * The guard for one who stands in no lane: the listing, the sweep. A
- * descriptor of its own, for to its own holder a record lock is no obstacle;
- * to close it drops the guard. -1 if it cannot be had.
- */
-static int
-guard_aside(const char *name)
-{
-	int fd = -1;
-
-#ifdef F_OFD_SETLKW			/* else it would be our own lock */
-	fd = file_open(store.root, ".guard", O_RDWR, NULL);
-	if (fd != -1 &&
-	    guard_set(fd, F_WRLCK, guard_byte(name), true) == -1) {
-		close_quietly(fd);
-		fd = -1;
-	}
-#else
-	(void)name;
-#endif
-	return fd;
-}
-
-/* Reads a lock without meaning to change it. What looks like a freeze may be
- * a lock whose info is being written: under the guard it is whole. */
-static int
-lock_look(const struct place *p, const char *name, struct lock *l)
-{
-	int status = lock_read(p, l), guard;
-
-	if (status == -1 || !l->foreign || (guard = guard_aside(name)) == -1)
-		return status;
-	lock_free(l);
-	status = lock_read(p, l);
-	close_quietly(guard);
-	return status;
-}
-
-/* ---- lanes and threads ---- */
-
-static struct lane **
-lane_find(const char *name)
-{
-	struct lane **l;
-
-	for (l = &jobs.lanes[hash(name) % LANES]; *l != NULL; l = &(*l)->next)
-		if (strcmp((*l)->name, name) == 0)
-			break;
-	return l;
-}
-
-/* Puts a request into its name's lane. 1: it must wait there; 0: it is the
- * first; -1: no memory. */
-static int
-lane_enter(struct request *r)
-{
-	/* Comparing versions takes its time; nobody's writes wait for it. */
-	const char *name = r->kind == K_CHANGES ? "/-/changes" : r->name;
-	struct lane **at = lane_find(name), *l = *at;
-	size_t size = strlen(name) + 1;
-
-	if (l != NULL) {
-		r->lane = l;
-		*l->last = r;
-		l->last = &r->next;
-		return 1;
-	}
-	if ((l = malloc(sizeof(*l) + size)) == NULL)
-		return -1;
-	memcpy(l->name, name, size);
-	l->next = NULL;
-	l->first = NULL;
-	l->last = &l->first;
-	r->lane = *at = l;
-	return 0;
-}
-
-static void
-job_ready(struct request *r)
-{
-	r->next = NULL;
-	*jobs.last = r;
-	jobs.last = &r->next;
-	jobs.ready++;
-}
-
-/* The job in front has left: lets the next of its name run, or ends the
- * lane. */
-static void
-lane_leave(struct lane *lane)
-{
-	struct request *r = lane->first;
-	struct lane **at;
-
-	if (r == NULL) {
-		at = lane_find(lane->name);
-		*at = lane->next;
-		free(lane);
-		return;
-	}
-	if ((lane->first = r->next) == NULL)
-		lane->last = &lane->first;
-	job_ready(r);
-}
-
-/* Hands a request back to the loop. */
-static void
-job_answer(struct request *r)
-{
-	bool wake;
-
-	(void)pthread_mutex_lock(&jobs.mutex);
-	wake = jobs.done == NULL;
-	r->next = jobs.done;
-	jobs.done = r;
-	(void)pthread_mutex_unlock(&jobs.mutex);
-	if (wake)			/* a full pipe wakes it as well */
-		(void)!write(jobs.wake[1], "J", 1);
-}
-
-/* Leaves the lane of the job that is over, if there was one; returns the next
- * job. Whom lane_leave makes ready needs no signal: we are awake. */
-static struct request *
-job_take(struct lane *lane)
-{
-	struct request *r;
-	unsigned i = 0;
-
-	(void)pthread_mutex_lock(&jobs.mutex);
-	if (lane != NULL)
-		lane_leave(lane);
-	while ((r = jobs.first) == NULL) {
-		jobs.idle++;
-		(void)pthread_cond_wait(&jobs.work, &jobs.mutex);
-		jobs.idle--;
-	}
-	if ((jobs.first = r->next) == NULL)
-		jobs.last = &jobs.first;
-	jobs.ready--;
-	if (r->lane != NULL) {
-		jobs.batch_sum += jobs.threads - jobs.idle;
-		while (i < 7 && 1u << i < jobs.threads - jobs.idle)
-			i++;
-		jobs.batches[i]++;
-	}
-	(void)pthread_mutex_unlock(&jobs.mutex);
-	return r;
-}
-
-/* A commit thread's life: take a job, do it, answer, then clean up. */
-static void *
-job_thread(void *unused)
-{
-	struct request *r;
-	struct lane *lane = NULL;
-
-	for (;;) {
-		struct after a = { -1, -1, -1, "", "" };
-
-		r = job_take(lane);
-		lane = r->lane;
-		r->after = &a;
-		(void)r->run(r);	/* its status is in r */
-		if (r->tell != NULL)
-			r->tell(r);
-		job_answer(r);		/* r is the loop's again */
-		close_quietly(a.fresh);
-		file_forget(a.old);
-		if (a.history != -1)
-			history_prune(a.history, a.made);
-		if (a.broken[0] != '\0')
-			(void)unlinkat(store.root, a.broken, 0);
-	}
-	return unused;
-}
-
-/* Starts one thread more; signals are the loop's business. */
-static bool
-job_start_thread(void)
-{
-	pthread_attr_t attr;
-	sigset_t all, old;
-	pthread_t id;
-	int error;
-
-	(void)sigfillset(&all);
-	if (pthread_attr_init(&attr) != 0)
-		return false;
-	(void)pthread_attr_setstacksize(&attr, THREAD_STACK);
-	(void)pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-	(void)pthread_sigmask(SIG_SETMASK, &all, &old);
-	error = pthread_create(&id, &attr, job_thread, NULL);
-	(void)pthread_sigmask(SIG_SETMASK, &old, NULL);
-	(void)pthread_attr_destroy(&attr);
-	return error == 0;
-}
-
-/* Gives a request to the commit threads; from now on it is theirs. Ordered:
- * behind all others of its name. -1 if there is nobody to do it. */
-static int
-job_submit(struct request *r, int (*run)(struct request *), bool ordered)
-{
-	int waits = 0;
-
-	r->run = run;
-	r->next = NULL;
-	r->lane = NULL;
-	(void)pthread_mutex_lock(&jobs.mutex);
-	if (jobs.ready >= jobs.idle && jobs.threads < jobs.max &&
-	    job_start_thread())
-		jobs.threads++;
-	if (jobs.threads == 0)
-		waits = -1;
-	else if (ordered)
-		waits = lane_enter(r);
-	if (waits == 0)
-		job_ready(r);
-	(void)pthread_mutex_unlock(&jobs.mutex);
-	if (waits == 0)			/* who wakes up finds the mutex free */
-		(void)pthread_cond_signal(&jobs.work);
-	return waits == -1 ? -1 : 0;
-}
-
-/* ==== commits ============================================================
- *
- * What a commit thread does, first step to last: check the body; write the
- * temporary file; sync it; take the name's guard; look at the lock; only
- * then publish; drop the guard; sync the directory; append to the state's
- * log; answer. What fails leaves state and lock as they were, except where
- * only the last sync failed: then the answer is 5xx, and the client's own
- * repetition of the request finds it done, or does it again.
- */
+/* ---- what went wrong ---- */
 
 /* Sets a plain answer of one line, which is also the reason in the logs, and
  * returns its status. */
@@ -3569,2625 +3069,155 @@ static int
 refuse(struct request *r, int status, const char *fmt, ...)
 {
 	va_list ap;
-	char *p;
 
 	va_start(ap, fmt);
 	(void)vsnprintf(r->why, sizeof(r->why), fmt, ap);
 	va_end(ap);
-	for (p = r->why; *p != '\0'; p++)	/* one line, as promised */
-		if ((unsigned char)*p < 0x20 || *p == 0x7f)
-			*p = ' ';
+	scrub(r->why);
 	r->text.len = 0;
+	r->text.failed = false;
 	buf_fmt(&r->text, "%s\n", r->why);
 	r->type = "text/plain; charset=utf-8";
-	r->status = status;
-	return status;
+	return r->status = status;
 }
 
-/* The one place where an errno becomes a status. 503 invites the client to
- * try again, which it does twice. */
+/* There will be no answer: the connection is cut, terraform sends the request
+ * again. A 408 it would take for final. Returns -1, in place of a status. */
+static int
+cut(struct request *r, const char *why)
+{
+	(void)snprintf(r->why, sizeof(r->why), "%s", why);
+	r->cut = true;
+	return -1;
+}
+
+/* The one place where an errno becomes a status: what stands here, or 503,
+ * which invites the client to try again. */
+static const struct { int error, status; const char *why; } errnos[] = {
+	{ ETIMEDOUT, 503, "another request for it takes too long" },
+	{ EBUSY, 503, "too many requests wait for it" },
+	{ EIDRM, 500, "its directory, or .guard, was removed or replaced" },
+	{ ELOOP, 500, "it is a symbolic link" },
+	{ EISDIR, 500, "it is not an ordinary file" },
+	{ ENOSPC, 507, NULL }, { EDQUOT, 507, NULL }, { EFBIG, 507, NULL },
+	{ EACCES, 500, NULL }, { EROFS, 500, NULL }, { 0, 503, NULL }
+};
+
 static int
 refuse_errno(struct request *r, const char *what)
 {
-	int e = errno, status = 500;
-
-	switch (e) {
-	case ENOSPC: case EDQUOT: case EFBIG:
-		status = 507;
-		break;
-	case EMFILE: case ENFILE: case ENOMEM: case EINTR: case EAGAIN:
-	case EBUSY: case ETIMEDOUT: case ENOLCK: case EIO: case ENOTCONN:
-	case ESTALE:
-		status = 503;
-		break;
-	default:
-		break;
-	}
-	complain("%s: cannot %s: %s", r->name, what,
-	    e == EIDRM ? "the directory, or .guard in it, was removed" :
-	    strerror(e));
-	return refuse(r, status, "cannot %s: %s", what,
-	    e == EIDRM ? "the directory was removed under the server" :
-	    e == ELOOP ? "it is a symbolic link" :
-	    e == EISDIR ? "it is not an ordinary file" :
-	    status == 507 ? "no room is left on the disk" : strerror(e));
-}
-
-static int
-done(struct request *r)
-{
-	r->status = 200;
-	return 0;
-}
-
-/* The answer is the holder's lock info: every client knows to read it. */
-static int
-refuse_locked(struct request *r, int status)
-{
-	(void)refuse(r, status, r->lock.foreign ? "frozen by hand: %s" :
-	    "locked by %s", r->lock.foreign ? r->lock.info : r->lock.id);
-	r->text.len = 0;
-	lock_tell(&r->lock, &r->text);
-	r->type = "application/json";
-	return status;
-}
-
-/* ---- the state's log ---- */
-
-static void
-log_key(struct buf *b, const char *key, const char *value)
-{
-	if (*value != '\0')
-		put(b, ",\"%s\":%j", key, value);
-}
-
-static void
-log_meta(struct buf *b, const char *prefix, const struct meta *m)
-{
-	char key[32];
-
-	if (m->known)
-		buf_fmt(b, ",\"%sserial\":%llu", prefix,
-		    (unsigned long long)m->serial);
-	(void)snprintf(key, sizeof(key), "%slineage", prefix);
-	log_key(b, key, m->lineage);
-}
-
-static void
-log_lock(struct buf *b, const char *key, const struct lock *l)
-{
-	if (!l->held)
-		return;
-	put(b, ",\"%s\":{\"id\":%j", key, l->id);
-	log_key(b, "who", l->who);
-	log_key(b, "operation", l->operation);
-	log_key(b, "created", l->created);
-	log_key(b, "info", l->info);
-	buf_str(b, "}");
-}
-
-static void
-log_line(struct request *r, const char *event, struct buf *b)
-{
-	const struct lock *who = r->asked.id[0] != '\0' ? &r->asked : &r->lock;
-	bool broke = strcmp(event, "break") == 0 ||
-	    strcmp(event, "force-unlock") == 0;
-	char text[64];
-
-	time_text(text, clock_us(CLOCK_REALTIME) / 1000, false);
-	buf_fmt(b, "{\"time\":\"%s\",\"event\":\"%s\",\"method\":\"%s\","
-	    "\"status\":%d", text, event, method_names[r->method], r->status);
-	log_key(b, "client", r->client);
-	log_key(b, "user", r->user);
-	log_key(b, "id", r->id);
-	if (strcmp(who->id, r->id) == 0) {
-		log_key(b, "who", who->who);
-		log_key(b, "operation", who->operation);
-	}
-	if (r->up != NULL) {
-		log_meta(b, "", &r->up->meta);
-		buf_fmt(b, ",\"size\":%lld", (long long)r->up->size);
-		if (r->up->hash && r->status == 200) {
-			hex(r->up->digest, 16, text);
-			log_key(b, "md5", text);
-		}
-	}
-	log_meta(b, "old_", &r->old);
-	if (broke || !lock_is(&r->lock, r->id))
-		log_lock(b, broke ? "broken" : "holder", &r->lock);
-	log_key(b, "why", r->why);
-	buf_str(b, "}\n");
-}
-
-/* Appends what happened to NAME.log. Not synced: it tells of the promise, it
- * is not the promise. */
-static void
-log_event(struct request *r, const struct place *p, const char *event)
-{
-	struct buf b = { 0 };
-	int fd;
-
-	log_line(r, event, &b);
-	/* What was refused leaves no file for a name that is nobody's. */
-	fd = place_file(p, LOG, O_WRONLY | O_APPEND |
-	    (r->status == 200 || r->lock.held ? O_CREAT : 0), NULL);
-	if (fd == -1 && errno == ENOENT)
-		;
-	else if (fd == -1 || b.failed || write_all(fd, b.data, b.len) == -1)
-		complain("%s: cannot write its log: %s", r->name,
-		    strerror(errno));
-	close_quietly(fd);
-	buf_free(&b);
-}
-
-/* ---- bodies ---- */
-
-static int
-refuse_json(struct request *r, const struct json *j)
-{
-	return refuse(r, 400, "the body is not a JSON object: at byte %llu "
-	    "it %s", (unsigned long long)j->at, j->why);
-}
-
-static int
-refuse_md5(struct request *r)
-{
-	return refuse(r, 400, "the body does not have the MD5 that "
-	    "Content-MD5 says");
-}
-
-/* Checks and writes the piece of the state that is at hand. */
-static int
-upload_piece(struct request *r)
-{
-	struct upload *up = r->up;
-	size_t n = r->len;
-
-	r->len = 0;
-	if (up->hash)
-		md5_add(&up->md5, r->body, n);
-	if (!json_feed(&up->json, r->body, n))
-		return refuse_json(r, &up->json);
-	if (store_fits((int64_t)n) == -1)
-		return refuse_errno(r, "write the state");
-	if (up->fd == -1 && tmp_create(up) == -1)
-		return refuse_errno(r, "create a temporary file");
-	if (write_all(up->fd, r->body, n) == -1)
-		return refuse_errno(r, "write the state");
-	up->size += (int64_t)n;
-	return 0;
-}
-
-/* Takes back what was uploaded for nothing. */
-static int
-job_abandon(struct request *r)
-{
-	tmp_remove(r->up);
-	return 0;
-}
-
-/* The last piece, then what only the whole can tell; then it is synced. */
-static int
-upload_end(struct request *r)
-{
-	struct upload *up = r->up;
-	int status = r->len > 0 ? upload_piece(r) : 0;
-
-	if (status != 0)
-		return status;
-	if (!json_done(&up->json))
-		return refuse_json(r, &up->json);
-	if (up->hash)
-		md5_end(&up->md5, up->digest);
-	if (r->has_md5 && memcmp(up->digest, r->md5, 16) != 0)
-		return refuse_md5(r);
-	if (sync_fd(up->fd) == -1)
-		return refuse_errno(r, "sync the state");
-	return 0;
-}
-
-/* Checks a body that is lock info, and takes the ID from it. */
-static int
-lock_info_read(struct request *r)
-{
-	struct json j = { .on = lock_on, .to = &r->asked };
-	struct md5 md5 = md5_start;
-	unsigned char digest[16];
-
-	md5_add(&md5, r->body, r->len);
-	md5_end(&md5, digest);
-	if (r->has_md5 && memcmp(digest, r->md5, 16) != 0)
-		return refuse_md5(r);
-	if (r->len == 0)
-		return 0;
-	if (!json_feed(&j, r->body, r->len) || !json_done(&j))
-		return refuse_json(r, &j);
-	if (r->asked.id[0] == '\0')
-		return refuse(r, 400, "the lock info has no ID of 1 to %d "
-		    "bytes", ID_MAX);
-	(void)snprintf(r->id, sizeof(r->id), "%s", r->asked.id);
-	r->has_id = true;
-	return 0;
-}
-
-/* ---- the deeds ----
- *
- * LOCK, UNLOCK, write and delete differ in what they want of a request and
- * in what they do under the guard. How they are done is the same, and stands
- * in commit(), below them. Each function returns 0 or the status of a
- * refusal; what a deed did is told by the event, for the log.
- */
-
-static int
-lock_prepare(struct request *r)
-{
-	int status = lock_info_read(r);
-
-	if (status == 0 && r->len == 0)
-		return refuse(r, 400, "LOCK wants lock info: a JSON object "
-		    "with an ID");
-	return status;
-}
-
-/* Reads the lock under the guard, for one who may change it. */
-static int
-lock_guarded(struct request *r, struct place *p)
-{
-	lock_free(&r->lock);
-	if (lock_read(p, &r->lock) == -1)
-		return refuse_errno(r, "read the lock");
-	if (!r->lock.torso)
-		return 0;
-	complain("%s: removed an empty lock, left by a crash", r->name);
-	lock_free(&r->lock);
-	r->lock = (struct lock){ 0 };
-	return lock_remove(p) == -1 ? refuse_errno(r, "remove a torn lock") : 0;
-}
-
-/* Puts a new lock in the place of a stale one, at no moment leaving none; the
- * old one is kept until the new one is on disk. The broken run can do no harm:
- * its ID opens nothing now. */
-static int
-lock_break(struct request *r, struct place *p)
-{
-	struct after *a = r->after;
-	struct upload up = { .fd = -1 };
-	char leaf[LEAF];
-
-	(void)leaf_name(leaf, p, LOCK);
-	tmp_name(a->broken);
-	if (linkat(p->dir, leaf, store.root, a->broken, 0) == -1)
-		a->broken[0] = '\0';	/* then it cannot be put back */
-	if (tmp_create(&up) == -1 ||
-	    write_all(up.fd, r->body, r->len) == -1 ||
-	    sync_fd(up.fd) == -1 ||
-	    renameat(store.root, up.tmp, p->dir, leaf) == -1) {
-		(void)refuse_errno(r, "break the stale lock");
-		tmp_remove(&up);
-		return r->status;
-	}
-	a->fresh = up.fd;
-	return 0;
-}
-
-static int
-lock_publish(struct request *r, struct place *p)
-{
-	struct after *a = r->after;
-	int status = lock_guarded(r, p);
-
-	if (status != 0)
-		return status;
-	r->event = "lock";
-	if (lock_is(&r->lock, r->id)) {	/* a repetition: promise 6 */
-		a->fresh = place_file(p, LOCK, O_RDONLY, NULL);
-		return a->fresh == -1 ? refuse_errno(r, "read the lock") : 0;
-	}
-	if (r->lock.held) {
-		if (!lock_stale(&r->lock) || r->right < R_WRITE)
-			return refuse_locked(r, 423);
-		r->event = "break";
-		return lock_break(r, p);
-	}
-	a->fresh = lock_create(p, r->body, r->len);
-	if (a->fresh == -1 && errno == EEXIST &&	/* made by hand, now */
-	    lock_guarded(r, p) == 0 && r->lock.held)
-		return refuse_locked(r, 423);
-	return a->fresh == -1 ? refuse_errno(r, "write the lock") : 0;
-}
-
-/* The lock could not be synced: nobody is told of it, so nobody has it. */
-static void
-lock_take_back(struct request *r, struct place *p)
-{
-	struct after *a = r->after;
-	char leaf[LEAF];
-	struct lock l;
-
-	if (lock_is(&r->lock, r->id) || guard_take(r->name) == -1)
-		return;			/* a repetition: it was there before */
-	if (lock_read(p, &l) == 0 && lock_is(&l, r->id)) {
-		if (a->broken[0] == '\0')
-			(void)lock_remove(p);
-		else if (renameat(store.root, a->broken, p->dir,
-		    leaf_name(leaf, p, LOCK)) == 0)
-			a->broken[0] = '\0';
-	}
-	lock_free(&l);
-	guard_drop(r->name);
-}
-
-static int
-unlock_prepare(struct request *r)
-{
-	int status = lock_info_read(r);
-
-	/* An empty body is terraform's force-unlock, unless ?ID= names one. */
-	r->force = r->len == 0 && !r->has_id;
-	if (status == 0 && r->force && r->right < R_WRITE)
-		return refuse(r, 403, "the user may not force-unlock this "
-		    "state");
-	return status;
-}
-
-static int
-unlock_publish(struct request *r, struct place *p)
-{
-	int status = lock_guarded(r, p);
-	bool made_up;
-
-	if (status != 0)
-		return status;
-	if (!r->lock.held)		/* a repetition, perhaps */
-		return 0;
-	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
-	made_up = r->lock.foreign && strcmp(r->id, r->lock.id) == 0 &&
-	    r->right == R_WRITE;
-	if (!r->force && !made_up && !lock_is(&r->lock, r->id))
-		return refuse_locked(r, 409);
-	r->event = r->force || made_up ? "force-unlock" : "unlock";
-	return lock_remove(p) == -1 ? refuse_errno(r, "remove the lock") : 0;
-}
-
-static int
-refuse_broken(struct request *r)
-{
-	return refuse(r, 409, "nothing is locked: the lock %s was broken or "
-	    "released", r->id);
-}
-
-/* Promise 4: under the lock's own ID, or with none when nothing is locked.
- * An ID whose lock is gone was broken: another run may have written. */
-static int
-write_allowed(struct request *r, struct place *p)
-{
-	int status = lock_guarded(r, p);
-
-	if (status != 0)
-		return status;
-	if (r->lock.held && !(r->has_id && lock_is(&r->lock, r->id)))
-		return refuse_locked(r, 423);
-	return !r->lock.held && r->has_id ? refuse_broken(r) : 0;
-}
-
-/* -s: what terraform itself would want to be asked about. */
-static int
-write_strict(struct request *r)
-{
-	const struct meta *new = &r->up->meta, *old = &r->old;
-
-	if (old->known && !new->known)
-		return refuse(r, 409, "strict: it has no whole number as its "
-		    "serial");
-	if (old->known && new->serial < old->serial)
-		return refuse(r, 409, "strict: serial %llu is lower than the "
-		    "present %llu", (unsigned long long)new->serial,
-		    (unsigned long long)old->serial);
-	if (old->lineage[0] != '\0' && strcmp(new->lineage, old->lineage) != 0)
-		return refuse(r, 409, "strict: its lineage is '%s', the "
-		    "present one is '%s'", new->lineage, old->lineage);
-	return 0;
-}
-
-/* Opens what is to be replaced or deleted, reads its serial, and links it
- * into the history: a->old stays -1 if there is nothing. */
-static int
-old_keep(struct request *r, struct place *p)
-{
-	struct after *a = r->after;
-
-	if ((a->old = place_file(p, STATE, O_RDONLY, NULL)) == -1)
-		return errno == ENOENT ? 0 : refuse_errno(r, "read the state "
-		    "that is there");
-	meta_read(a->old, &r->old, true);
-	if (conf.strict && r->up != NULL && write_strict(r) != 0)
-		return r->status;
-	if (conf.keep == 0)
-		return 0;
-	a->history = history_enter(r->name, true);
-	if (a->history == -1 ||
-	    history_link(p, a->history, r->old.serial, a->made) == -1)
-		return refuse_errno(r, "keep the earlier version");
-	return 0;
-}
-
-/* What should have followed old_keep could not be done. */
-static int
-old_forget(struct request *r, const char *what)
-{
-	int saved = errno;
-
-	if (r->after->history != -1)
-		(void)unlinkat(r->after->history, r->after->made, 0);
-	errno = saved;
-	return refuse_errno(r, what);
-}
-
-/*
- * The history's own directory is not synced: the promise is about the new
- * state. A journal writes both together; without one, a power cut within
- * seconds may cost the old version its second name.
- */
-static int
-write_publish(struct request *r, struct place *p)
-{
-	char leaf[LEAF];
-	int status = write_allowed(r, p);
-
-	r->event = "write";
-	if (status != 0 || (status = old_keep(r, p)) != 0)
-		return status;
-	if (renameat(store.root, r->up->tmp, p->dir,
-	    leaf_name(leaf, p, STATE)) == -1)
-		return old_forget(r, "put the state in its place");
-	r->up->tmp[0] = '\0';
-	return 0;
-}
-
-/* Looks, and publishes, under the name's guard. */
-static int
-guarded(struct request *r, int (*publish)(struct request *, struct place *),
-    bool create, struct place *p)
-{
-	int status;
-
-	if (place_open(r->name, create, p) == -1)
-		return refuse_errno(r, "open the state's directory");
-	if (guard_take(r->name) == -1)
-		return refuse_errno(r, "guard the name");
-	status = publish(r, p);
-	guard_drop(r->name);
-	return status;
-}
-
-/* May a write land, as far as can be seen now? */
-static int
-write_look(struct request *r)
-{
-	struct place p;
-	int status = guarded(r, write_allowed, false, &p);
-
-	dir_leave(p.dir);
-	return status;
-}
-
-/* What is wrong with a body matters only to one who might write it, however
- * the packets were cut. */
-static int
-write_prepare(struct request *r)
-{
-	int status = upload_end(r), verdict;
-
-	verdict = status == 400 ? write_look(r) : 0;
-	return verdict != 0 ? verdict : status;
-}
-
-static int
-delete_prepare(struct request *r)
-{
-	return r->right < R_WRITE ?
-	    refuse(r, 403, "the user may not delete this state") : 0;
-}
-
-/* Removes the name; its other one, in the history, is on disk before. */
-static int
-delete_publish(struct request *r, struct place *p)
-{
-	const struct after *a = r->after;
-	char leaf[LEAF];
-	int status = write_allowed(r, p);
-
-	r->event = "delete";
-	if (status != 0 || (status = old_keep(r, p)) != 0)
-		return status;
-	if (a->old == -1)
-		return refuse(r, 404, "there is no such state");
-	if ((a->history != -1 && sync_fd(a->history) == -1) ||
-	    unlinkat(p->dir, leaf_name(leaf, p, STATE), 0) == -1)
-		return old_forget(r, "remove the state");
-	return 0;
-}
-
-static const struct deed {
-	int (*prepare)(struct request *);
-	int (*publish)(struct request *, struct place *);
-	bool create;			/* the name's directory, if need be */
-} deed_lock = { lock_prepare, lock_publish, true },
-  deed_unlock = { unlock_prepare, unlock_publish, false },
-  deed_write = { write_prepare, write_publish, true },
-  deed_delete = { delete_prepare, delete_publish, false };
-
-/*
- * A deed, first step to last. The directory is synced even if nothing was
- * there to be done: an earlier try may have done it, and its answer been
- * lost because this very sync failed.
- */
-static int
-commit(struct request *r, const struct deed *d)
-{
-	const struct after *a = r->after;
-	struct place p = { .dir = -1 };
-	int status = d->prepare(r);
-
-	if (status == 0)
-		status = guarded(r, d->publish, d->create, &p);
-	if (status == 0 && p.dir != -1 &&
-	    ((a->fresh != -1 && sync_fd(a->fresh) == -1) ||
-	    sync_fd(p.dir) == -1)) {
-		status = refuse_errno(r, "sync");
-		if (d == &deed_lock)
-			lock_take_back(r, &p);
-	}
-	/* Last, and not synced: between the two it would cost a journal a
-	 * transaction more, and with content the mode means nothing. */
-	if (a->fresh != -1)
-		(void)fchmod(a->fresh, 0600);
-	if (status == 0)
-		(void)done(r);
-	if (p.dir == -1 && status != 404)	/* refused: where is its log? */
-		(void)place_open(r->name, false, &p);
-	if (p.dir != -1 && status != 404 && (status != 0 || r->event != NULL))
-		log_event(r, &p, status == 0 ? r->event : "refused");
-	dir_leave(p.dir);
-	return status;
-}
-
-static int
-job_lock(struct request *r)
-{
-	return commit(r, &deed_lock);
-}
-
-static int
-job_unlock(struct request *r)
-{
-	return commit(r, &deed_unlock);
-}
-
-static int
-job_write(struct request *r)
-{
-	int status = commit(r, &deed_write);
-
-	tmp_remove(r->up);
-	return status;
-}
-
-/* With unlock_method DELETE at the state's own address, terraform's unlock
- * looks like this too: a body, or the MD5 of an empty one, gives it away. */
-static int
-job_delete(struct request *r)
-{
-	return commit(r, r->len > 0 || r->has_md5 ? &deed_unlock :
-	    &deed_delete);
-}
-
-/* May a write that is about to begin go on? What is refused here need not
- * be uploaded first. The write itself will look again. */
-static int
-job_look(struct request *r)
-{
-	struct place p;
-	int status = 0;
-
-	if (store_fits(r->length > 0 ? r->length : 0) == -1)
-		status = refuse_errno(r, "write the state");
-	if (status == 0)
-		status = write_look(r);
-	if (status != 0 && place_open(r->name, false, &p) == 0) {
-		log_event(r, &p, "refused");
-		dir_leave(p.dir);
-	}
-	return status;
-}
-
-/* ==== pages ==============================================================
- *
- * For people who look, and for machines that watch: the states, a state's
- * versions, what changed, metrics. A commit thread writes them, because they
- * read many files, and they stand in lanes like everything else: there is
- * one listing at a time, however many are asked for. A table is written once
- * and comes out as text, JSON or HTML.
- */
-static const char page_css[] =
-    ":root{color-scheme:light dark;--dim:#666;--line:#ddd;--hot:#b3261e}"
-    "@media(prefers-color-scheme:dark){:root{--dim:#999;--line:#333;"
-    "--hot:#ff8a80}}"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;"
-    "margin:2rem auto;padding:0 1rem}"
-    "h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2.5rem}"
-    "a{color:LinkText}table{border-collapse:collapse;width:100%}"
-    "th{text-align:left;font-weight:500;color:var(--dim)}"
-    "td,th{padding:.4rem .8rem .4rem 0;border-bottom:1px solid var(--line);"
-    "vertical-align:top}"
-    ".n,td:nth-child(5),td:last-child{white-space:nowrap}"
-    ".n{text-align:right;font-variant-numeric:tabular-nums}"
-    ".dim{color:var(--dim)}.hot{color:var(--hot)}"
-    "td:first-child{overflow-wrap:anywhere;min-width:14rem}"
-    "pre{background:color-mix(in srgb,CanvasText 7%,Canvas);padding:1rem;"
-    "overflow-x:auto;border-radius:.4rem}"
-    "input{font:inherit;width:100%;box-sizing:border-box;padding:.5rem .7rem;"
-    "margin:.5rem 0 1rem;border:1px solid var(--dim);border-radius:.4rem;"
-    "background:Canvas;color:CanvasText}"
-    "a:focus-visible,input:focus-visible{outline:3px solid Highlight}"
-    "@media(max-width:44rem){thead{display:none}tr{display:flex;"
-    "flex-wrap:wrap;gap:0 1rem;padding:.5rem 0;"
-    "border-bottom:1px solid var(--line)}td{border:0;padding:0}"
-    "td:empty{display:none}"
-    "td:first-child{flex-basis:100%;font-weight:600}"
-    "td[data-h]:not(:first-child)::before{content:attr(data-h) ' ';color:var(--dim)}}";
-
-static const char page_js[] =
-    "const q=document.querySelector('input'),"
-    "rows=[...document.querySelectorAll('tbody tr')],"
-    "names=document.querySelectorAll('.name');"
-    "q.addEventListener('input',()=>{const s=q.value.toLowerCase();"
-    "for(const r of rows)"
-    "r.hidden=!r.cells[0].textContent.toLowerCase().includes(s);"
-    "for(const n of names)n.textContent="
-    "(q.value.trim()||'demo').split('/').map(encodeURIComponent).join('/')"
-    "});";
-
-static void
-buf_csp_hash(struct buf *b, const char *what, const char *text)
-{
-	unsigned char digest[32];
-	char code[48];
-
-	sha256(text, strlen(text), digest);
-	base64_encode(digest, sizeof(digest), code);
-	buf_fmt(b, "; %s 'sha256-%s'", what, code);
-}
-
-/* Nothing from elsewhere, no inline code but ours, in nobody's frame. */
-static void
-page_csp(struct buf *b)
-{
-	buf_str(b, "Content-Security-Policy: default-src 'none'");
-	buf_csp_hash(b, "style-src", page_css);
-	buf_csp_hash(b, "script-src", page_js);
-	buf_str(b, "; img-src data:; form-action 'self'; base-uri 'none'; "
-	    "frame-ancestors 'none'\r\nReferrer-Policy: no-referrer\r\n");
-}
-
-static void
-html_begin(struct buf *b, const char *title)
-{
-	put(b, "<!DOCTYPE html>\n<html lang=\"en\"><meta charset=\"utf-8\">"
-	    "<meta name=\"viewport\" content=\"width=device-width,"
-	    "initial-scale=1\"><link rel=\"icon\" href=\"data:,\">"
-	    "<title>%h</title><style>%s</style>\n<h1>%s%h</h1>\n", title,
-	    page_css, strcmp(title, "States") == 0 ? "" :
-	    "<a href=\"/\">States</a> / ", title);
-}
-
-static void
-size_text(char out[32], int64_t n)
-{
-	static const char units[] = "KMGT";
-	double v = (double)n;
-	int i = -1;
-
-	while (v >= 1000 && i < 3) {
-		v /= 1024;
-		i++;
-	}
-	if (i == -1)
-		(void)snprintf(out, 32, "%lld B", (long long)n);
-	else
-		(void)snprintf(out, 32, "%.*f %ciB", v < 10, v, units[i]);
-}
-
-/* ---- tables ---- */
-
-struct column {
-	const char *key;		/* in JSON */
-	const char *title;		/* elsewhere; NULL: only in JSON */
-	int width;			/* of text; negative: to the left */
-	bool number;
-};
-
-static void
-page_begin(struct request *r, const char *title)
-{
-	static const char *const types[] = { "text/plain; charset=utf-8",
-	    "application/json", "text/html; charset=utf-8" };
-
-	r->type = types[r->form];
-	if (r->form == HTML)
-		html_begin(&r->text, title);
-}
-
-static void
-table_begin(struct request *r, const struct column *c)
-{
-	struct buf *b = &r->text;
-
-	buf_str(b, r->form == HTML ? "<table><thead><tr>" :
-	    r->form == JSON ? "[" : "");
-	for (; r->form != JSON && c->key != NULL; c++)
-		if (c->title == NULL)
-			continue;
-		else if (r->form == HTML)
-			buf_fmt(b, "<th%s>%s", c->number ? " class=n" : "",
-			    c->title);
-		else
-			buf_fmt(b, "%*s  ", c->width, c->title);
-	buf_str(b, r->form == HTML ? "<th></thead><tbody>\n" :
-	    r->form == TEXT ? "\n" : "");
-}
-
-static void
-row_begin(struct request *r, bool first)
-{
-	buf_str(&r->text, r->form == HTML ? "<tr>" : r->form == TEXT ? "" :
-	    first ? "\n{" : ",\n{");
-}
-
-static void
-row_end(struct request *r)
-{
-	buf_str(&r->text, r->form == JSON ? "}" : "\n");
-}
-
-/* A key of a JSON object, with the comma that it may need before it. */
-static void
-json_key(struct buf *b, const char *key)
-{
-	if (b->len > 0 && b->data[b->len - 1] != '{')
-		buf_str(b, ",");
-	buf_fmt(b, "\"%s\":", key);
-}
-
-/* Appends key and value; null in place of nothing. */
-static void
-json_member(struct buf *b, const char *key, const char *value)
-{
-	json_key(b, key);
-	put(b, *value == '\0' ? "null" : "%j", value);
-}
-
-static void
-html_link(struct buf *b, const char *base, const char *path, const char *text)
-{
-	put(b, "<a href=\"%s%u\">%h</a> ", base, path, text);
-}
-
-/* A cell: its value for machines, and as people like to see it. base is what
- * an HTML link to it begins with, or NULL. */
-static void
-cell(struct request *r, const struct column *c, const char *value,
-    const char *shown, const char *base)
-{
-	struct buf *b = &r->text;
-
-	if (r->form == JSON && c->number && *value != '\0') {
-		json_key(b, c->key);
-		buf_str(b, value);
-	} else if (r->form == JSON)
-		json_member(b, c->key, value);
-	else if (c->title == NULL)
-		return;
-	else if (r->form == TEXT)
-		buf_fmt(b, "%*s  ", c->width, *shown != '\0' ? shown : "-");
-	else {
-		put(b, "<td%s data-h=\"%s\" title=\"%h\">",
-		    c->number ? " class=n" : "", c->title, value);
-		if (base != NULL)
-			html_link(b, base, value, shown);
-		else
-			buf_html(b, shown);
-	}
-}
-
-static int
-page_end(struct request *r)
-{
-	buf_str(&r->text, r->form == JSON ? "\n]\n" :
-	    r->form == HTML ? "</html>\n" : "");
-	return r->text.failed ?
-	    refuse(r, 503, "the page does not fit in memory") : done(r);
-}
-
-/* ---- a walk over the states ---- */
-
-/* Calls on() for each .tfstate and .lock file, name being the state's. */
-struct walk {
-	void (*on)(struct walk *, int dir, const char *leaf, bool is_lock);
-	void *to;
-	int error;			/* why some were not found, or 0 */
-	struct names names;		/* for on() to collect them */
-	char name[NAME_LEN_MAX + 300];
-};
-
-static void walk_dir(struct walk *, int, size_t, unsigned);
-
-static void
-walk_entry(struct walk *w, DIR *d, struct dirent *e, size_t len,
-    unsigned depth)
-{
-	char leaf[300];
-	bool is_lock;
-	size_t n = strlen(e->d_name);
-	int dir;
-
-	if (e->d_name[0] == '.' || len + n > NAME_LEN_MAX)
-		return;
-	(void)snprintf(leaf, sizeof(leaf), "%s", e->d_name);
-	memcpy(w->name + len, e->d_name, n + 1);
-	is_lock = cut_suffix(w->name, LOCK);
-	if (is_lock || cut_suffix(w->name, STATE)) {
-		if (name_wrong(w->name) == NULL)
-			w->on(w, dirfd(d), leaf, is_lock);
-		return;
-	}
-#ifdef DT_DIR
-	if (e->d_type != DT_DIR && e->d_type != DT_UNKNOWN)
-		return;
-#endif
-	if (ends_in(leaf, n, LOG) || depth + 1 >= SEGMENTS_MAX)
-		return;
-	dir = openat(dirfd(d), leaf,
-	    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-	if (dir == -1) {		/* a lost+found is not ours to read */
-		if (errno != EACCES && errno != ENOENT && errno != ENOTDIR &&
-		    errno != ELOOP)
-			w->error = errno;
-		return;
-	}
-	w->name[len + n] = '/';
-	walk_dir(w, dir, len + n + 1, depth + 1);
-}
-
-/* Owns dir. w->name holds len bytes of path that lead to it. */
-static void
-walk_dir(struct walk *w, int dir, size_t len, unsigned depth)
-{
-	DIR *d = fdopendir(dir);
-	struct dirent *e;
-
-	if (d == NULL) {
-		w->error = errno;
-		close_quietly(dir);
-		return;
-	}
-	while (errno = 0, (e = readdir(d)) != NULL)
-		walk_entry(w, d, e, len, depth);
-	if (errno != 0)
-		w->error = errno;
-	(void)closedir(d);
-}
-
-/* -1 with errno if they could not all be found. */
-static int
-walk_states(struct walk *w)
-{
-	int dir = openat(store.root, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-
-	if (dir == -1 || store_there() == -1) {
-		close_quietly(dir);
-		return -1;
-	}
-	walk_dir(w, dir, 0, 0);
-	errno = w->error;
-	return errno == 0 ? 0 : -1;
-}
-
-/* ---- the listing ---- */
-
-/* In the order of the cells that row_cells writes. */
-static const struct column listing_columns[] = {
-	{ "name", "State", -24, false },
-	{ "serial", "Serial", 6, true },
-	{ "resources", "Resources", 9, true },
-	{ "size", "Size", 9, true },
-	{ "modified", "Changed", -15, false },
-	{ "terraform_version", "Terraform", -9, false },
-	{ "lineage", NULL, 0, false },
-	{ "lock", "Lock", -4, false },
-	{ NULL, NULL, 0, false }
-};
-
-/* A state, as it is shown. */
-struct row {
-	const char *name;
-	bool exists;
-	struct stat st;
-	struct meta meta;
-	struct lock lock;
-};
-
-static void
-listing_on(struct walk *w, int dir, const char *leaf, bool is_lock)
-{
-	const struct request *r = w->to;
-
-	(void)dir;
-	(void)leaf;
-	(void)is_lock;			/* a name may have only a lock */
-	if (user_right(r, w->name) != R_NONE &&
-	    strstr(w->name, r->query) != NULL)
-		names_add(&w->names, w->name, 0, 0);
-}
-
-/* Looks at one state. What went away meanwhile is shown as not there. */
-static void
-row_read(struct row *row, const char *name)
-{
-	struct place p;
-	int fd;
-
-	*row = (struct row){ .name = name };
-	if (place_open(name, false, &p) == -1)
-		return;
-	if ((fd = place_file(&p, STATE, O_RDONLY, &row->st)) != -1) {
-		row->exists = true;
-		meta_read(fd, &row->meta, row->st.st_size > LIST_MAX);
-		close_quietly(fd);
-	}
-	if (lock_look(&p, name, &row->lock) == -1) /* better than "unlocked" */
-		row->lock = (struct lock){ .held = true, .foreign = true,
-		    .id = "unknown", .info = "the lock cannot be read" };
-	dir_leave(p.dir);
-}
-
-static void
-row_lock_json(struct buf *b, const struct lock *l)
-{
-	char since[32];
-
-	json_key(b, "lock");
-	if (!l->held) {
-		buf_str(b, "null");
-		return;
-	}
-	time_text(since, (int64_t)l->since * 1000, false);
-	buf_str(b, "{");
-	json_member(b, "id", l->id);
-	json_member(b, "who", l->who);
-	json_member(b, "operation", l->operation);
-	json_member(b, "info", l->info);
-	json_member(b, "created", l->created);
-	put(b, ",\"since\":%j}", since);
-}
-
-/* Who holds the lock, since when and for what, in words. */
-static void
-row_lock(struct request *r, const struct lock *l)
-{
-	struct buf *b = &r->text, words = { 0 };
-	char age[32], *p;
-
-	if (r->form == JSON) {
-		row_lock_json(b, l);
-		return;
-	}
-	if (r->form == HTML)
-		buf_str(b, "<td class=hot>");
-	if (!l->held)
-		return;
-	age_text(age, time(NULL) - l->since);
-	if (l->foreign)
-		buf_fmt(&words, "frozen for %s: %s", age, l->info);
-	else
-		buf_fmt(&words, "locked by %s (%s) for %s", *l->who != '\0' ?
-		    l->who : "?", *l->operation != '\0' ? l->operation : "?",
-		    age);
-	buf_fmt(&words, ", ID %s", l->id);
-	for (p = words.data; p != NULL && *p != '\0'; p++)
-		if ((unsigned char)*p < 0x20 || *p == 0x7f)
-			*p = ' ';	/* an ID may have anything in it */
-	if (words.failed)
-		b->failed = true;
-	else if (r->form == HTML)
-		buf_html(b, words.data);
-	else
-		buf_str(b, words.data);
-	buf_free(&words);
-}
-
-static void
-row_cells(struct request *r, const struct row *row)
-{
-	const struct column *c = listing_columns;
-	const struct meta *m = &row->meta;
-	char serial[24] = "", resources[24] = "", bytes[24] = "", size[32] = "";
-	char when[32] = "", age[48] = "";
-
-	if (m->known)
-		(void)snprintf(serial, sizeof(serial), "%llu",
-		    (unsigned long long)m->serial);
-	if (row->exists) {
-		if (row->st.st_size <= LIST_MAX)
-			(void)snprintf(resources, sizeof(resources), "%u",
-			    m->resources);
-		(void)snprintf(bytes, sizeof(bytes), "%lld",
-		    (long long)row->st.st_size);
-		size_text(size, (int64_t)row->st.st_size);
-		time_text(when, (int64_t)row->st.st_mtime * 1000, false);
-		age_text(age, time(NULL) - row->st.st_mtime);
-		(void)snprintf(age + strlen(age), 8, " ago");
-	}
-	cell(r, c++, row->name, row->name, "/");
-	cell(r, c++, serial, serial, NULL);
-	cell(r, c++, resources, resources, NULL);
-	cell(r, c++, bytes, size, NULL);
-	cell(r, c++, when, age, NULL);
-	cell(r, c++, m->version, m->version, NULL);
-	cell(r, c++, m->lineage, m->lineage, NULL);
-	row_lock(r, &row->lock);
-	if (r->form == HTML) {
-		buf_str(&r->text, "<td>");
-		html_link(&r->text, "/-/versions/", row->name, "versions");
-		html_link(&r->text, "/-/log/", row->name, "log");
-	}
-}
-
-/* The block that a newcomer copies, for the name that was searched for. */
-static void
-html_backend(struct buf *b, const struct request *r)
-{
-	static const char *const lines[] = {
-		"address       ", "lock_address  ", "unlock_address"
-	};
-	bool valid = r->query[0] != '\0' && name_wrong(r->query) == NULL;
-	size_t i;
-
-	buf_str(b, "<h2>A state of your own</h2><p>Put this into a .tf file, "
-	    "then run <code>terraform init</code>. The state comes to be with "
-	    "the first apply.</p>\n<pre>terraform {\n  backend \"http\" {\n");
-	for (i = 0; i < 3; i++)
-		put(b, "    %s = \"%s://%h/<span class=name>%u</span>\"\n",
-		    lines[i], r->fronted ? "https" : "http", r->host,
-		    valid ? r->query : "demo");
-	put(b, "  }\n}</pre>\n<script>%s</script>", page_js);
-}
-
-static void
-html_search(struct buf *b, const char *query)
-{
-	put(b, "<form><input type=search name=q aria-label=\"Search by "
-	    "name\" placeholder=\"Search by name\" autocomplete=off "
-	    "autofocus value=\"%h\"></form>\n", query);
-}
-
-static void
-listing_write(struct request *r, struct names *names)
-{
-	struct row row;
-	size_t i, shown = 0;
-
-	page_begin(r, "States");
-	if (r->form == HTML)
-		html_search(&r->text, r->query);
-	table_begin(r, listing_columns);
-	for (i = 0; i < names->n; i++) {
-		/* A state and its lock are two files of one name. */
-		if (i > 0 && names_order(&names->list[i],
-		    &names->list[i - 1]) == 0)
-			continue;
-		if (r->form == HTML && shown == ROWS_MAX)
-			break;
-		row_read(&row, names->list[i].text);
-		row_begin(r, shown++ == 0);
-		row_cells(r, &row);
-		row_end(r);
-		lock_free(&row.lock);
-	}
-	if (r->form == HTML) {
-		buf_str(&r->text, "</tbody></table>\n<p class=dim>");
-		buf_str(&r->text, i < names->n ? "And more: search for them." :
-		    shown == 0 ? "No states here." : "");
-		html_backend(&r->text, r);
-	}
-}
-
-static int
-page_root(struct request *r)
-{
-	struct walk w = { .on = listing_on, .to = r };
-
-	if (walk_states(&w) == -1)
-		(void)refuse_errno(r, "list the states");
-	else {
-		names_sort(&w.names);
-		listing_write(r, &w.names);
-		r->text.failed |= w.names.failed;
-		(void)page_end(r);
-	}
-	names_free(&w.names);
-	return r->status;
-}
-
-/* ---- versions and what changed ---- */
-
-static const struct column version_columns[] = {
-	{ "id", "Version", -32, false },
-	{ "serial", "Serial", 6, true },
-	{ "size", "Size", 9, true },
-	{ "time", "Replaced", -24, false },
-	{ NULL, NULL, 0, false }
-};
-
-/* One version: when it was replaced, and its serial, are in its ID. */
-static void
-version_cells(struct request *r, const char *id, int64_t bytes,
-    const char *base, const char *changes)
-{
-	const struct column *c = version_columns;
-	const char *serial = strchr(id, '-') + 1;
-	char when[40], text[32], size[32];
-
-	(void)snprintf(when, sizeof(when), "%.4s-%.2s-%.2sT%.2s:%.2s:%.7s",
-	    id, id + 4, id + 6, id + 9, id + 11, id + 13);
-	(void)snprintf(text, sizeof(text), "%lld", (long long)bytes);
-	size_text(size, bytes);
-	cell(r, c++, id, id, base);
-	cell(r, c++, serial, serial, NULL);
-	cell(r, c++, text, size, NULL);
-	cell(r, c++, when, when, NULL);
-	if (r->form == HTML) {
-		buf_str(&r->text, "<td>");
-		html_link(&r->text, changes, id, "changes");
-	}
-}
-
-static int
-page_versions(struct request *r)
-{
-	int dir = history_enter(r->name, false);
-	struct names ids = { NULL, 0, false };
-	struct buf base = { 0 }, changes = { 0 };
-	char leaf[LEAF];
-	struct stat st;
-	size_t i;
-
-	if (dir == -1 ? errno != ENOENT : history_list(dir, &ids) == -1) {
-		close_quietly(dir);
-		return refuse_errno(r, "read the history");
-	}
-	page_begin(r, r->name);
-	if (r->form == HTML) {
-		html_link(&r->text, "/", r->name, "the present state");
-		html_link(&r->text, "/-/changes/", r->name, "its changes");
-		html_link(&r->text, "/-/log/", r->name, "log");
-	}
-	put(&base, "/-/versions/%u/", r->name);
-	put(&changes, "/-/changes/%u/", r->name);
-	table_begin(r, version_columns);
-	for (i = ids.n; i > 0; i--) {
-		(void)snprintf(leaf, LEAF, "%.64s" STATE, ids.list[i - 1].text);
-		if (base.failed || changes.failed ||
-		    fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1)
-			continue;
-		row_begin(r, i == ids.n);
-		version_cells(r, ids.list[i - 1].text, (int64_t)st.st_size,
-		    base.data, changes.data);
-		row_end(r);
-	}
-	buf_free(&base);
-	buf_free(&changes);
-	names_free(&ids);
-	close_quietly(dir);
-	return page_end(r);
-}
-
-/* Opens an earlier version for reading. */
-static int
-version_open(const char *name, const char *id, struct stat *st)
-{
-	int dir = history_enter(name, false), fd;
-	char leaf[LEAF];
-
-	if (dir == -1)
-		return -1;
-	(void)snprintf(leaf, LEAF, "%.64s" STATE, id);
-	fd = file_open(dir, leaf, O_RDONLY, st);
-	close_quietly(dir);
-	return fd;
-}
-
-/* The resource instances of a state: their addresses, and where they stand. */
-struct items {
-	int fd;
-	struct names names;
-	size_t first;			/* of the resource being read */
-	uint64_t begun;			/* the instance being read */
-	char module[JSON_TEXT], type[JSON_TEXT], name[JSON_TEXT];
-	char key[JSON_TEXT + 8];
-	bool data;
-};
-
-/* The resource is over: now all parts of its instances' addresses are
- * known, in whatever order they came. */
-static void
-items_name(struct items *it)
-{
-	struct name *name;
-	struct buf b;
-
-	for (; it->first < it->names.n; it->first++) {
-		name = &it->names.list[it->first];
-		b = (struct buf){ 0 };
-		buf_fmt(&b, "%s%s%s%s.%s%s", it->module,
-		    *it->module != '\0' ? "." : "", it->data ? "data." : "",
-		    it->type, it->name, name->text);
-		free(name->text);
-		name->text = b.data;
-		it->names.failed |= b.failed;
-	}
-	it->module[0] = it->type[0] = it->name[0] = '\0';
-	it->data = false;
-}
-
-/* resources[i] stands at depth 2, its instances[k] at depth 4. */
-static void
-items_on(struct json *j, char what)
-{
-	struct items *it = j->to;
-	enum word w = j->word[j->depth];
-
-	if (j->word[1] != W_RESOURCES || it->names.failed)
-		return;
-	if (j->depth == 2 && what == '}')
-		items_name(it);
-	else if (j->depth == 3 && what == 's' && w == W_MODULE)
-		json_show(it->module, sizeof(it->module), j);
-	else if (j->depth == 3 && what == 's' && w == W_TYPE)
-		json_show(it->type, sizeof(it->type), j);
-	else if (j->depth == 3 && what == 's' && w == W_NAME)
-		json_show(it->name, sizeof(it->name), j);
-	else if (j->depth == 3 && what == 's' && w == W_MODE)
-		it->data = strcmp(j->text, "data") == 0;
-	if (j->depth < 4 || j->word[3] != W_INSTANCES)
-		return;
-	if (j->depth == 4 && what == '{') {
-		it->begun = j->at;
-		it->key[0] = '\0';
-	} else if (j->depth == 4 && what == '}')
-		names_add(&it->names, it->key, it->begun,
-		    j->at + 1 - it->begun);
-	else if (w == W_INDEX_KEY && (what == 's' || what == 'n'))
-		(void)snprintf(it->key, sizeof(it->key), what == 's' ?
-		    "[\"%s\"]" : "[%s]", j->text);
-}
-
-static void
-items_free(struct items *it)
-{
-	names_free(&it->names);
-	close_quietly(it->fd);
-}
-
-/* Finds all resource instances of the state in it->fd, sorted. A descriptor
- * of -1 is a state without any. */
-static void
-items_read(struct items *it)
-{
-	struct json j = { .on = items_on, .to = it };
-
-	if (it->fd != -1)
-		json_file(it->fd, &j, INT64_MAX);
-	if (!it->names.failed)
-		names_sort(&it->names);
-}
-
-/* Are two instances the same, byte for byte? */
-static bool
-item_same(int a, const struct name *x, int b, const struct name *y)
-{
-	char one[2048], two[2048];
-	uint64_t at;
-	size_t n;
-
-	for (at = 0; x->len == y->len && at < x->len; at += n) {
-		n = x->len - at < sizeof(one) ? (size_t)(x->len - at) :
-		    sizeof(one);
-		if (read_at(a, one, n, (off_t)(x->at + at)) != (ssize_t)n ||
-		    read_at(b, two, n, (off_t)(y->at + at)) != (ssize_t)n ||
-		    memcmp(one, two, n) != 0)
-			return false;
-	}
-	return x->len == y->len;
-}
-
-/* Writes the addresses of one kind of change: '+', '-' or '~'. */
-static void
-changes_list(struct request *r, char kind, const struct items *old,
-    const struct items *new)
-{
-	const struct names *was = &old->names, *now = &new->names;
-	struct buf *b = &r->text;
-	const char *address;
-	size_t i = 0, k = 0;
-	int side;
-	char is;
-
-	while (i < was->n || k < now->n) {
-		side = i == was->n ? 1 : k == now->n ? -1 :
-		    names_order(&was->list[i], &now->list[k]);
-		address = (side > 0 ? now->list[k] : was->list[i]).text;
-		is = side > 0 ? '+' : side < 0 ? '-' : item_same(old->fd,
-		    &was->list[i], new->fd, &now->list[k]) ? '=' : '~';
-		i += side <= 0;
-		k += side >= 0;
-		if (is != kind)
-			continue;
-		if (r->form == JSON)
-			put(b, "%s%j", b->len > 0 &&
-			    b->data[b->len - 1] == '[' ? "" : ",", address);
-		else
-			put(b, r->form == HTML ? "<tr><td>%s %h\n" : "%s %s\n",
-			    (const char[]){ kind, '\0' }, address);
-	}
-}
-
-static void
-changes_write(struct request *r, const char *before, const struct items *old,
-    const struct items *new)
-{
-	static const struct { char kind; const char *word; } kinds[] = {
-		{ '+', "added" }, { '-', "removed" }, { '~', "changed" }
-	};
-	struct buf *b = &r->text;
-	size_t i;
-
-	page_begin(r, r->name);
-	if (r->form == HTML) {
-		buf_fmt(b, "<p>%s compared with %s: resources added (+), "
-		    "removed (-), changed (~). ",
-		    *r->version != '\0' ? r->version : "The present state",
-		    *before != '\0' ? before : "nothing: no version before it is kept");
-		html_link(b, "/-/versions/", r->name, "All versions");
-		buf_str(b, "<table>\n");
-	} else if (r->form == JSON) {
-		buf_str(b, "{");
-		json_member(b, "name", r->name);
-		json_member(b, "id", r->version);
-		json_member(b, "before", before);
-	}
-	for (i = 0; i < 3; i++) {
-		if (r->form == JSON) {
-			json_key(b, kinds[i].word);
-			buf_str(b, "[");
-		}
-		changes_list(r, kinds[i].kind, old, new);
-		if (r->form == JSON)
-			buf_str(b, "]");
-	}
-	buf_str(b, r->form == JSON ? "}\n" : r->form == HTML ?
-	    "</table></html>\n" : "");
-}
-
-/* The version before the one asked for; the present one comes last. */
-static void
-version_before(const struct request *r, char out[VERSION_ID])
-{
-	int dir = history_enter(r->name, false);
-	struct names ids = { NULL, 0, false };
-	size_t i;
-
-	*out = '\0';
-	if (dir != -1 && history_list(dir, &ids) == 0)
-		for (i = 0; i < ids.n && (*r->version == '\0' ||
-		    strcmp(ids.list[i].text, r->version) < 0); i++)
-			span_copy(out, VERSION_ID, span(ids.list[i].text));
-	names_free(&ids);
-	close_quietly(dir);
-}
-
-/* What a version changed against the one before it. */
-static int
-page_changes(struct request *r)
-{
-	struct items old = { .fd = -1 }, new = { .fd = -1 };
-	char before[VERSION_ID];
-	struct stat st;
-
-	version_before(r, before);
-	new.fd = *r->version != '\0' ? version_open(r->name, r->version, &st) :
-	    name_file(r->name, STATE, &st);
-	if (new.fd == -1)
-		return errno == ENOENT ?
-		    refuse(r, 404, "there is no such version") :
-		    refuse_errno(r, "read the version");
-	if (*before != '\0')
-		old.fd = version_open(r->name, before, &st);
-	old.names.failed = *before != '\0' && old.fd == -1;
-	items_read(&old);
-	items_read(&new);
-	if (old.names.failed || new.names.failed)
-		(void)refuse(r, 503, "the states cannot be compared");
-	else {
-		changes_write(r, before, &old, &new);
-		(void)done(r);
-	}
-	items_free(&old);
-	items_free(&new);
-	return r->status;
-}
-
-/* ---- a lock ---- */
-
-static int
-page_lock(struct request *r)
-{
-	struct place p;
-
-	if (place_open(r->name, false, &p) == -1 ||
-	    lock_look(&p, r->name, &r->lock) == -1)
-		(void)refuse_errno(r, "read the lock");
-	else if (!r->lock.held)
-		(void)refuse(r, 404, "it is not locked");
-	else {
-		lock_tell(&r->lock, &r->text);
-		r->type = "application/json";
-		(void)done(r);
-	}
-	dir_leave(p.dir);
-	return r->status;
-}
-
-/* ---- is it well? ---- */
-
-static int
-page_ready(struct request *r)
-{
-	struct upload up = { .fd = -1 };
-
-	if (store_there() == 0 && store_fits(0) == 0 &&
-	    tmp_create(&up) == 0) {
-		tmp_remove(&up);
-		buf_str(&r->text, "ready\n");
-		r->type = "text/plain; charset=utf-8";
-		return done(r);
-	}
-	(void)refuse_errno(r, "write");
-	return r->status = 503;
-}
-
-/* Counts states and locks, for the metrics. */
-struct census {
-	uint64_t states, locks;
-	time_t oldest;
-};
-
-static void
-census_on(struct walk *w, int dir, const char *leaf, bool is_lock)
-{
-	struct census *c = w->to;
-	struct stat st;
-
-	c->states += !is_lock;
-	if (!is_lock || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1)
-		return;
-	c->locks++;
-	if (c->oldest == 0 || st.st_mtime < c->oldest)
-		c->oldest = st.st_mtime;
-}
-
-static void
-metric(struct buf *b, const char *name, const char *type, const char *help,
-    double value)
-{
-	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s %s\n"
-	    "statesrv_%s %.10g\n", name, help, name, type, name, value);
-}
-
-/* How often something was at most each of n bounds, and above them all. */
-static void
-metric_histogram(struct buf *b, const char *name, const char *help,
-    const double *bounds, const uint64_t *counts, size_t n, double sum)
-{
-	uint64_t count = 0;
-	size_t i;
-
-	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s histogram\n",
-	    name, help, name);
-	for (i = 0; i < n; i++) {
-		count += counts[i];
-		buf_fmt(b, "statesrv_%s_bucket{le=\"%g\"} %llu\n", name,
-		    bounds[i], (unsigned long long)count);
-	}
-	count += counts[n];
-	buf_fmt(b, "statesrv_%s_bucket{le=\"+Inf\"} %llu\n"
-	    "statesrv_%s_sum %.15g\nstatesrv_%s_count %llu\n", name,
-	    (unsigned long long)count, name, sum, name,
-	    (unsigned long long)count);
-}
-
-/* The part of the metrics that lies on the disk; the loop wrote the rest. */
-static int
-page_metrics(struct request *r)
-{
-	struct census c = { 0 };
-	struct walk w = { .on = census_on, .to = &c };
-	static const double batches[] = { 1, 2, 4, 8, 16, 32, 64 };
-	uint64_t room, reserve;
-	struct buf *b = &r->text;
-
-	if (walk_states(&w) == -1 || store_room(&room, &reserve) == -1)
-		return refuse_errno(r, "count the states");
-	(void)pthread_mutex_lock(&jobs.mutex);
-	metric_histogram(b, "commit_batch_size", "Jobs that ran side by side "
-	    "when one began.", batches, jobs.batches, 7,
-	    (double)jobs.batch_sum);
-	(void)pthread_mutex_unlock(&jobs.mutex);
-	metric(b, "states", "gauge", "States.", (double)c.states);
-	metric(b, "locks", "gauge", "Locks that are held.", (double)c.locks);
-	metric(b, "oldest_lock_age_seconds", "gauge",
-	    "Age of the oldest lock, 0 without any.",
-	    c.oldest == 0 ? 0 : (double)(time(NULL) - c.oldest));
-	metric(b, "free_bytes", "gauge", "Room on the disk.", (double)room);
-	metric(b, "reserve_bytes", "gauge",
-	    "Room below which writes are refused.", (double)reserve);
-	r->type = "text/plain; version=0.0.4; charset=utf-8";
-	return done(r);
-}
-
-/* ==== methods ============================================================
- *
- * What each method on each kind of URL wants: a right, a body, and a
- * function that answers at once or a job that will. The loop lets a request
- * in only if it finds it in the table, which also writes every Allow.
- */
-static const struct { int code; char reason[32]; } statuses[] = {
-	{ 200, "OK" },
-	{ 204, "No Content" },
-	{ 400, "Bad Request" },
-	{ 401, "Unauthorized" },
-	{ 403, "Forbidden" },
-	{ 404, "Not Found" },
-	{ 405, "Method Not Allowed" },
-	{ 408, "Request Timeout" },
-	{ 409, "Conflict" },
-	{ 411, "Length Required" },
-	{ 412, "Precondition Failed" },
-	{ 413, "Content Too Large" },
-	{ 414, "URI Too Long" },
-	{ 417, "Expectation Failed" },
-	{ 423, "Locked" },
-	{ 431, "Request Header Fields Too Large" },
-	{ 500, "Internal Server Error" },
-	{ 501, "Not Implemented" },
-	{ 503, "Service Unavailable" },
-	{ 505, "HTTP Version Not Supported" },
-	{ 507, "Insufficient Storage" },
-};
-#define STATUSES (sizeof(statuses) / sizeof(*statuses))
-
-/* Seconds; upper ends of the duration histogram. */
-static const double durations[] = {
-	.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5
-};
-#define DURATIONS (sizeof(durations) / sizeof(*durations))
-
-/* What the loop counts. */
-static struct {
-	uint64_t requests[M_COUNT + 1][STATUSES];	/* last row: none */
-	uint64_t took[DURATIONS + 1];
-	uint64_t took_us;
-	uint64_t received, sent, accepted, refusals, unlogged, connections;
-} counters;
-
-static size_t
-status_index(int code)
-{
+	int error = errno;
+	const char *why = strerror(error);
 	size_t i = 0;
 
-	while (i < STATUSES && statuses[i].code != code)
+	while (errnos[i].error != 0 && errnos[i].error != error)
 		i++;
-	assert(i < STATUSES);		/* every status has its reason */
-	return i;
-}
-
-static int
-now_ok(struct request *r)
-{
-	buf_str(&r->text, "ok\n");
-	r->type = "text/plain; charset=utf-8";
-	return done(r);
-}
-
-/* The part of the metrics that the loop knows. */
-static int
-now_metrics(struct request *r)
-{
-	static const struct {
-		const char *name, *type, *help;
-		const uint64_t *value;
-	} plain[] = {
-		{ "http_received_bytes_total", "counter", "Bytes received.",
-		    &counters.received },
-		{ "http_sent_bytes_total", "counter", "Bytes sent.",
-		    &counters.sent },
-		{ "http_refusals_total", "counter", "Requests answered with "
-		    "400 or above.", &counters.refusals },
-		{ "log_lines_lost_total", "counter", "Log lines dropped "
-		    "because nobody read stdout.", &counters.unlogged },
-		{ "connections_accepted_total", "counter", "Connections "
-		    "accepted.", &counters.accepted },
-		{ "connections", "gauge", "Connections now.",
-		    &counters.connections },
-	};
-	struct buf *b = &r->text;
-	size_t i, m;
-
-	buf_str(b, "# HELP statesrv_build_info The version.\n"
-	    "# TYPE statesrv_build_info gauge\n"
-	    "statesrv_build_info{version=\"" VERSION "\"} 1\n"
-	    "# HELP statesrv_http_requests_total Requests answered.\n"
-	    "# TYPE statesrv_http_requests_total counter\n");
-	for (m = 0; m <= M_COUNT; m++)
-		for (i = 0; i < STATUSES; i++)
-			if (counters.requests[m][i] > 0)
-				buf_fmt(b, "statesrv_http_requests_total"
-				    "{method=\"%s\",status=\"%d\"} %llu\n",
-				    m < M_COUNT ? method_names[m] : "other",
-				    statuses[i].code, (unsigned long long)
-				    counters.requests[m][i]);
-	metric_histogram(b, "http_request_duration_seconds", "From the first "
-	    "byte to the last.", durations, counters.took, DURATIONS,
-	    (double)counters.took_us / 1e6);
-	for (i = 0; i < sizeof(plain) / sizeof(*plain); i++)
-		metric(b, plain[i].name, plain[i].type, plain[i].help,
-		    (double)*plain[i].value);
-	return 0;
-}
-
-/* Promise 2: takes whatever file the name leads to at this moment; 404 only
- * if there is none, for terraform reads that as "no state yet" and would
- * build everything a second time. */
-static int
-now_state(struct request *r)
-{
-	const struct cached *c = cache_find(r->name);
-	struct stat st;
-	int fd;
-
-	r->type = "application/json";
-	if (c != NULL) {
-		r->data = (struct span){ c->data, c->len };
-		return done(r);
-	}
-	if ((fd = name_file(r->name, STATE, &st)) == -1)
-		return errno == ENOENT ?
-		    refuse(r, 404, "there is no such state") :
-		    refuse_errno(r, "read the state");
-	if (st.st_size == 0) {
-		close_quietly(fd);
-		complain("%s: its file is empty", r->name);
-		return refuse(r, 500, "the state's file is empty; an earlier "
-		    "version may be in the history");
-	}
-	if (st.st_size > CACHE_FILE) {
-		r->file = fd;
-		r->left = st.st_size;
-		return done(r);
-	}
-	c = cache_fill(r->name, fd, &st);
-	close_quietly(fd);
-	if (c == NULL)
-		return refuse_errno(r, "read the state");
-	r->data = (struct span){ c->data, c->len };
-	return done(r);
-}
-
-/* Sends a file as it is. */
-static int
-now_file(struct request *r, int fd, const struct stat *st, const char *what)
-{
-	if (fd == -1)
-		return errno == ENOENT ?
-		    refuse(r, 404, "there is no such %s", what) :
-		    refuse_errno(r, "read it");
-	r->file = fd;
-	r->left = st->st_size;
-	return done(r);
-}
-
-static int
-now_version(struct request *r)
-{
-	struct stat st;
-
-	r->type = "application/json";
-	return now_file(r, version_open(r->name, r->version, &st), &st,
-	    "version");
-}
-
-static int
-now_log(struct request *r)
-{
-	struct stat st;
-
-	r->type = "text/plain; charset=utf-8";
-	return now_file(r, name_file(r->name, LOG, &st), &st, "log");
-}
-
-static int
-now_options(struct request *r)
-{
-	r->status = 204;
-	return 204;
-}
-
-enum body { B_NONE, B_INFO, B_STATE };
-
-static const struct action {
-	enum right right;
-	enum body body;
-	int (*now)(struct request *);
-	int (*job)(struct request *);
-} actions[K_METRICS + 1][M_COUNT] = {
-	[K_STATE] = {
-		[M_GET] = { R_READ, B_NONE, now_state, NULL },
-		[M_HEAD] = { R_READ, B_NONE, now_state, NULL },
-		[M_POST] = { R_WRITE, B_STATE, NULL, job_write },
-		[M_PUT] = { R_WRITE, B_STATE, NULL, job_write },
-		[M_DELETE] = { R_PLAN, B_INFO, NULL, job_delete },
-		[M_LOCK] = { R_PLAN, B_INFO, NULL, job_lock },
-		[M_UNLOCK] = { R_PLAN, B_INFO, NULL, job_unlock },
-	},
-	[K_LOCK] = {
-		[M_GET] = { R_READ, B_NONE, NULL, page_lock },
-		[M_HEAD] = { R_READ, B_NONE, NULL, page_lock },
-		[M_POST] = { R_PLAN, B_INFO, NULL, job_lock },
-		[M_PUT] = { R_PLAN, B_INFO, NULL, job_lock },
-		[M_LOCK] = { R_PLAN, B_INFO, NULL, job_lock },
-		[M_DELETE] = { R_PLAN, B_INFO, NULL, job_unlock },
-		[M_UNLOCK] = { R_PLAN, B_INFO, NULL, job_unlock },
-	},
-#define PAGE(now, job) { \
-	[M_GET] = { R_READ, B_NONE, now, job }, \
-	[M_HEAD] = { R_READ, B_NONE, now, job } }
-	[K_ROOT] = PAGE(NULL, page_root),
-	[K_VERSIONS] = PAGE(NULL, page_versions),
-	[K_VERSION] = PAGE(now_version, NULL),
-	[K_CHANGES] = PAGE(NULL, page_changes),
-	[K_LOG] = PAGE(now_log, NULL),
-	[K_HEALTHY] = PAGE(now_ok, NULL),
-	[K_READY] = PAGE(NULL, page_ready),
-	[K_METRICS] = PAGE(now_metrics, page_metrics),
-};
-
-static const struct action *
-action_of(const struct request *r)
-{
-	static const struct action options = {
-		R_NONE, B_NONE, now_options, NULL
-	};
-
-	return r->method == M_OPTIONS ? &options :
-	    &actions[r->kind][r->method];
-}
-
-static void
-action_allow(struct buf *b, enum kind kind)
-{
-	size_t m;
-
-	buf_str(b, "Allow: OPTIONS");
-	for (m = 0; m < M_COUNT; m++)
-		if (actions[kind][m].now != NULL ||
-		    actions[kind][m].job != NULL)
-			buf_fmt(b, ", %s", method_names[m]);
-	buf_str(b, "\r\n");
-}
-
-/* "localhost", or digits and dots, or [: what a name that an attacker's DNS
- * points to 127.0.0.1 cannot be, for browsers take a last label of digits for
- * the end of an address. */
-static bool
-host_is_local(struct span h)
-{
-	size_t i = 0, len = 0;
-
-	if (h.len == 0 || *h.ptr == '[')
-		return true;
-	while (len < h.len && h.ptr[len] != ':')
-		len++;
-	while (i < len && strchr("0123456789.", h.ptr[i]) != NULL)
-		i++;
-	return i == len || span_is((struct span){ h.ptr, len }, "localhost");
-}
-
-/* Who is it? 0, or 401, which says nothing of what is there. */
-static int
-admit_user(struct request *r, struct span authorization)
-{
-	if (r->users == NULL || r->kind == K_HEALTHY || r->kind == K_READY)
-		return 0;
-	if (authorization.ptr == NULL)
-		return refuse(r, 401, "credentials are needed");
-	if (!user_shows(r, authorization) || user_right(r, NULL) == R_NONE) {
-		memset(r->secret, 0, sizeof(r->secret));
-		return refuse(r, 401, "wrong credentials");
-	}
-	user_name(r);
-	return 0;
-}
-
-/*
- * Everything that a request's head can be refused for, in the order that
- * tells the least to those who do not belong: pages of other sites, then
- * strangers, then bad names, wrong methods, missing rights, wrong lengths.
- */
-static int
-admit(struct request *r, const struct head *h, bool guarded)
-{
-	const struct action *act;
-	struct span target = h->target, query = { NULL, 0 };
-	const char *wrong, *mark;
-	bool found;
-	int status;
-
-	if ((mark = memchr(target.ptr, '?', target.len)) != NULL) {
-		query.ptr = mark + 1;
-		query.len = (size_t)(target.ptr + target.len - query.ptr);
-		target.len = (size_t)(mark - target.ptr);
-	}
-	if (target.len == 0)		/* http://host means http://host/ */
-		target = span("/");
-	wrong = name_route(target, r, &found);
-	if (guarded && !host_is_local(h->host))
-		return refuse(r, 403, "the Host is not this machine: without "
-		    "users, a loopback server answers to localhost only");
-	if (h->field[F_ORIGIN].ptr != NULL && r->method != M_GET && r->method != M_HEAD &&
-	    r->method != M_OPTIONS)
-		return refuse(r, 403, "no web page may change a state");
-	if ((status = admit_user(r, h->field[F_AUTHORIZATION])) != 0)
-		return status;
-	if (wrong != NULL)
-		return refuse(r, 400, "%s", wrong);
-	if (!found)
-		return refuse(r, 404, "there is no such page");
-	if (query.ptr != NULL && name_query(query, r) == -1)
-		return refuse(r, 400, "?ID= is given twice, badly escaped, or "
-		    "longer than %d bytes", ID_MAX);
-	act = action_of(r);
-	if (act->now == NULL && act->job == NULL)
-		return refuse(r, 405, "%s does not go with this URL",
-		    method_names[r->method]);
-	r->right = user_right(r, r->kind >= K_HEALTHY || r->kind == K_ROOT ||
-	    r->kind == K_STAR ? NULL : r->name);
-	if (r->right < act->right && r->kind != K_HEALTHY &&
-	    r->kind != K_READY)
-		return refuse(r, 403, "the user has no right to %s this",
-		    method_names[r->method]);
-	return 0;
-}
-
-/* Bytes that a request's body has at most. */
-static int64_t
-body_max(const struct request *r)
-{
-	return action_of(r)->body == B_STATE ? conf.body_max : LOCK_INFO_MAX;
-}
-
-/* What the body's fields can be refused for. */
-static int
-admit_body(struct request *r, const struct head *h)
-{
-	const struct action *act = action_of(r);
-	int64_t max = body_max(r);
-
-	r->length = h->chunked ? -1 : h->length > 0 ? h->length : 0;
-	/* RFC 9110, 13.2 and 14.5: what is asked for on a condition may not
-	 * be done as if there were none. */
-	if (act->body != B_NONE && h->field[F_RANGE].ptr != NULL)
-		return refuse(r, 400, "a state is written whole: there is no "
-		    "use for Content-Range");
-	if (act->body != B_NONE && (h->field[F_MATCH].ptr != NULL ||
-	    h->field[F_NONE_MATCH].ptr != NULL ||
-	    h->field[F_UNMODIFIED].ptr != NULL))
-		return refuse(r, 412, "no If- conditions here: lock the state "
-		    "instead");
-	if (act->body == B_STATE && !h->chunked && h->length == -1)
-		return refuse(r, 411, "a state comes with Content-Length or "
-		    "chunked");
-	if (r->length > max)
-		return refuse(r, act->body == B_INFO ? 400 : 413,
-		    "the body is larger than %lld bytes", (long long)max);
-	if (h->field[F_MD5].ptr == NULL)
-		return 0;
-	r->has_md5 = true;
-	if (base64_decode(h->field[F_MD5], r->md5, 16) != 16)
-		return refuse(r, 400, "Content-MD5 is not the base64 of 16 "
-		    "bytes");
-	return 0;
-}
-
-/* Prepares an upload: what each piece of the body will be fed to. */
-static int
-upload_begin(struct request *r)
-{
-	struct upload *up = calloc(1, sizeof(*up));
-
-	if (up == NULL)
-		return refuse(r, 503, "out of memory");
-	up->md5 = md5_start;
-	up->json.on = meta_on;
-	up->json.to = &up->meta;
-	up->fd = -1;
-	up->hash = r->has_md5 || r->length <= HASH_MAX;
-	r->up = up;
-	return 0;
-}
-
-/* ==== connections ========================================================
- *
- * One thread, one poll. A connection is in one of a few states, each with a
- * step that does what can be done now: NEXT, the state has changed, go on;
- * WAIT for the descriptor; GONE. Busy connections stand at the front of the
- * poll set, and only they are polled on most turns, so that thousands of
- * idle ones cost next to nothing. An idle one has no buffer and no request.
- */
-enum step { NEXT, WAIT, GONE };
-
-enum conn_state {
-	C_HEAD,		/* between requests, or a head is coming */
-	C_BODY,		/* a body is coming */
-	C_JOB,		/* a commit thread has the request */
-	C_DENY,		/* a wrong secret waits for its answer */
-	C_REPLY,	/* the answer is going out */
-	C_DRAIN,	/* told all: the client may finish, and close */
-	C_COUNT
-};
-
-struct conn {
-	int fd;
-	unsigned slot;			/* in the poll set */
-	enum conn_state state;
-	bool readable;			/* poll said so; not read dry since */
-	bool begun;			/* the first byte of a head is here */
-	bool fronted;			/* by a unix socket */
-	bool spoken;			/* the time for a PROXY line is over */
-	bool guarded;			/* answers to localhost only */
-	bool unread;			/* more of a body would have come */
-	bool expects;			/* 100-continue is to be sent */
-	unsigned blanks;		/* empty lines skipped */
-	unsigned served;		/* requests */
-	int64_t since;			/* ms: last change of state */
-	int64_t active;			/* ms: poll last had news */
-	uint64_t order;			/* that news among all */
-	int64_t deadline;		/* ms */
-	char *in;			/* HEAD_MAX bytes, or NULL */
-	size_t at, used, seen;		/* of in */
-	struct request *r;
-	struct chunks chunks;
-	int64_t got;			/* of the body, or sent of the answer */
-	struct buf out;			/* what of the answer did not fit */
-	size_t out_at;
-	char peer[56];
-};
-
-static struct {
-	struct pollfd fd[1 + LISTENERS_MAX + SLOTS_MAX];
-	struct conn *at[1 + LISTENERS_MAX + SLOTS_MAX];	/* from base on */
-	unsigned base;			/* wake pipe and listeners */
-	unsigned hot;			/* end of the busy ones */
-	unsigned n;
-	unsigned max;			/* connections */
-	unsigned peak;			/* most of them since the last trim */
-} set;
-
-static struct listener {
-	bool local;			/* loopback */
-	bool path;			/* unix socket */
-	char name[128];
-} listeners[LISTENERS_MAX];
-
-static struct {
-	int64_t us;			/* monotonic, of this turn */
-	int64_t now;			/* the same in ms */
-	bool stopping;
-	int64_t stop;			/* when to give up waiting */
-	int64_t rest;			/* no accepting until then */
-	uint64_t order;			/* news so far */
-	pid_t child;			/* the wrapper's command, or 0 */
-	bool shares_terminal;		/* it and we, in the foreground */
-	int status;			/* its exit status */
-	char locked[ID_MAX + 1];	/* the lock it took last */
-	struct buf log;			/* of this turn */
-	bool log_blocks;		/* stdout is a pipe or terminal */
-} loop;
-
-static const struct state_row {
-	enum step (*step)(struct conn *);
-	short events;
-	int64_t ms;			/* at most so long in that state */
-} conn_states[C_COUNT];
-
-/* ---- the poll set ---- */
-
-static void
-set_swap(unsigned a, unsigned b)
-{
-	struct pollfd fd = set.fd[a];
-	struct conn *c = set.at[a];
-
-	if (a == b)
-		return;
-	set.fd[a] = set.fd[b];
-	set.at[a] = set.at[b];
-	set.fd[b] = fd;
-	set.at[b] = c;
-	set.at[a]->slot = a;
-	set.at[b]->slot = b;
-}
-
-static void
-set_hot(struct conn *c)
-{
-	if (c->slot >= set.hot)
-		set_swap(c->slot, set.hot++);
-}
-
-static void
-set_cold(struct conn *c)
-{
-	if (c->slot < set.hot)
-		set_swap(c->slot, --set.hot);
-}
-
-static void
-set_add(struct conn *c)
-{
-	c->slot = set.n++;
-	set.fd[c->slot] = (struct pollfd){ .fd = c->fd };
-	set.at[c->slot] = c;
-	set_hot(c);
-	if (set.peak < set.n - set.base)
-		set.peak = set.n - set.base;
-}
-
-static void
-set_remove(struct conn *c)
-{
-	set_cold(c);
-	set_swap(c->slot, --set.n);
-}
-
-/* ---- requests ---- */
-
-static void
-head_free(struct conn *c)
-{
-	free(c->in);
-	c->in = NULL;
-	c->at = c->used = c->seen = 0;
-}
-
-static void
-request_free(struct request *r)
-{
-	users_drop(r->users);
-	lock_free(&r->lock);
-	buf_free(&r->text);
-	close_quietly(r->file);
-	free(r->body);
-	free(r->up);
-	free(r);
-}
-
-/* The request's connection is gone. An upload's file goes by a job. */
-static void
-request_abandon(struct request *r)
-{
-	r->conn = NULL;
-	r->tell = NULL;
-	if (r->up == NULL || r->up->fd == -1 ||
-	    job_submit(r, job_abandon, false) == -1) {
-		if (r->up != NULL)
-			tmp_remove(r->up);
-		request_free(r);
-	}
-}
-
-static struct request *
-request_new(struct conn *c)
-{
-	struct request *r = calloc(1, sizeof(*r));
-
-	if (r == NULL)
-		return NULL;
-	r->conn = c;
-	r->file = -1;
-	r->method = M_COUNT;
-	r->kind = K_STAR;
-	r->start = loop.us;
-	r->fronted = c->fronted;
-	memcpy(r->client, c->peer, sizeof(c->peer));
-	if ((r->users = users) != NULL)
-		users->refs++;
-	return r;
-}
-
-/* ---- the request log ---- */
-
-/* Appends key=value, quoted if it must be. */
-static void
-logfmt(const char *key, const char *value)
-{
-	const unsigned char *p = (const unsigned char *)value;
-
-	buf_str(&loop.log, key);
-	while (*p > ' ' && *p != '"' && *p != '=' && *p != '\\' && *p < 0x7f)
-		p++;
-	if (*p == '\0' && *value != '\0')
-		buf_str(&loop.log, value);
+	if (errnos[i].why != NULL)
+		why = errnos[i].why;
+	if (i < 2)
+		r->retry = 10;
 	else
-		buf_json(&loop.log, value);
-}
-
-/* One line for a request that was answered, or whose client went away. */
-static void
-log_request(const struct request *r, int64_t us)
-{
-	static const char *const pages[K_METRICS + 1] = {
-		[K_LOCK] = "lock", [K_VERSIONS] = "versions",
-		[K_VERSION] = "version", [K_CHANGES] = "changes",
-		[K_LOG] = "log"
-	};
-	static int64_t second;
-	static char when[32];
-	struct buf *b = &loop.log;
-	int64_t ms = clock_us(CLOCK_REALTIME) / 1000;
-	bool named = r->kind != K_STAR && r->kind != K_ROOT &&
-	    r->kind < K_HEALTHY;
-
-	if (conf.command != NULL)	/* stdout is the command's */
-		return;
-	if (ms / 1000 != second) {
-		second = ms / 1000;
-		time_text(when, ms, false);
-	}
-	buf_str(b, "time=");
-	buf_add(b, when, 20);
-	buf_num(b, ms % 1000, 3);
-	buf_str(b, "Z client=");
-	buf_str(b, *r->client != '\0' ? r->client : "unix");
-	if (*r->user != '\0')
-		logfmt(" user=", r->user);
-	buf_str(b, " method=");
-	buf_str(b, r->method < M_COUNT ? method_names[r->method] : "-");
-	if (*r->name != '\0')
-		logfmt(named ? " name=" : " path=", r->name);
-	if (named && pages[r->kind] != NULL) {
-		buf_str(b, " page=");
-		buf_str(b, pages[r->kind]);
-	}
-	buf_str(b, " status=");
-	buf_num(b, r->status, 1);
-	buf_str(b, " bytes=");
-	buf_num(b, r->sent, 1);
-	buf_str(b, " ms=");
-	buf_num(b, us / 1000, 1);
-	buf_str(b, ".");
-	buf_num(b, us % 1000, 3);
-	if (*r->id != '\0')
-		logfmt(" id=", r->id);
-	if (*r->why != '\0')
-		logfmt(" why=", r->why);
-	buf_str(b, "\n");
-}
-
-/*
- * Writes the turn's lines. A reader of stdout that does not read must not
- * stop the server: a pipe that polls writable takes PIPE_BUF at once, and
- * what it does not take is counted and dropped.
- */
-static void
-log_flush(void)
-{
-	struct pollfd out = { .fd = STDOUT_FILENO, .events = POLLOUT };
-	struct buf *b = &loop.log;
-	size_t at = 0, n;
-
-	while (at < b->len) {
-		n = b->len - at;
-		if (n > PIPE_BUF) {	/* whole lines, if they are short */
-			for (n = PIPE_BUF; n > 0 && b->data[at + n - 1] != '\n';)
-				n--;
-			n = n > 0 ? n : PIPE_BUF;
-		}
-		if (loop.log_blocks && (poll(&out, 1, 0) != 1 ||
-		    (out.revents & POLLOUT) == 0))
-			break;
-		if (write_all(STDOUT_FILENO, b->data + at, n) == -1)
-			break;
-		at += n;
-	}
-	for (; at < b->len; at++)
-		counters.unlogged += b->data[at] == '\n';
-	b->len = 0;
-	b->failed = false;
-}
-
-static void
-count_request(const struct request *r, int64_t us)
-{
-	double seconds = (double)us / 1e6;
-	size_t i = 0;
-
-	counters.requests[r->method][status_index(r->status)]++;
-	counters.refusals += r->status >= 400;
-	while (i < DURATIONS && seconds > durations[i])
-		i++;
-	counters.took[i]++;
-	counters.took_us += (uint64_t)us;
-}
-
-/* A request has been answered: counts and logs it. */
-static void
-request_told(const struct request *r)
-{
-	int64_t us = clock_us(CLOCK_MONOTONIC) - r->start;
-
-	count_request(r, us);
-	log_request(r, us);
+		complain("%s: cannot %s: %s", r->name, what, why);
+	return refuse(r, errnos[i].status, "cannot %s: %s", what, why);
 }
 
 /* -v: what goes over the wire, on stderr, credentials blanked. */
 static void
 trace(const char *mark, const char *data, size_t len)
 {
-	const char *p = data, *end = data + len, *lf;
-	size_t name;
+	struct span rest = { data, len }, line, name;
+	const char *p, *end;
+	bool secret;
 
-	if (!conf.verbose)
-		return;
-	for (; p < end; p = lf + 1) {
-		if ((lf = memchr(p, '\n', (size_t)(end - p))) == NULL)
-			lf = end;
-		for (name = 0; p + name < lf && p[name] != ':'; name++)
-			continue;
-		if (name >= 6 && (strncasecmp(p + name - 6, "cookie", 6) == 0 ||
-		    (name >= 13 && strncasecmp(p + name - 13, "authorization",
-		    13) == 0)))
-			(void)fprintf(stderr, "%s %.*s: ***\n", mark,
-			    (int)name, p);
-		else
-			(void)fprintf(stderr, "%s %.*s\n", mark,
-			    (int)(lf - p), p);
+	for (p = data; conf.verbose && span_next(&rest, '\n', &line);
+	    p = rest.ptr) {
+		end = line.ptr + line.len;
+		name = line;
+		(void)span_next(&line, ':', &name);
+		secret = span_is(name, "authorization") ||
+		    span_is(name, "proxy-authorization") ||
+		    span_is(name, "cookie");
+		if (secret)
+			end = name.ptr + name.len;
+		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)(end - p), p,
+		    secret ? ": ***" : "");
 	}
 }
 
-/* ---- a connection's life ---- */
+/* ---- time ---- */
 
+/* Begins something now that the client has so long for. */
 static void
-conn_go(struct conn *c, enum conn_state state)
+conn_within(struct conn *c, int64_t now, int64_t ms)
 {
-	const struct state_row *row = &conn_states[state];
-
-	c->state = state;
-	if (state != C_JOB)		/* a pause in what it was doing */
-		c->since = loop.now;
-	c->deadline = row->ms > 0 ? loop.now + row->ms : INT64_MAX;
-	set.fd[c->slot].events = row->events;
-	/* A descriptor that nobody waits for would report POLLHUP for ever. */
-	set.fd[c->slot].fd = row->events != 0 ? c->fd : ~c->fd;
+	c->since = c->active = now;
+	c->deadline = now + ms;
+	c->moved = 0;
 }
 
 /* Bytes have come or gone: a second more for every RATE of them, so that a
  * trickle ends, but never credit for a longer silence than at first. */
 static void
-conn_progress(struct conn *c)
+conn_moved(struct conn *c, size_t n)
 {
-	c->deadline = c->since + BODY_MS + c->got * 1000 / RATE;
-	if (c->deadline > loop.now + BODY_MS)
-		c->deadline = loop.now + BODY_MS;
+	c->active = clock_ms();
+	c->moved += (int64_t)n;
+	c->deadline = c->since + BODY_MS + c->moved * 1000 / RATE;
+	if (c->deadline > c->active + BODY_MS)
+		c->deadline = c->active + BODY_MS;
 }
 
-static void
-conn_close(struct conn *c)
+/* After recv or send gave -1: waits for the client if that helps. False: it
+ * has left, or is too slow, or had to make room for others. */
+static bool
+conn_wait(struct conn *c, short events)
 {
-	if (c->r != NULL) {
-		assert(c->state != C_JOB);
-		if (c->r->status != 0)	/* done, and nobody to tell it to */
-			request_told(c->r);
-		request_abandon(c->r);
-	}
-	set_remove(c);
-	(void)close(c->fd);
-	head_free(c);
-	buf_free(&c->out);
-	counters.connections--;
-	free(c);
-#ifdef __GLIBC__
-	/* What thousands needed is given back when they are gone. */
-	if (set.peak > 512 && set.n - set.base < set.peak / 8) {
-		(void)malloc_trim(0);
-		set.peak = 0;
-	}
-#endif
-}
+	short news;
 
-/* Runs a connection, after a step, as far as it will go now. */
-static void
-conn_drive(struct conn *c, enum step step)
-{
-	while (step == NEXT)
-		step = conn_states[c->state].step(c);
-	if (step == GONE)
-		conn_close(c);
-}
-
-/* Reads what is there, up to size bytes: how many, 0 at the end or after an
- * error, -1 if nothing is there now. */
-static ssize_t
-conn_recv(struct conn *c, char *data, size_t size)
-{
-	ssize_t n;
-
-	if (!c->readable)
-		return -1;
-	n = recv(c->fd, data, size, 0);
-	if (n == -1 && (errno == EAGAIN || errno == EWOULDBLOCK ||
-	    errno == EINTR)) {
-		c->readable = false;
-		return -1;
-	}
-	if (n <= 0)
-		return 0;
-	if ((size_t)n < size)
-		c->readable = false;	/* poll will tell of more */
-	counters.received += (uint64_t)n;
-	return n;
-}
-
-/* The answer's fields, for any kind of answer. */
-static void
-reply_fields(const struct request *r, struct buf *b)
-{
-	static const char days[] = "SunMonTueWedThuFriSat";
-	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
-	static __thread time_t second = -1;
-	static __thread char date[64];
-	struct tm tm;
-
-	if (r->date != second) {
-		second = r->date;
-		(void)gmtime_r(&second, &tm);
-		(void)snprintf(date, sizeof(date), "\r\nDate: %.3s, %02d %.3s "
-		    "%04d %02d:%02d:%02d GMT", &days[3 * tm.tm_wday],
-		    tm.tm_mday, &months[3 * tm.tm_mon],
-		    (tm.tm_year + 1900) % 10000, tm.tm_hour, tm.tm_min,
-		    tm.tm_sec);
-	}
-	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
-	buf_num(b, r->status, 3);
-	buf_str(b, " ");
-	buf_str(b, statuses[status_index(r->status)].reason);
-	buf_str(b, date);
-	if (r->status != 204) {
-		buf_str(b, "\r\nContent-Length: ");
-		buf_num(b, (int64_t)r->data.len + (int64_t)r->left, 1);
-	}
-	if (r->type != NULL && r->status != 204) {
-		buf_str(b, "\r\nContent-Type: ");
-		buf_str(b, r->type);
-		buf_str(b, "\r\nX-Content-Type-Options: nosniff"
-		    "\r\nCache-Control: no-store");
-	}
-	buf_str(b, "\r\n");
-	if (r->type != NULL && strncmp(r->type, "text/html", 9) == 0)
-		page_csp(b);
-	if (r->status == 401)
-		buf_str(b, "WWW-Authenticate: Basic realm=\"statesrv\", "
-		    "charset=\"UTF-8\"\r\n");
-	if (r->status == 503)
-		buf_str(b, "Retry-After: 1\r\n");
-	if (r->status == 405 || r->status == 204)
-		action_allow(b, r->kind);
-	if (!r->keep)
-		buf_str(b, "Connection: close\r\n");
-	else if (r->http10)
-		buf_str(b, "Connection: keep-alive\r\n");
-	buf_str(b, "\r\n");
+	if (errno == EINTR)
+		return true;
+	if (errno != EAGAIN && errno != EWOULDBLOCK)
+		return false;
+	(void)pthread_mutex_lock(&conn_mutex);
+	c->waits = c->active;
+	(void)pthread_mutex_unlock(&conn_mutex);
+	news = wait_until(c->fd, events, c->deadline);
+	(void)pthread_mutex_lock(&conn_mutex);
+	c->waits = 0;
+	(void)pthread_mutex_unlock(&conn_mutex);
+	return news != 0;
 }
 
 /*
- * A commit thread tells the client that all is well, before it hands the
- * request back: as long as its connection is in C_JOB, it is the job's. That
- * saves waking the loop first, which a single client that writes feels. The
- * loop does what is left: the rest of the head, if not all fitted, and logs.
+ * Is the client still there? One that has closed, or reset, will not see the
+ * answer, and may have repeated the request elsewhere long ago. That one
+ * which has only finished sending looks the same; nginx and Go do not tell
+ * them apart, either.
  */
-static void
-reply_early(struct request *r)
-{
-	struct buf head = { 0 };
-	ssize_t n = -1;
-
-	if (r->status != 200 || r->text.len > 0 || r->text.failed)
-		return;
-	r->date = time(NULL);
-	reply_fields(r, &head);
-	if (!head.failed)
-		n = send(r->conn->fd, head.data, head.len, 0);
-	r->told = n > 0 ? (size_t)n : 0;
-	buf_free(&head);
-}
-
-/* Holds small packets back while pieces of a file go out. */
-static void
-conn_cork(const struct conn *c, int on)
-{
-#ifdef TCP_CORK
-	(void)setsockopt(c->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof(on));
-#else
-	(void)c;
-	(void)on;
-#endif
-}
-
-/* Sends head and body together; what does not fit is kept in c->out. */
-static enum step
-reply_send(struct conn *c, struct span head, struct span body)
-{
-	struct iovec v[2] = {
-		{ .iov_len = head.len }, { .iov_len = body.len }
-	};
-	struct msghdr m = { .msg_iov = v, .msg_iovlen = 2 };
-	size_t sent, skip;
-	ssize_t n;
-
-	if (head.len == 0)		/* a commit thread has sent it all */
-		return NEXT;
-	/* sendmsg only reads them; its iovec is from before there was const */
-	memcpy(&v[0].iov_base, &head.ptr, sizeof(void *));
-	memcpy(&v[1].iov_base, &body.ptr, sizeof(void *));
-	/* The last answer, and the end of the connection, are one packet. */
-	n = sendmsg(c->fd, &m, c->r->keep ? 0 : MSG_MORE);
-	if (n == -1 && errno != EAGAIN && errno != EWOULDBLOCK &&
-	    errno != EINTR)
-		return GONE;
-	sent = n > 0 ? (size_t)n : 0;
-	counters.sent += sent;
-	if (sent < head.len)
-		buf_add(&c->out, head.ptr + sent, head.len - sent);
-	skip = sent > head.len ? sent - head.len : 0;
-	if (skip < body.len)
-		buf_add(&c->out, body.ptr + skip, body.len - skip);
-	return c->out.failed ? GONE : NEXT;
-}
-
-/* The request has its answer: begins to send it. */
-static enum step
-conn_answer(struct conn *c)
-{
-	static struct buf head;		/* reused: the loop is one thread */
-	struct request *r = c->r;
-
-	if (r->text.len > 0)
-		r->data = (struct span){ r->text.data, r->text.len };
-	if (r->text.failed) {
-		(void)refuse(r, 503, "out of memory");
-		r->data = (struct span){ "out of memory\n", 14 };
-	}
-	if (r->told == 0) {
-		r->keep = r->keep && !c->unread && !loop.stopping;
-		r->date = time(NULL);
-	}
-	head.len = 0;
-	head.failed = false;
-	reply_fields(r, &head);
-	conn_go(c, C_REPLY);
-	if (head.failed)
-		return GONE;
-	trace("<", head.data, head.len);
-	if (r->method == M_HEAD) {
-		close_quietly(r->file);
-		r->file = -1;
-		r->left = 0;
-		r->data.len = 0;
-	}
-	if (r->data.len > 0)
-		trace("<", r->data.ptr, r->data.len);
-	r->sent = (int64_t)r->data.len + (int64_t)r->left;
-	c->got = 0;
-	if (r->left > 0)
-		conn_cork(c, 1);
-	counters.sent += r->told;
-	return reply_send(c, (struct span){ head.data + r->told,
-	    head.len - r->told }, r->data);
-}
-
-/* Sets a refusal that ends the connection, and answers it. */
-static enum step
-conn_refuse(struct conn *c, int status, const char *why)
-{
-	c->r->keep = false;
-	c->unread = true;
-	(void)refuse(c->r, status, "%s", why);
-	return conn_answer(c);
-}
-
-/* Hands the request to the commit threads, and waits for them. */
-static enum step
-conn_submit(struct conn *c, int (*run)(struct request *), bool ordered)
-{
-	conn_go(c, C_JOB);
-	return job_submit(c->r, run, ordered) == 0 ? WAIT :
-	    conn_refuse(c, 503, "no thread to do it");
-}
-
-/* ---- C_HEAD ---- */
-
-/* Takes over an address that a front tells, if it is one. */
-static void
-peer_told(char *out, size_t size, struct span address)
-{
-	unsigned char bytes[16];
-	char text[INET6_ADDRSTRLEN];
-
-	span_copy(text, sizeof(text), address);
-	if (inet_pton(AF_INET, text, bytes) == 1 ||
-	    inet_pton(AF_INET6, text, bytes) == 1)
-		(void)snprintf(out, size, "%s", text);
-}
-
-/* What a front says about its client: the PROXY protocol, version 1. Only a
- * front can connect to a unix socket, by the rights of its file. */
-static enum step
-conn_proxy(struct conn *c)
-{
-	char line[108], *save = NULL, *family, *address;
-	char *lf = memchr(c->in, '\n', c->used);
-	size_t n = lf == NULL ? c->used : (size_t)(lf - c->in) + 1;
-
-	if (lf == NULL && n < sizeof(line))
-		return WAIT;
-	if (lf == NULL || n >= sizeof(line))
-		return GONE;
-	span_copy(line, sizeof(line), (struct span){ c->in, n });
-	(void)strtok_r(line, " \r\n", &save);	/* PROXY */
-	family = strtok_r(NULL, " \r\n", &save);
-	address = strtok_r(NULL, " \r\n", &save);
-	if (family == NULL || (strcmp(family, "TCP4") != 0 &&
-	    strcmp(family, "TCP6") != 0 && strcmp(family, "UNKNOWN") != 0))
-		return GONE;
-	c->spoken = true;
-	(void)snprintf(c->peer, sizeof(c->peer), "unix");
-	if (address != NULL)
-		peer_told(c->peer, sizeof(c->peer), span(address));
-	c->at = n;
-	return NEXT;
-}
-
-/* Skips what may come before a request line; true if that is too much. */
 static bool
-conn_blanks(struct conn *c)
+client_there(const struct request *r)
 {
-	while (c->used - c->at >= 2 && c->in[c->at] == '\r' &&
-	    c->in[c->at + 1] == '\n') {
-		c->at += 2;
-		if (++c->blanks > BLANKS_MAX)
-			return true;
-	}
-	return false;
+	int fd = r->conn->fd;
+	short news = wait_until(fd, POLLIN | POLLRDHUP, 0);
+	char byte;
+
+	if ((news & (POLLRDHUP | POLLHUP | POLLERR)) != 0)
+		return false;
+	return (news & POLLIN) == 0 || recv(fd, &byte, 1, MSG_PEEK) != 0;
 }
+
+static int
+refuse_gone(struct request *r)
+{
+	r->keep = false;
+	return refuse(r, 400, "the client has closed the connection: nothing "
+	    "was changed");
+}
+
+/* ---- the body ----
+ *
+ * Functions return 0, a status, or -1: the request was cut.
+ */
 
 /* Closes the gap that consumed bytes left at the front of the buffer. */
 static void
@@ -6197,470 +3227,2550 @@ conn_compact(struct conn *c)
 		return;
 	memmove(c->in, c->in + c->at, c->used - c->at);
 	c->used -= c->at;
-	c->at = 0;
-	c->seen = 0;
+	c->at = c->seen = 0;
 }
 
-/* Copies what outlives the head, asks whether it may come in. */
+/* Reads what comes of it into the connection's buffer. */
 static int
-request_read(struct conn *c, const struct head *h)
+body_more(struct request *r)
 {
-	struct request *r = c->r;
-	struct span last = { NULL, 0 }, list = h->field[F_FORWARDED];
+	static const char go_on[] = "HTTP/1.1 100 Continue\r\n\r\n";
+	struct conn *c = r->conn;
+	ssize_t n = sizeof(go_on) - 1;
+
+	/* So short a line fits, or the client has stopped reading. */
+	if (r->expects && send(c->fd, go_on, (size_t)n, 0) != n)
+		return cut(r, "the client has left before the body");
+	r->expects = false;
+	conn_compact(c);
+	while ((n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0)) == -1)
+		if (!conn_wait(c, POLLIN))
+			return cut(r, clock_ms() >= c->deadline ?
+			    "the body came too slowly" :
+			    "the client has left in the middle of the body");
+	if (n == 0)
+		return refuse(r, 400, "the body is not complete");
+	conn_moved(c, (size_t)n);
+	c->used += (size_t)n;
+	return 0;
+}
+
+/* Reads a line of a chunked body, of up to max bytes; without its CRLF. */
+static int
+body_line(struct request *r, size_t max, struct span *line)
+{
+	struct conn *c = r->conn;
+	const char *lf;
 	int status;
 
+	while ((lf = memchr(c->in + c->at, '\n', c->used - c->at)) == NULL &&
+	    c->used - c->at < max)
+		if ((status = body_more(r)) != 0)
+			return status;
+	line->ptr = c->in + c->at;
+	line->len = lf == NULL ? 0 : (size_t)(lf - line->ptr);
+	if (line->len == 0 || line->len >= max || lf[-1] != '\r')
+		return refuse(r, 400, "a line of the chunked body is too long, "
+		    "or does not end in CR LF");
+	c->at += line->len + 1;
+	line->len--;
+	return 0;
+}
+
+/* Goes on to the next chunk, or to the end of the body: trailer fields have
+ * the form of the head's, and are dropped. */
+static int
+body_chunk(struct request *r)
+{
+	struct head trailer = { .length = -1 };
+	const char *wrong;
+	unsigned fields = 0;
+	struct span line;
+	uint64_t size;
+	int status;
+
+	if (r->in_chunks && (status = body_line(r, 2, &line)) != 0)
+		return status;
+	r->in_chunks = true;
+	if ((status = body_line(r, CHUNK_LINE_MAX, &line)) != 0)
+		return status;
+	status = -chunk_size(line, &size);
+	if (status == 413 || (status == 0 && size > (uint64_t)r->room))
+		return refuse(r, r->too_large, "the body is too large");
+	if (status != 0)
+		return refuse(r, status, "a chunk begins without its size");
+	r->chunk = (int64_t)size;
+	r->room -= r->chunk;
+	if (r->chunk > 0)
+		return 0;
+	while ((status = body_line(r, CHUNK_LINE_MAX, &line)) == 0 &&
+	    line.len > 0) {
+		if (++fields > FIELDS_MAX)
+			return refuse(r, 431, "the trailer is too large");
+		if ((wrong = http_field(&trailer, line)) != NULL)
+			return refuse(r, 400, "%s", wrong + 4);
+	}
+	if (status == 0)
+		r->length = 0;
+	return status;
+}
+
+/* The next piece of a body, which stays in the connection's buffer until the
+ * next call; an empty one at the end. */
+static int
+body_next(struct request *r, struct span *piece)
+{
+	struct conn *c = r->conn;
+	int64_t *left;
+	int status;
+
+	if (r->length < 0 && r->chunk == 0 && (status = body_chunk(r)) != 0)
+		return status;
+	left = r->length < 0 ? &r->chunk : &r->length;
+	if (*left > 0 && c->used == c->at && (status = body_more(r)) != 0)
+		return status;
+	piece->ptr = c->in + c->at;
+	piece->len = c->used - c->at;
+	if ((uint64_t)*left < piece->len)
+		piece->len = (size_t)*left;
+	c->at += piece->len;
+	*left -= (int64_t)piece->len;
+	r->got += (int64_t)piece->len;
+	trace(">", piece->ptr, piece->len);
+	return 0;
+}
+
+/* Reads a small body into memory, as a string. */
+static int
+body_whole(struct request *r)
+{
+	struct span piece;
+	int status;
+
+	if ((r->body = malloc(LOCK_INFO_MAX + 1)) == NULL)
+		return refuse(r, 503, "out of memory");
+	while ((status = body_next(r, &piece)) == 0 && piece.len > 0) {
+		assert(r->len + piece.len <= LOCK_INFO_MAX);
+		memcpy(r->body + r->len, piece.ptr, piece.len);
+		r->len += piece.len;
+	}
+	r->body[r->len] = '\0';
+	return status;
+}
+
+/* ==== commits ============================================================
+ *
+ * What a thread does to change a state or a lock, first step to last: receive
+ * and check the body; write the temporary file and sync it; take the name's
+ * guard; look at the lock, and whether the client is still there; only then
+ * publish; drop the guard; sync the directory; append to the state's log;
+ * answer. What fails leaves state and lock as they were, except where only
+ * the last sync failed: then the answer is 5xx, and the client's own
+ * repetition of the request finds it done, or does it again.
+ *
+ * Functions return 0, a status, or -1: the request was cut.
+ */
+
+/* The answer is the holder's lock info: every client knows to read it. */
+static int
+refuse_locked(struct request *r, int status)
+{
+	const struct lock *l = &r->change->lock;
+
+	(void)refuse(r, status, l->foreign ? "frozen by hand: %s" :
+	    "locked by %s", l->id);
+	r->text.len = 0;
+	lock_tell(l, &r->text);
+	r->type = "application/json";
+	return status;
+}
+
+/* ---- the state's log ---- */
+
+static void
+log_key(struct buf *b, const char *key, const char *value)
+{
+	if (*value == '\0')
+		return;
+	buf_fmt(b, ",\"%s\":", key);
+	buf_json(b, value);
+}
+
+/* Appends what happened to NAME.log. Not synced: it tells of the promise, it
+ * is not the promise. What was refused makes no file for a name that is
+ * nobody's, and takes no room of the reserve. */
+static void
+log_event(struct request *r, const char *event)
+{
+	struct change *ch = r->change;
+	const struct lock *l = &ch->lock;
+	const struct lock *who = lock_is(l, r->id) ? l : &ch->asked;
+	bool refused = strcmp(event, "refused") == 0;
+	struct buf b = { 0 };
+	char text[32];
+	int fd;
+
+	if (refused && store_fits(0) == -1)
+		return;
+	time_text(text, time_ms(), false);
+	buf_fmt(&b, "{\"time\":\"%s\",\"event\":\"%s\",\"method\":\"%s\"",
+	    text, event, method_names[r->method]);
+	if (r->status != 0)		/* a repair comes before any answer */
+		buf_fmt(&b, ",\"status\":%d", r->status);
+	log_key(&b, "client", r->client);
+	log_key(&b, "user", r->user);
+	log_key(&b, "id", r->id);
+	log_key(&b, "who", who->who);
+	log_key(&b, "operation", who->operation);
+	if (ch->meta.known)
+		buf_fmt(&b, ",\"serial\":%llu",
+		    (unsigned long long)ch->meta.serial);
+	log_key(&b, "lineage", ch->meta.lineage);
+	if (ch->size > 0)
+		buf_fmt(&b, ",\"size\":%lld", (long long)ch->size);
+	log_key(&b, "md5", ch->md5);
+	if (ch->old_meta.known)
+		buf_fmt(&b, ",\"old_serial\":%llu",
+		    (unsigned long long)ch->old_meta.serial);
+	log_key(&b, "old_lineage", ch->old_meta.lineage);
+	if (l->held && who != l) {
+		buf_fmt(&b, ",\"%s\":{\"id\":", r->status == 200 ? "broken" :
+		    "holder");
+		buf_json(&b, l->id);
+		log_key(&b, "who", l->who);
+		log_key(&b, "operation", l->operation);
+		log_key(&b, "created", l->created);
+		log_key(&b, "info", l->info);
+		buf_str(&b, "}");
+	}
+	log_key(&b, "why", r->why);
+	buf_str(&b, "}\n");
+	if (ch->place.dir == -1)	/* refused before it was opened */
+		(void)place_open(r->name, D_OPEN, &ch->place);
+	fd = place_file(&ch->place, LOG, O_WRONLY | O_APPEND |
+	    (refused && !l->held ? 0 : O_CREAT), NULL);
+	if ((fd == -1 && errno != ENOENT) || (fd != -1 && (b.failed ||
+	    write_all(fd, b.data, b.len) == -1)))
+		complain("%s: cannot write its log: %s", r->name,
+		    strerror(errno));
+	close_quietly(fd);
+	buf_free(&b);
+}
+
+/* ---- how every change is made ---- */
+
+/* Before the guard is taken: learns of the state that is there what is to be
+ * known, and gives it a second, hidden name in its history; a copy, where
+ * link(2) will not. The new state is moved beside it, if need be. */
+static int
+change_prepare(struct request *r)
+{
+	struct change *ch = r->change;
+	char leaf[LEAF];
+	bool keep;
+
+	file_forget(ch->old);
+	tmp_remove(&ch->kept);
+	ch->old_meta = (struct meta){ 0 };
+	ch->old = place_file(&ch->place, STATE, O_RDONLY, &ch->old_st);
+	if (ch->old == -1 && errno != ENOENT)
+		return refuse_errno(r, "read the state that is there");
+	if (ch->old != -1)
+		meta_file(ch->old, &ch->old_meta);
+	ch->equal = ch->old != -1 && ch->tmp.fd != -1 &&
+	    ch->old_st.st_size == ch->size && file_same(ch->old, ch->tmp.fd);
+	keep = conf.keep > 0 && ch->old != -1 && !ch->equal;
+	if (ch->history == -1)
+		ch->history = history_open(r->name, keep ? D_MAKE : D_OPEN);
+	if (ch->history == -1 && (keep || errno != ENOENT))
+		return refuse_errno(r, "open the history");
+	if (keep) {
+		tmp_name(&ch->kept, ch->history);
+		if (linkat(ch->place.dir, leaf_name(leaf, &ch->place, STATE),
+		    ch->history, ch->kept.name, 0) == -1 &&
+		    tmp_copy(&ch->kept, ch->history, ch->old) == -1)
+			return refuse_errno(r, "keep the earlier version");
+	}
+	if (ch->old != -1)		/* if it fails, nothing will fit */
+		(void)fstat(ch->old, &ch->old_st);
+	if (ch->tmp.fd != -1 && ch->tmp.dir != ch->place.dir &&
+	    tmp_move(&ch->tmp, ch->place.dir) == -1)
+		return refuse_errno(r, "put the state beside its place");
+	return 0;
+}
+
+/* Under the guard: is the state still the one that was prepared for? */
+static bool
+change_fits(const struct change *ch)
+{
+	char leaf[LEAF];
+	struct stat st;
+
+	errno = ENOENT;
+	if (ch->place.dir == -1 || fstatat(ch->place.dir, leaf_name(leaf,
+	    &ch->place, STATE), &st, AT_SYMLINK_NOFOLLOW) == -1)
+		return ch->old == -1 && errno == ENOENT;
+	return ch->old != -1 && unchanged(&st, &ch->old_st);
+}
+
+static int
+lock_remove(struct request *r)
+{
+	const struct place *p = &r->change->place;
+	char leaf[LEAF];
+
+	return unlinkat(p->dir, leaf_name(leaf, p, LOCK), 0) == 0 ? 0 :
+	    refuse_errno(r, "remove the lock");
+}
+
+/* Makes a change: prepares, if it is one of a state, then publishes under the
+ * guard, knowing the lock. If the state has changed in between, it is prepared
+ * for again there: of many who write without a lock nobody must starve. */
+static int
+change(struct request *r, enum enter how, int (*publish)(struct request *))
+{
+	struct change *ch = r->change;
+	int status = 0;
+
+	if (ch->place.dir == -1 && place_open(r->name, how, &ch->place) == -1)
+		return refuse_errno(r, "open the state's directory");
+	if (ch->writes && (status = change_prepare(r)) != 0)
+		return status;
+	if (guard_take(&ch->guard, r->name, GUARD_MS) == -1)
+		return refuse_errno(r, "guard the name");
+	free(ch->lock.raw);
+	if (lock_read(&ch->place, &ch->lock) == -1)
+		status = refuse_errno(r, "read the lock");
+	else if (ch->lock.torn && (status = lock_remove(r)) == 0)
+		log_event(r, "repair");
+	if (status == 0 && ch->writes && !change_fits(ch))
+		status = change_prepare(r);
+	if (status == 0)
+		status = publish(r);
+	guard_drop(&ch->guard);
+	return status;
+}
+
+/*
+ * The end of a change, before its answer. Syncs what was published: its
+ * directory, or all from the root down to it if the name had no state before,
+ * or its lock was changed, or a sync has ever failed, or nothing was to be
+ * done: an earlier try may have done it and then failed here.
+ */
+static int
+change_end(struct request *r, int status)
+{
+	struct change *ch = r->change;
+	struct place p = { .dir = -1 };
+	bool deep;
+
+	deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
+	if (status == 0 && ch->place.dir != -1 && (deep ?
+	    place_open(r->name, D_SYNC, &p) : dir_sync(ch->place.dir)) == -1)
+		status = refuse_errno(r, "sync the directory");
+	dir_leave(p.dir);
+	tmp_remove(&ch->tmp);
+	tmp_remove(&ch->kept);
+	if (status == 0)
+		r->status = 200;
+	if (ch->event != NULL)
+		log_event(r, ch->event);
+	else if (status > 0 && status != 404 && ch->writes)
+		log_event(r, "refused");
+	return status;
+}
+
+/* After the answer: frees, and prunes the history. */
+static void
+change_free(struct change *ch)
+{
+	if (ch->event != NULL && ch->history != -1 && (ch->ids.n > 0 ||
+	    history_list(ch->history, &ch->ids) == 0))
+		history_prune(ch->history, &ch->ids, &ch->lock);
+	file_forget(ch->old);
+	close_quietly(ch->history);
+	names_free(&ch->ids);
+	free(ch->lock.raw);
+	dir_leave(ch->place.dir);
+}
+
+/* Is the body JSON, and has it the MD5 that was promised? */
+static int
+body_check(struct request *r, const struct json *j, unsigned char digest[16])
+{
+	errno = j->error;
+	if (errno != 0)
+		return refuse_errno(r, "read the state back");
+	if (j->why != NULL)
+		return refuse(r, 400, "the body is not a JSON object: at byte "
+		    "%llu it %s", (unsigned long long)j->at, j->why);
+	return r->has_md5 && memcmp(digest, r->md5, 16) != 0 ?
+	    refuse(r, 400, "the body's MD5 is not its Content-MD5") : 0;
+}
+
+/* ---- LOCK and UNLOCK ---- */
+
+/* Reads and checks a body that is lock info, and takes the ID from it. */
+static int
+lock_body(struct request *r)
+{
+	struct lock *asked = &r->change->asked;
+	struct hash md5 = md5_start;
+	unsigned char digest[16];
+	int status = body_whole(r);
+	struct json j;
+	bool ok;
+
+	if (status != 0)
+		return status;
+	hash_add(&md5, r->body, r->len);
+	hash_end(&md5, digest);
+	j = json_text(r->body, r->len, NULL, 0);
+	ok = r->len == 0 || lock_info(&j, asked);
+	if ((status = body_check(r, &j, digest)) != 0 || r->len == 0)
+		return status;
+	if (!ok)
+		return refuse(r, 400, "the lock info has no ID, just one, of "
+		    "1 to %d bytes", ID_MAX);
+	memcpy(r->id, asked->id, sizeof(r->id));
+	r->has_id = true;
+	return 0;
+}
+
+/*
+ * Writes the lock, and syncs it: another host that found it empty would take
+ * it for none. What could not be written is removed again. What could not be
+ * synced stays: a lock too many is an inconvenience, one too few a disaster.
+ * One that is there, to be broken or the sender's own from a try that may not
+ * have got to the disk, is replaced: at no moment is there none.
+ */
+static int
+lock_write(struct request *r)
+{
+	const struct place *p = &r->change->place;
+	bool replace = r->change->lock.held;
+	struct tmp t = { .fd = -1 };
+	char leaf[LEAF];
+	int status = 0;
+
+	(void)leaf_name(leaf, p, LOCK);
+	if (replace)
+		(void)tmp_create(&t, p->dir);
+	else
+		t.fd = place_file(p, LOCK, O_WRONLY | O_CREAT | O_EXCL, NULL);
+	if (t.fd == -1)
+		status = refuse_errno(r, "create the lock");
+	else if (write_all(t.fd, r->body, r->len) == -1) {
+		status = refuse_errno(r, "write the lock");
+		if (!replace)
+			(void)unlinkat(p->dir, leaf, 0);
+	} else if (sync_fd(t.fd) == -1 ||
+	    (replace && tmp_rename(&t, p->dir, leaf) == -1))
+		status = refuse_errno(r, "sync the lock");
+	tmp_remove(&t);
+	return status;
+}
+
+/* Under the guard: takes the lock, if it may be had. -b breaks one that is
+ * old, but never a freeze: that is somebody's word. */
+static int
+lock_publish(struct request *r)
+{
+	struct change *ch = r->change;
+	const struct lock *l = &ch->lock;
+	bool own = lock_is(l, r->id), stale = conf.break_hours > 0 &&
+	    !l->foreign && time_ms() / 1000 - l->since.tv_sec >
+	    (int64_t)conf.break_hours * 3600;
+	int status;
+
+	if (l->held && !own && (!stale || r->right < R_WRITE))
+		return refuse_locked(r, 423);
+	if (!client_there(r))
+		return refuse_gone(r);
+	if ((status = lock_write(r)) == 0)
+		ch->event = l->held && !own ? "break" : "lock";
+	return status;
+}
+
+/* LOCK: from its body to its answer. */
+static int
+do_lock(struct request *r)
+{
+	struct change *ch = r->change;
+	int status = lock_body(r);
+
+	if (status == 0 && r->len == 0)
+		return refuse(r, 400, "LOCK wants lock info: a JSON object "
+		    "with an ID");
+	if (status == 0 && r->right < R_WRITE && !lock_plans(&ch->asked))
+		return refuse(r, 403, "%s may lock %s to plan only, not for "
+		    "%s", r->user, r->name, ch->asked.operation);
+	if (status == 0)
+		status = change(r, D_MAKE, lock_publish);
+	/* The guard was not to be had: a lock that another holds can be told
+	 * all the same, and a client that waits for it goes on waiting. */
+	if (r->retry > 0 && ch->lock.raw == NULL &&
+	    lock_read(&ch->place, &ch->lock) == 0 && ch->lock.held &&
+	    !lock_is(&ch->lock, r->id))
+		status = refuse_locked(r, 423);
+	return change_end(r, status);
+}
+
+/* Under the guard: releases the lock, if it is the sender's, or if no ID is
+ * told: terraform's force-unlock. By its ID, it is ended by its own run,
+ * however late. */
+static int
+unlock_publish(struct request *r)
+{
+	const struct lock *l = &r->change->lock;
+	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
+	bool own = lock_is(l, r->id), made_up = l->foreign &&
+	    strcmp(r->id, l->id) == 0 && r->right == R_WRITE;
+	int status;
+
+	if (!l->held)			/* a repetition, perhaps */
+		return 0;
+	if (r->has_id && !made_up && !own)
+		return refuse_locked(r, 409);
+	if (r->right < R_WRITE && !lock_plans(l))
+		return refuse(r, 403, "%s may release only a plan's lock of "
+		    "%s", r->user, r->name);
+	if (!own && !client_there(r))
+		return refuse_gone(r);
+	if ((status = lock_remove(r)) == 0)
+		r->change->event = own ? "unlock" : "force-unlock";
+	return status;
+}
+
+/* ---- writes and deletes ---- */
+
+/* Promise 4: under the lock's own ID, or with none when nothing is locked.
+ * An ID whose lock is gone was broken: another run may have written. */
+static int
+write_allowed(struct request *r)
+{
+	const struct lock *l = &r->change->lock;
+
+	if (l->held && !(r->has_id && lock_is(l, r->id)))
+		return refuse_locked(r, 423);
+	return l->held || !r->has_id ? 0 : refuse(r, 409, "nothing is locked: "
+	    "the lock %s was broken or released", r->id);
+}
+
+/* Receives the body into a temporary file. */
+static int
+state_receive(struct request *r)
+{
+	struct change *ch = r->change;
+	struct span piece;
+	int status;
+
+	if (tmp_create(&ch->tmp, store.root) == -1)
+		return refuse_errno(r, "create a temporary file");
+	while ((status = body_next(r, &piece)) == 0 && piece.len > 0) {
+		ch->size += (int64_t)piece.len;
+		if (store_fits((int64_t)piece.len) == -1 ||
+		    write_all(ch->tmp.fd, piece.ptr, piece.len) == -1)
+			return refuse_errno(r, "write the state");
+	}
+	return status;
+}
+
+/* Checks the body in one pass: its form, its MD5, and whether it can be a
+ * state, for nobody wants another text in the place of one. */
+static int
+state_check(struct request *r)
+{
+	struct change *ch = r->change;
+	struct meta *m = &ch->meta;
+	bool hash = r->has_md5 || ch->size <= HASH_MAX;
+	unsigned char digest[16];
+	struct hash md5 = md5_start;
+	struct json j = { .fd = ch->tmp.fd, .max = ch->size,
+	    .md5 = hash ? &md5 : NULL };
+	int status;
+
+	(void)meta_read(&j, m);
+	hash_end(&md5, digest);
+	if ((status = body_check(r, &j, digest)) != 0)
+		return status;
+	if (hash)
+		hex(digest, 16, ch->md5);
+	if (m->doubled != NULL)
+		return refuse(r, 400, "the body is no state: it has two keys "
+		    "\"%s\"", m->doubled);
+	if (m->type == 'l')
+		return refuse(r, 400, "the body is no state: it is lock info. "
+		    "lock_address points at a state's URL, with a lock_method "
+		    "that writes: use LOCK, or NAME/lock");
+	return m->type == 's' || ANY_OBJECT ? 0 : refuse(r, 400, "the body is "
+	    "no state: it has neither a \"version\" that is a number nor "
+	    "\"encrypted_data\"");
+}
+
+/* Under the guard: gives a file its ID in the history, and so makes it the
+ * newest version. Syncs that, down from the root, if it is nowhere else. */
+static int
+history_keep(struct request *r, struct tmp *t, uint64_t serial, bool sync)
+{
+	struct change *ch = r->change;
+	char leaf[LEAF];
+	const char *id;
+	int dir = -1;
+
+	if ((t->dir != ch->history && tmp_move(t, ch->history) == -1) ||
+	    history_list(ch->history, &ch->ids) == -1 ||
+	    (id = history_next(&ch->ids, serial)) == NULL ||
+	    tmp_rename(t, ch->history, version_leaf(leaf, id)) == -1 ||
+	    (sync && (dir = history_open(r->name, D_SYNC)) == -1))
+		return refuse_errno(r, "keep a version in the history");
+	close_quietly(dir);
+	return 0;
+}
+
+/* -s: what terraform itself would want to be asked about. */
+static int
+write_strict(struct request *r)
+{
+	const struct meta *new = &r->change->meta, *old = &r->change->old_meta;
+
+	if (!conf.strict)
+		return 0;
+	if (old->known && (!new->known || new->serial < old->serial))
+		return refuse(r, 409, "strict: its serial is no whole number, "
+		    "or lower than the present %llu",
+		    (unsigned long long)old->serial);
+	if (old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
+	    new->lineage_len != old->lineage_len ||
+	    strcmp(new->lineage, old->lineage) != 0))
+		return refuse(r, 409, "strict: its lineage is '%s', the "
+		    "present one is '%s'", new->lineage, old->lineage);
+	return 0;
+}
+
+/* A complete state whose client is gone: these bytes may be the only copy. So
+ * they go into the history, unless they are the present state, or the newest
+ * version. */
+static int
+write_abandon(struct request *r)
+{
+	struct change *ch = r->change;
+	int newest = -1, status;
+	bool same;
+
+	if (ch->tmp.fd == -1 || ch->equal || conf.keep == 0)
+		return refuse_gone(r);
+	if (ch->history == -1)
+		ch->history = history_open(r->name, D_MAKE);
+	if (ch->history == -1 || history_list(ch->history, &ch->ids) == -1)
+		return refuse_errno(r, "keep the abandoned state");
+	if (ch->ids.n > 0)
+		newest = version_open(r->name, ch->ids.list[ch->ids.n - 1],
+		    NULL);
+	same = file_same(newest, ch->tmp.fd);
+	close_quietly(newest);
+	if (!same && (status = history_keep(r, &ch->tmp, ch->meta.serial,
+	    true)) != 0)
+		return status;
+	ch->event = same ? NULL : "abandoned";
+	return refuse_gone(r);
+}
+
+/*
+ * Under the guard: puts the new state in its place, or, if there is none,
+ * deletes the old, whose second name must be on the disk before. Else the
+ * history is not synced: the promise is about the new state. A journal writes
+ * both together; without one, a power cut may cost the old its second name.
+ */
+static int
+write_publish(struct request *r)
+{
+	struct change *ch = r->change;
+	bool delete = ch->tmp.fd == -1, kept = ch->kept.name[0] != '\0';
+	int status = write_allowed(r);
+	char leaf[LEAF];
+
+	if (!client_there(r))
+		return write_abandon(r);
+	if (status == 0 && delete && ch->old == -1)
+		return refuse(r, 404, "there is no such state");
+	if (status == 0 && !delete)
+		status = write_strict(r);
+	if (status == 0 && kept)
+		status = history_keep(r, &ch->kept, ch->old_meta.serial,
+		    delete);
+	if (status != 0)
+		return status;
+	(void)leaf_name(leaf, &ch->place, STATE);
+	if ((delete ? unlinkat(ch->place.dir, leaf, 0) :
+	    tmp_rename(&ch->tmp, ch->place.dir, leaf)) == 0) {
+		ch->event = delete ? "delete" : "write";
+		return 0;
+	}
+	status = refuse_errno(r, "change the state");
+	if (kept)
+		(void)unlinkat(ch->history, version_leaf(leaf,
+		    ch->ids.list[ch->ids.n - 1]), 0);
+	return status;
+}
+
+/* POST and PUT of a state: from its body to its answer. What cannot land, as
+ * far as can be seen now, need not be uploaded first; the write looks again. */
+static int
+do_write(struct request *r)
+{
+	struct change *ch = r->change;
+	int status = store_fits(r->length > 0 ? r->length : 0) == -1 ?
+	    refuse_errno(r, "write the state") :
+	    change(r, D_OPEN, write_allowed);
+
+	ch->writes = true;
+	if (status == 0)
+		status = state_receive(r);
+	if (status == 0)
+		status = state_check(r);
+	if (status == 0 && sync_fd(ch->tmp.fd) == -1)
+		status = refuse_errno(r, "sync the state");
+	if (status == 0)
+		status = change(r, D_MAKE, write_publish);
+	return change_end(r, status);
+}
+
+/*
+ * UNLOCK and DELETE. With unlock_method DELETE at the state's own address,
+ * terraform's unlock looks like a delete: a body, or the MD5 of an empty one,
+ * gives it away, or that a Go program sent it (OpenTofu 1.8 and 1.9 send
+ * nothing else): no command of terraform deletes a state.
+ */
+static int
+do_unlock(struct request *r)
+{
+	int status = lock_body(r);
+	bool delete = r->kind == K_STATE && r->method == M_DELETE &&
+	    (status != 0 || (r->len == 0 && !r->has_md5 && !r->go));
+
+	r->change->writes = delete;
+	if (status == 0 && r->right < R_WRITE && (delete || !r->has_id))
+		status = refuse(r, 403, "%s may not %s %s", r->user, delete ?
+		    "delete" : "force-unlock", r->name);
+	if (status == 0)
+		status = change(r, D_OPEN, delete ? write_publish :
+		    unlock_publish);
+	return change_end(r, status);
+}
+/* ==== pages ==============================================================
+ *
+ * For people who look, and for machines that watch: the states, one state
+ * with its versions, metrics. A thread makes them, because they read many
+ * files. A table is written once, cell by cell, and comes out as text, JSON or
+ * HTML. No page shows a value out of a state.
+ */
+#define STATUSES 600
+static const char *const reasons[STATUSES] = {
+	[0] = "-",			/* cut: no answer */
+	[200] = "OK", [204] = "No Content",
+	[400] = "Bad Request", [401] = "Unauthorized", [403] = "Forbidden",
+	[404] = "Not Found", [405] = "Method Not Allowed", [409] = "Conflict",
+	[411] = "Length Required", [412] = "Precondition Failed",
+	[413] = "Content Too Large", [414] = "URI Too Long",
+	[417] = "Expectation Failed", [423] = "Locked",
+	[431] = "Request Header Fields Too Large",
+	[500] = "Internal Server Error", [501] = "Not Implemented",
+	[503] = "Service Unavailable", [505] = "HTTP Version Not Supported",
+	[507] = "Insufficient Storage"
+};
+
+/* Seconds; upper ends of the duration histogram. */
+static const double durations[] = {
+	.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5
+};
+#define DURATIONS (sizeof(durations) / sizeof(*durations))
+
+/* What is counted, by the loop and by threads, and the log's lines that are
+ * not written yet. */
+static struct {
+	pthread_mutex_t mutex;
+	uint64_t requests[M_COUNT + 1][STATUSES];	/* last row: none */
+	uint64_t took[DURATIONS + 1];
+	uint64_t took_us;
+	uint64_t received, sent, accepted, unlogged;
+	uint64_t connections, threads, pages;	/* there are now */
+	struct buf log;
+	char locked[ID_MAX + 1];	/* by the LOCK that came last */
+} told = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+
+/* Adds to one of the counts, and returns it. */
+static uint64_t
+told_add(uint64_t *what, int n)
+{
+	uint64_t sum;
+
+	(void)pthread_mutex_lock(&told.mutex);
+	sum = *what += (uint64_t)n;
+	(void)pthread_mutex_unlock(&told.mutex);
+	return sum;
+}
+
+/*
+ * Does somebody want the page? Else there will be none. A client that has
+ * closed its connection, or has only finished sending, which looks the same,
+ * has it made while nobody else wants one.
+ */
+static bool
+page_wanted(struct request *r)
+{
+	if (!r->cut && told_add(&told.pages, 0) > 1 && !client_there(r))
+		(void)cut(r, "nobody waits for the page");
+	return !r->cut;
+}
+
+/* A page is made if there are not too many already. */
+static void
+page(struct request *r, int (*make)(struct request *))
+{
+	if (told_add(&told.pages, 1) > PAGES_MAX)
+		(void)refuse(r, 503, "too many pages are being made");
+	else if (page_wanted(r) && make(r) == 200 && r->text.failed)
+		(void)refuse(r, 503, "no memory for the page");
+	(void)told_add(&told.pages, -1);
+}
+
+/* ---- tables ---- */
+
+static const char page_css[] =
+    ":root{color-scheme:light dark}a{color:LinkText}h1{font-size:1.4rem}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;"
+    "margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}"
+    "table{border-collapse:collapse;width:100%}"
+    "td,th{text-align:left;padding:.4rem .8rem .4rem 0;vertical-align:top}"
+    "tr{border-bottom:1px solid #8884}th,.dim{font-weight:500;color:GrayText}"
+    ".n{text-align:right}th,.n,td:nth-child(4){white-space:nowrap}"
+    "td:first-child{min-width:11rem}"
+    ".hot{color:light-dark(#b3261e,#ff8a80)}"
+    "pre{background:#8882;padding:1rem;border-radius:.4rem;overflow-x:auto}"
+    "input{font:inherit;width:100%;box-sizing:border-box;padding:.5rem}"
+    ":focus-visible{outline:3px solid Highlight}"
+    "@media(max-width:44rem){thead,td:empty{display:none}"
+    "tr{display:flex;flex-wrap:wrap;gap:0 1rem;padding:.5rem 0}td{padding:0}"
+    "td:first-child{flex-basis:100%;font-weight:600}"
+    "td:not(:first-child)::before{content:attr(data-h) ' ';color:GrayText}}";
+
+/* What stands in one place of a table. */
+struct cell {
+	const char *key;		/* in JSON */
+	const char *title;		/* of its column; NULL: only in JSON */
+	int width;			/* of text; negative: to the left */
+	bool bare;			/* in JSON, it has no quotes */
+	enum kind page;			/* that has it; K_STAR: both have */
+	const char *raw;		/* for machines; "": it is not known */
+	const char *shown;		/* for people; NULL: the same */
+};
+
+/* A member of a JSON object, with the comma that it may need before it; null
+ * in place of nothing. */
+static void
+json_pair(struct buf *b, const char *key, const char *value, bool bare)
+{
+	buf_fmt(b, "%s\"%s\":", b->len > 0 && b->data[b->len - 1] == '{' ?
+	    "" : ",", key);
+	if (bare || *value == '\0')
+		buf_str(b, *value != '\0' ? value : "null");
+	else
+		buf_json(b, value);
+}
+
+/* Appends what people read; in a text padded to a width. */
+static void
+shown(struct request *r, int width, const char *text)
+{
+	struct buf *b = &r->text;
+	size_t from = b->len;
+
+	if (r->form == HTML)
+		buf_html(b, text);
+	else
+		buf_fmt(b, "%*s", width, text);
+	if (r->form == TEXT && !b->failed)
+		scrub(b->data + from);
+}
+
+/* Writes a cell, with a link if it is not NULL, or its title. */
+static void
+cell(struct request *r, const struct cell *c, const char *link)
+{
+	struct buf *b = &r->text;
+	const char *text = r->heading ? c->title : c->shown != NULL ?
+	    c->shown : c->raw;
+
+	if (r->form == JSON && !r->heading)
+		json_pair(b, c->key, c->raw, c->bare);
+	if (r->form == JSON || c->title == NULL)
+		return;
+	if (r->form == HTML) {
+		buf_fmt(b, "<t%c%s data-h=\"%s\" title=\"", r->heading ? 'h' :
+		    'd', c->width > 0 ? " class=n" : "", c->title);
+		buf_html(b, r->heading ? "" : c->raw);
+		buf_fmt(b, "\">%s%s%s", link != NULL ? "<a href=\"" : "",
+		    link != NULL ? link : "", link != NULL ? "\">" : "");
+	}
+	shown(r, c->width, r->form == TEXT && *text == '\0' ? "-" : text);
+	buf_str(b, r->form == TEXT ? "  " : link != NULL ? "</a>" : "");
+}
+
+/* A line of the page, in words. */
+static void
+page_say(struct request *r, const char *class, const char *text)
+{
+	if (r->form == HTML)
+		buf_fmt(&r->text, "<p class=\"%s\">", class);
+	if (r->form != JSON) {
+		shown(r, 0, text);
+		buf_str(&r->text, "\n");
+	}
+}
+
+/* The page's head. */
+static void
+page_begin(struct request *r, const char *title)
+{
+	static const char *const types[] = { "text/plain; charset=utf-8",
+	    "application/json", "text/html; charset=utf-8" };
+	struct buf *b = &r->text;
+
+	r->status = 200;
+	r->type = types[r->form];
+	if (r->form != HTML)
+		return;
+	buf_str(b, "<!DOCTYPE html>\n<html lang=en><meta charset=utf-8>"
+	    "<link rel=icon href=\"data:,\"><meta name=viewport "
+	    "content=\"width=device-width,initial-scale=1\"><title>");
+	buf_html(b, title);
+	buf_fmt(b, "</title><style>%s</style>\n<h1>", page_css);
+	if (r->kind != K_ROOT)
+		buf_fmt(b, "<a href=\"%s\">States</a> / ", r->root);
+	buf_html(b, title);
+	buf_str(b, "</h1>\n");
+}
+
+/* ---- rows ---- */
+
+/* A state, or a version of one, as it is shown. */
+struct row {
+	const char *name, *id;		/* id: "" of the present version */
+	bool exists;
+	bool failed;			/* it could not be looked at */
+	char serial[24], size[24], when[32];	/* "": not known */
+	int64_t age;			/* seconds */
+	struct meta meta;
+	struct lock lock;
+	char who[128], operation[64];	/* of the write */
+};
+
+/* Looks at an open file, and closes it; with fd -1 errno says whether there
+ * is none. */
+static void
+row_file(struct row *row, int fd, const struct stat *st)
+{
+	row->exists = fd != -1;
+	row->failed = fd == -1 && errno != ENOENT;
+	if (fd == -1)
+		return;
+	meta_file(fd, &row->meta);
+	(void)close(fd);
+	if (row->meta.known)
+		(void)snprintf(row->serial, sizeof(row->serial), "%llu",
+		    (unsigned long long)row->meta.serial);
+	(void)snprintf(row->size, sizeof(row->size), "%lld",
+	    (long long)st->st_size);
+	time_text(row->when, (int64_t)st->st_mtime * 1000, false);
+	row->age = time_ms() / 1000 - (int64_t)st->st_mtime;
+}
+
+/* Looks at one state; -1 with errno if it could not be looked at. */
+static int
+row_read(struct row *row, const char *name)
+{
+	struct place p;
+	struct stat st;
+
+	*row = (struct row){ .name = name, .id = "", .failed = true };
+	if (place_open(name, D_OPEN, &p) == -1)
+		return -1;
+	if (lock_look(&p, name, &row->lock) == -1) /* better than "unlocked" */
+		row->lock = (struct lock){ .held = true, .foreign = true,
+		    .id = "unknown", .info = "the lock cannot be read" };
+	free(row->lock.raw);
+	row_file(row, place_file(&p, STATE, O_RDONLY, &st), &st);
+	dir_leave(p.dir);
+	return row->failed ? -1 : 0;
+}
+
+/* "apply" for OperationTypeApply; other words are terraform's own. */
+static void
+operation_text(char out[64], const char *operation)
+{
+	bool type = strncmp(operation, "OperationType", 13) == 0;
+
+	(void)snprintf(out, 64, "%s", operation + (type ? 13 : 0));
+	out[0] = (char)tolower((unsigned char)out[0]);
+}
+
+/* Who holds the lock, since when, for what, and how it is released; "" if
+ * nobody does. The text is b's, which is to be freed. */
+static const char *
+lock_text(struct request *r, const struct lock *l, struct buf *b)
+{
+	char operation[64], since[32];
+	struct buf release = { 0 };
+	const char *const pairs[][2] = { { "id", l->id }, { "who", l->who },
+	    { "operation", l->operation }, { "info", l->info },
+	    { "created", l->created }, { "since", since } };
+	size_t i;
+
+	if (!l->held)
+		return "";
+	time_text(since, (int64_t)l->since.tv_sec * 1000, false);
+	operation_text(operation, l->operation);
+	buf_shell(&release, "terraform force-unlock ", l->id);
+	if (r->form == JSON && !release.failed) {
+		buf_str(b, "{");
+		for (i = 0; i < 6; i++)
+			json_pair(b, pairs[i][0], pairs[i][1], false);
+		json_pair(b, "release", release.data, false);
+		buf_str(b, "}");
+	} else if (!release.failed)
+		buf_fmt(b, "%s%s%s since %s%s%s; to release it: %s",
+		    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
+		    "locked", *operation != '\0' ? ", " : "", operation, since,
+		    *l->info != '\0' ? ": " : "", l->info, release.data);
+	r->text.failed |= b->failed || release.failed;
+	buf_free(&release);
+	return r->text.failed ? "" : b->data;
+}
+
+/* Writes a row of the listing or of a state's page, or the heading. */
+static void
+row_put(struct request *r, const struct row *row)
+{
+	static const char units[][4] = { "s", "min", "h", "d" };
+	static const int64_t per[] = { 60, 60, 24 };
+	bool list = r->kind == K_ROOT, present = *row->id == '\0';
+	bool gone = !row->exists && !row->failed && !row->lock.held;
+	char age[32] = "", until[32] = "", what[64];
+	struct buf *b = &r->text, lock = { 0 }, link = { 0 };
+	const char *held = lock_text(r, &row->lock, &lock);
+	const char *id = present ? "present" : row->id;
+	const char *done = r->form == JSON ? row->operation : what;
+	const char *made = row->meta.version, *by = gone ? "deleted" : made;
+	const char *written = list ? "modified" : "written";
+	const struct cell cells[] = {
+		{ "name", "State", -24, false, K_ROOT, row->name, NULL },
+		{ "id", "Version", -26, false, K_VERSIONS, row->id, id },
+		{ "serial", "Serial", 6, true, K_STAR, row->serial, NULL },
+		{ "size", "Bytes", 9, true, K_STAR, row->size, NULL },
+		{ written, "Written", -10, false, K_STAR, row->when, age },
+		{ "replaced", "Replaced", -24, false, K_VERSIONS, until, NULL },
+		{ "who", "By", -16, false, K_VERSIONS, row->who, NULL },
+		{ "operation", "For", -8, false, K_VERSIONS, done, NULL },
+		{ "terraform_version", "Terraform", -9, false, K_ROOT, made,
+		    by },
+		{ "lineage", NULL, 0, false, K_ROOT, row->meta.lineage, NULL },
+		{ "deleted", NULL, 0, true, K_ROOT, gone ? "true" : "false",
+		    NULL },
+		{ "lock", list ? "Lock" : NULL, -4, true, K_STAR, held, NULL },
+	};
+	int64_t n = row->age < 0 ? 0 : row->age;
+	size_t i;
+
+	for (i = 0; i < 3 && n >= per[i]; i++)
+		n /= per[i];
+	if (row->exists)
+		(void)snprintf(age, sizeof(age), "%lld %s ago", (long long)n,
+		    units[i]);
+	if (!present)
+		time_text(until, version_ms(row->id), false);
+	operation_text(what, row->operation);
+	buf_fmt(&link, "%s%s", r->root, list || !present ? "-/versions/" : "");
+	buf_url(&link, row->name);
+	buf_fmt(&link, "%s%s", present ? "" : "/", row->id);
+	if (r->form != TEXT)
+		buf_str(b, r->form == HTML ? "\n<tr>" : r->heading ? "[" :
+		    b->len > 1 ? ",\n{" : "\n{");
+	for (i = 0; i < sizeof(cells) / sizeof(*cells); i++)
+		if (cells[i].page == K_STAR || cells[i].page == r->kind)
+			cell(r, &cells[i], i < 2 && !r->heading ? link.data :
+			    NULL);
+	if (r->form == TEXT || (r->form == JSON && !r->heading))
+		buf_str(b, r->form == TEXT ? "\n" : "}");
+	r->heading = false;
+	buf_free(&lock);
+	buf_free(&link);
+}
+
+static void
+table_begin(struct request *r)
+{
+	buf_str(&r->text, r->form == HTML ? "<table><thead>" : "");
+	r->heading = true;
+	row_put(r, &(struct row){ .name = "", .id = "" });
+	buf_str(&r->text, r->form == HTML ? "<tbody>" : "");
+}
+
+static void
+table_end(struct request *r)
+{
+	static const char *const ends[] = { "", "\n]\n", "</table>\n" };
+
+	buf_str(&r->text, ends[r->form]);
+}
+
+/* ---- a walk over the names ---- */
+
+struct walk {
+	struct request *r;		/* whose names are wanted, or NULL */
+	bool deleted;			/* those in the history, too */
+	bool history;			/* the walk is there now */
+	bool sweep;			/* remove what dead servers left */
+	int error;			/* why some were not found, or 0 */
+	uint64_t states, locks;
+	uint64_t oldest;		/* lock's age in seconds, or 0 */
+	struct names names;
+	char name[NAME_LEN_MAX + 300];
+};
+
+/* Removes a temporary file of a server that is dead: it does not hold its
+ * byte. token: its digits, in the file's name. */
+static void
+tmp_sweep(int dir, const char *file, const char *token)
+{
+	uint64_t t = strtoull(token, NULL, 16);
+	off_t byte = guard_server_byte(t);
+
+	if (t == store.token || guard_set(F_WRLCK, byte) == -1)
+		return;
+	(void)unlinkat(dir, file, 0);
+	(void)guard_set(F_UNLCK, byte);
+}
+
+/* Adds a name, if it is one, and the one who asks may see it and has asked
+ * for it. A state and its lock are two files of one name. */
+static void
+walk_add(struct walk *w, const struct stat *lock)
+{
+	int64_t age = lock == NULL ? 0 : time_ms() / 1000 - lock->st_mtime;
+	char *p;
+
+	for (p = w->name; names_fold && *p != '\0'; p++)
+		*p = (char)tolower((unsigned char)*p);
+	if (name_wrong(w->name) != NULL || (w->r != NULL &&
+	    (user_right(w->r, w->name) == R_NONE ||
+	    strcasestr(w->name, w->r->query) == NULL)))
+		return;
+	names_add(&w->names, w->name);
+	w->states += lock == NULL && !w->history;
+	w->locks += lock != NULL;
+	if (age > (int64_t)w->oldest)
+		w->oldest = (uint64_t)age;
+}
+
+/* Owns dir. w->name holds len bytes of path that lead to it. */
+static void
+walk_dir(struct walk *w, int dir, size_t len, unsigned depth)
+{
+	DIR *d = fdopendir(dir);
+	struct dirent *e;
+	struct stat st;
+	bool found = false;
+	size_t n;
+	int next;
+
+	while (d != NULL && w->error != ECANCELED &&
+	    (errno = 0, e = readdir(d)) != NULL) {
+		n = strlen(e->d_name);
+		if (w->r != NULL && !page_wanted(w->r))
+			w->error = ECANCELED;
+		if (w->sweep && strncmp(e->d_name, ".tmp-", 5) == 0)
+			tmp_sweep(dir, e->d_name, e->d_name + 5);
+		if (e->d_name[0] == '.' || len + n + 1 >= sizeof(w->name))
+			continue;
+		memcpy(w->name + len, e->d_name, n + 1);
+		if (w->history && is_version(e->d_name, STATE))
+			found = len > 0;
+		else if (!w->history && cut_suffix(w->name, STATE))
+			walk_add(w, NULL);
+		else if (!w->history && cut_suffix(w->name, LOCK)) {
+			if (fstatat(dir, e->d_name, &st,
+			    AT_SYMLINK_NOFOLLOW) == 0)
+				walk_add(w, &st);
+		} else if (depth < SEGMENTS_MAX && !cut_suffix(w->name, LOG)) {
+			next = openat(dir, e->d_name, O_RDONLY | O_DIRECTORY |
+			    O_NOFOLLOW | O_CLOEXEC);
+			if (next != -1) {
+				w->name[len + n] = '/';
+				walk_dir(w, next, len + n + 1, depth + 1);
+			} else if (errno != EACCES && errno != ENOENT &&
+			    errno != ENOTDIR && errno != ELOOP)
+				w->error = errno; /* a lost+found is not ours */
+		}
+	}
+	w->error = errno != 0 && w->error == 0 ? errno : w->error;
+	d == NULL ? close_quietly(dir) : (void)closedir(d);
+	if (found) {
+		w->name[len - 1] = '\0';
+		walk_add(w, NULL);
+	}
+}
+
+/* Finds all names, sorted; -1 with errno if they could not all be found. */
+static int
+walk_names(struct walk *w)
+{
+	int dir, round;
+
+	for (round = 0; round <= (w->deleted ? 1 : 0); round++) {
+		w->history = round == 1;
+		dir = openat(store.root, w->history ? ".history" : ".",
+		    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+		if (dir == -1)
+			return -1;
+		walk_dir(w, dir, 0, 0);
+	}
+	names_sort(&w->names);
+	errno = w->names.failed ? ENOMEM : !store_there() ? EIDRM : w->error;
+	return errno == 0 ? 0 : -1;
+}
+
+/* ---- the listing ---- */
+
+/* The rows; if asked for, those that are locked come first. */
+static void
+listing_rows(struct request *r, const struct names *names)
+{
+	struct row row;
+	size_t i;
+	int round;
+
+	for (round = 0; round <= (r->locked ? 1 : 0); round++)
+		for (i = 0; i < names->n && page_wanted(r); i++) {
+			(void)row_read(&row, names->list[i]);
+			if (!r->locked || row.lock.held == (round == 0))
+				row_put(r, &row);
+		}
+}
+
+static int
+page_root(struct request *r)
+{
+	struct walk w = { .r = r, .deleted = r->query[0] != '\0' };
+	struct buf *b = &r->text;
+
+	if (walk_names(&w) == -1 && !r->cut)
+		(void)refuse_errno(r, "list the states");
+	else if (!r->cut) {
+		page_begin(r, "States");
+		if (r->form == HTML) {
+			buf_fmt(b, "<p class=dim>%llu state%s, "
+			    "<a href=\"?locked\">%llu locked</a><form>"
+			    "<input type=search name=q aria-label=Search "
+			    "placeholder=\"Search, deleted ones too\" value=\"",
+			    (unsigned long long)w.states,
+			    w.states == 1 ? "" : "s",
+			    (unsigned long long)w.locks);
+			buf_html(b, r->query);
+			buf_str(b, "\"></form>\n");
+		}
+		table_begin(r);
+		listing_rows(r, &w.names);
+		table_end(r);
+	}
+	names_free(&w.names);
+	return r->status;
+}
+
+/* ---- one state ---- */
+
+/* Who wrote a version, and in which operation: told by the last line of the
+ * end of the state's log that tells of a write of that serial and size. */
+static void
+row_writer(struct row *row, const struct buf *tail)
+{
+	struct span rest = { tail->data, tail->len }, line;
+	char event[8];
+	struct row w;
+	struct json j;
+	struct member k[] = {
+		{ "event", event, sizeof(event), 0, 0, 0 },
+		{ "serial", w.serial, sizeof(w.serial), 0, 0, 0 },
+		{ "size", w.size, sizeof(w.size), 0, 0, 0 },
+		{ "who", w.who, sizeof(w.who), 0, 0, 0 },
+		{ "operation", w.operation, sizeof(w.operation), 0, 0, 0 },
+	};
+
+	while (span_next(&rest, '\n', &line)) {
+		w = (struct row){ .exists = true };
+		event[0] = '\0';
+		j = json_text(line.ptr, line.len, k, 5);
+		if (!json_object(&j) || strcmp(event, "write") != 0 ||
+		    *w.serial == '\0' || strcmp(w.serial, row->serial) != 0 ||
+		    strcmp(w.size, row->size) != 0)
+			continue;
+		memcpy(row->who, w.who, sizeof(w.who));
+		memcpy(row->operation, w.operation, sizeof(w.operation));
+	}
+}
+
+/* What stands above the table: the lock, and the log. */
+static void
+state_above(struct request *r, const struct row *row)
+{
+	struct buf *b = &r->text, lock = { 0 };
+	const char *held = lock_text(r, &row->lock, &lock);
+
+	if (*held != '\0')
+		page_say(r, "hot", held);
+	else
+		page_say(r, "", row->exists ? "Not locked." :
+		    "There is no such state now.");
+	buf_free(&lock);
+	if (r->form != HTML)
+		return;
+	buf_fmt(b, "<p>Each version is a link to the raw state, with its "
+	    "secrets; see also <a href=\"%s-/log/", r->root);
+	buf_url(b, r->name);
+	buf_str(b, "\">its log</a>.\n");
+}
+
+/* And below: the two lines that go back to an earlier version. Of what a Host
+ * may have, only ' could leave the quotes, and nothing is markup. */
+static void
+state_below(struct request *r, const char *id)
+{
+	struct buf *b = &r->text;
+	const char *scheme = r->fronted ? "https" : "http";
+	const char *host = strchr(r->host, '\'') == NULL ? r->host : "HOST";
+
+	if (r->form == JSON)
+		return;
+	page_say(r, "", "To go back to a version, or bring a deleted state "
+	    "back, and then look at terraform plan:");
+	buf_fmt(b, "%scurl -f -o old.tfstate '%s://%s/-/versions/",
+	    r->form == HTML ? "<pre>" : "", scheme, host);
+	buf_url(b, r->name);
+	buf_fmt(b, "/%s'\ncurl -f --data-binary @old.tfstate '%s://%s/", id,
+	    scheme, host);
+	buf_url(b, r->name);
+	buf_str(b, r->form == HTML ? "'</pre>\n" : "'\n");
+}
+
+/* The table: the present version, and the earlier ones, the newest first. */
+static void
+state_rows(struct request *r, struct row *row, int dir,
+    const struct names *ids)
+{
+	struct buf tail = { 0 };
+	struct stat st;
+	char leaf[LEAF];
+	int fd = name_file(r->name, LOG, &st);
+	ssize_t n;
+	size_t i;
+
+	if (fd != -1 && buf_room(&tail, TAIL_MAX) && (n = read_at(fd, tail.data,
+	    TAIL_MAX, st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0)) > 0)
+		tail.len = (size_t)n;
+	close_quietly(fd);
+	table_begin(r);
+	row_writer(row, &tail);
+	if (row->exists || row->lock.held)
+		row_put(r, row);
+	for (i = ids->n; i > 0; i--) {
+		*row = (struct row){ .name = r->name, .id = ids->list[i - 1] };
+		fd = file_open(dir, version_leaf(leaf, row->id), O_RDONLY, &st);
+		row_file(row, fd, &st);
+		row_writer(row, &tail);
+		if (row->exists)
+			row_put(r, row);
+	}
+	table_end(r);
+	buf_free(&tail);
+}
+
+/* The page of one state: its lock, its versions, the way back. */
+static int
+page_state(struct request *r)
+{
+	int dir = history_open(r->name, D_OPEN);
+	struct names ids = { 0 };
+	struct row row;
+
+	if (dir == -1 ? errno != ENOENT : history_list(dir, &ids) == -1)
+		(void)refuse_errno(r, "read the history");
+	else if (row_read(&row, r->name) == -1)
+		(void)refuse_errno(r, "read the state");
+	else if (!row.exists && !row.lock.held && ids.n == 0)
+		(void)refuse(r, 404, "there is no such state");
+	else {
+		page_begin(r, r->name);
+		state_above(r, &row);
+		state_rows(r, &row, dir, &ids);
+		if (ids.n > 0)
+			state_below(r, ids.list[ids.n - 1]);
+	}
+	names_free(&ids);
+	close_quietly(dir);
+	return r->status;
+}
+
+/* ---- metrics ---- */
+
+static void
+metric(struct buf *b, const char *name, const char *type)
+{
+	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s %s\n", name, name,
+	    name, type);
+}
+
+/* What is counted one by one: requests, and how long they took. */
+static void
+metrics_requests(struct buf *b)
+{
+	static const char took[] = "http_request_duration_seconds";
+	unsigned long long n = 0;
+	size_t i, m;
+
+	metric(b, "http_requests_total", "counter");
+	for (m = 0; m <= M_COUNT; m++)
+		for (i = 0; i < STATUSES; i++)
+			if (told.requests[m][i] > 0)
+				buf_fmt(b, "statesrv_http_requests_total"
+				    "{method=\"%s\",status=\"%zu\"} %llu\n",
+				    m < M_COUNT ? method_names[m] : "other", i,
+				    (unsigned long long)told.requests[m][i]);
+	metric(b, took, "histogram");
+	for (i = 0; i < DURATIONS; i++)
+		buf_fmt(b, "statesrv_%s_bucket{le=\"%g\"} %llu\n", took,
+		    durations[i], n += told.took[i]);
+	n += told.took[i];
+	buf_fmt(b, "statesrv_%s_bucket{le=\"+Inf\"} %llu\n"
+	    "statesrv_%s_sum %.15g\nstatesrv_%s_count %llu\n", took, n, took,
+	    (double)told.took_us / 1e6, took, n);
+}
+
+static int
+page_metrics(struct request *r)
+{
+	struct walk w = { 0 };
+	int status = walk_names(&w);
+	uint64_t room, reserve;
+	const struct { const char *name; const uint64_t *n; } numbers[] = {
+		{ "http_received_bytes_total", &told.received },
+		{ "http_sent_bytes_total", &told.sent },
+		{ "log_lines_lost_total", &told.unlogged },
+		{ "connections_accepted_total", &told.accepted },
+		{ "connections", &told.connections },
+		{ "threads", &told.threads },
+		{ "states", &w.states },
+		{ "locks", &w.locks },
+		{ "oldest_lock_age_seconds", &w.oldest },
+		{ "free_bytes", &room },
+		{ "reserve_bytes", &reserve },
+	};
+	struct buf *b = &r->text;
+	size_t i;
+
+	names_free(&w.names);
+	if (status == -1 || store_room(&room, &reserve) == -1)
+		return refuse_errno(r, "count the states");
+	metric(b, "build_info", "gauge");
+	buf_str(b, "statesrv_build_info{version=\"" VERSION "\"} 1\n");
+	(void)pthread_mutex_lock(&told.mutex);
+	metrics_requests(b);
+	for (i = 0; i < sizeof(numbers) / sizeof(*numbers); i++) {
+		metric(b, numbers[i].name, strstr(numbers[i].name, "_total") ?
+		    "counter" : "gauge");
+		buf_fmt(b, "statesrv_%s %llu\n", numbers[i].name,
+		    (unsigned long long)*numbers[i].n);
+	}
+	(void)pthread_mutex_unlock(&told.mutex);
+	r->type = "text/plain; version=0.0.4; charset=utf-8";
+	return r->status = 200;
+}
+
+/* ---- a lock, a file, and is it well? ---- */
+
+static int
+page_lock(struct request *r)
+{
+	struct lock l = { 0 };
+	struct place p;
+
+	if (place_open(r->name, D_OPEN, &p) == -1 ||
+	    lock_look(&p, r->name, &l) == -1)
+		(void)refuse_errno(r, "read the lock");
+	else if (!l.held)
+		(void)refuse(r, 404, "%s is not locked", r->name);
+	else {
+		lock_tell(&l, &r->text);
+		r->type = "application/json";
+		r->status = 200;
+	}
+	free(l.raw);
+	dir_leave(p.dir);
+	return r->status;
+}
+
+/*
+ * Sends a file as it is: a state, a version of one, or a log. Promise 2: it is
+ * whatever file the name leads to at this moment; 404 only if there is none,
+ * for terraform reads that as "no state yet" and would build everything a
+ * second time.
+ */
+static int
+page_file(struct request *r)
+{
+	bool log = r->kind == K_LOG;
+	struct stat st;
+
+	r->file = r->kind == K_VERSION ?
+	    version_open(r->name, r->version, &st) :
+	    name_file(r->name, log ? LOG : STATE, &st);
+	if (r->file == -1)
+		return errno == ENOENT ?
+		    refuse(r, 404, "there is no such %s", log ? "log" :
+		    "state or version") : refuse_errno(r, "read it");
+	r->type = log ? "text/plain; charset=utf-8" : "application/json";
+	r->left = st.st_size;
+	if (st.st_size > 0 || log)
+		return r->status = 200;
+	complain("%s: its file is empty", r->name);
+	return refuse(r, 500, "the state's file is empty; an earlier version "
+	    "may be in the history");
+}
+
+/* Answers in a word, for machines. */
+static bool
+now_say(struct request *r, const char *word)
+{
+	buf_fmt(&r->text, "%s\n", word);
+	r->type = "text/plain; charset=utf-8";
+	r->status = 200;
+	return true;
+}
+
+/* We are alive; to OPTIONS, the head says it all. */
+static bool
+now_ok(struct request *r)
+{
+	if (r->method != M_OPTIONS)
+		return now_say(r, "ok");
+	r->status = 204;
+	return true;
+}
+
+/* A state that can be had without waiting. */
+static bool
+now_state(struct request *r)
+{
+	const struct cached *c = cache_get(r->name);
+
+	if (c == NULL)
+		return false;
+	r->type = "application/json";
+	r->out[1] = (struct span){ c->data, (size_t)c->st.st_size };
+	r->status = 200;
+	return true;
+}
+
+/* What /-/ready last found, and whether somebody is looking now. */
+static struct {
+	pthread_mutex_t mutex;
+	bool looking;
+	int64_t begun, ended;		/* ms */
+	char why[120];			/* it is not ready, or "" */
+} ready = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+
+/* Looks whether states can be written, in a thread of its own, for a dying
+ * disk may never answer. */
+static void *
+ready_look(void *unused)
+{
+	struct tmp t = { .fd = -1 };
+	const char *why = "";
+
+	if (!store_there() || !guard_in_place())
+		why = "the states' directory, or .guard in it, was removed or "
+		    "replaced";
+	else if (store_fits(0) == -1 || tmp_create(&t, store.root) == -1 ||
+	    sync_fd(t.fd) == -1)
+		why = strerror(errno);
+	tmp_remove(&t);
+	(void)pthread_mutex_lock(&ready.mutex);
+	ready.looking = false;
+	ready.ended = clock_ms();
+	(void)snprintf(ready.why, sizeof(ready.why), "%s", why);
+	(void)pthread_mutex_unlock(&ready.mutex);
+	return unused;
+}
+
+/*
+ * Answers /-/ready from the last verdict; an old one only those who come while
+ * a look is going on. Else it starts a look, and returns false: do_ready waits
+ * for that.
+ */
+static bool
+now_ready(struct request *r)
+{
+	int64_t now = clock_ms();
+	bool stale, late, known;
+
+	(void)pthread_mutex_lock(&ready.mutex);
+	stale = ready.ended == 0 || now - ready.ended >= FRESH_MS;
+	if (stale && !ready.looking) {
+		ready.begun = now;
+		ready.looking = thread_start(ready_look);
+	}
+	late = stale && (!ready.looking || now - ready.begun >= LOOK_MS);
+	known = late || !stale || (ready.ended != 0 &&
+	    r->start / 1000 > ready.begun);
+	if (known && (late || ready.why[0] != '\0'))
+		(void)refuse(r, 503, "not ready: %s", late ?
+		    "the disk does not answer" : ready.why);
+	else if (known)
+		(void)now_say(r, "ready");
+	(void)pthread_mutex_unlock(&ready.mutex);
+	return known;
+}
+
+static int
+do_ready(struct request *r)
+{
+	while (!now_ready(r))
+		(void)wait_until(-1, 0, clock_ms() + 1);
+	return r->status;
+}
+/* ==== methods ============================================================
+ *
+ * What each method on each kind of URL wants: a permission, a body, and a
+ * function of the loop or one of a thread. A request comes in only if it is
+ * found in the table, which also writes every Allow.
+ */
+enum body { B_NONE, B_INFO, B_STATE };
+
+static const struct action {
+	enum kind kind;
+	unsigned methods;		/* a bit for each */
+	enum right right;
+	enum body body;
+	bool page;			/* run by page() */
+	bool (*now)(struct request *);	/* in the loop: false, it might wait */
+	int (*run)(struct request *);	/* in a thread */
+} actions[] = {
+#define ON(method) (1u << (method))
+#define READS (ON(M_GET) | ON(M_HEAD))
+#define WRITES (ON(M_POST) | ON(M_PUT))
+	{ K_STATE, READS, R_READ, B_NONE, false, now_state, page_file },
+	{ K_STATE, WRITES, R_WRITE, B_STATE, false, NULL, do_write },
+	{ K_STATE, ON(M_DELETE), R_PLAN, B_INFO, false, NULL, do_unlock },
+	{ K_STATE, ON(M_LOCK), R_PLAN, B_INFO, false, NULL, do_lock },
+	{ K_STATE, ON(M_UNLOCK), R_PLAN, B_INFO, false, NULL, do_unlock },
+	{ K_LOCK, READS, R_READ, B_NONE, false, NULL, page_lock },
+	{ K_LOCK, WRITES | ON(M_LOCK), R_PLAN, B_INFO, false, NULL, do_lock },
+	{ K_LOCK, ON(M_DELETE) | ON(M_UNLOCK), R_PLAN, B_INFO, false, NULL,
+	    do_unlock },
+	{ K_ROOT, READS, R_READ, B_NONE, true, NULL, page_root },
+	{ K_VERSIONS, READS, R_READ, B_NONE, true, NULL, page_state },
+	{ K_VERSION, READS, R_READ, B_NONE, false, NULL, page_file },
+	{ K_LOG, READS, R_READ, B_NONE, false, NULL, page_file },
+	{ K_HEALTHY, READS, R_NONE, B_NONE, false, now_ok, NULL },
+	{ K_READY, READS, R_NONE, B_NONE, false, now_ready, do_ready },
+	{ K_METRICS, READS, R_READ, B_NONE, true, NULL, page_metrics },
+	{ .methods = 0 },		/* none of these */
+};
+#define ACTIONS (sizeof(actions) / sizeof(*actions) - 1)
+
+/* What a request asks for; if that is not in the table, methods is 0. */
+static const struct action *
+action_of(const struct request *r)
+{
+	static const struct action options = {
+		.methods = ON(M_OPTIONS), .now = now_ok
+	};
+	size_t i = 0;
+
+	if (r->method == M_OPTIONS)
+		return &options;
+	while (i < ACTIONS && (actions[i].kind != r->kind ||
+	    (actions[i].methods & ON(r->method)) == 0))
+		i++;
+	return &actions[i];
+}
+
+static void
+action_allow(struct buf *b, enum kind kind)
+{
+	unsigned m, methods = 0;
+	size_t i;
+
+	for (i = 0; i < ACTIONS; i++)
+		if (actions[i].kind == kind)
+			methods |= actions[i].methods;
+	buf_str(b, "Allow: OPTIONS");
+	for (m = 0; m < M_COUNT; m++)
+		if ((methods & ON(m)) != 0)
+			buf_fmt(b, ", %s", method_names[m]);
+	buf_str(b, "\r\n");
+}
+
+/* localhost, a name below it, or an address: what a name that an attacker's
+ * DNS points to 127.0.0.1 cannot be, for browsers take a last label of digits
+ * for the end of an address. */
+static bool
+host_is_local(struct span h)
+{
+	struct span name = { NULL, 0 };
+
+	if (h.len == 0 || *h.ptr == '[')
+		return true;
+	(void)span_next(&h, ':', &name);
+	/* A head's line ends after it: so there is an end to the digits. */
+	if (strspn(name.ptr, "0123456789.") >= name.len)
+		return true;
+	name.len -= name.ptr[name.len - 1] == '.';
+	return span_is(name, "localhost") || (name.len > 10 &&
+	    span_is((struct span){ name.ptr + name.len - 10, 10 },
+	    ".localhost"));
+}
+
+/* May the user do that to the name? The text says which it is, for one who
+ * wrote a pattern that does not fit. */
+static int
+admit_right(struct request *r)
+{
+	bool named = r->kind != K_ROOT && r->kind != K_STAR &&
+	    r->kind < K_HEALTHY;
+
+	r->right = user_right(r, named ? r->name : NULL);
+	if (r->right >= action_of(r)->right)
+		return 0;
+	if (r->right == R_NONE)
+		return refuse(r, 403, "the permission of %s is not for the "
+		    "name %s", r->user, r->name);
+	return refuse(r, 403, "%s may not %s %s: the permission is %s", r->user,
+	    method_names[r->method], r->name, right_names[r->right]);
+}
+
+/* What the body's fields can be refused for. */
+static int
+admit_body(struct request *r, const struct head *h)
+{
+	const struct span *f = h->field;
+	enum body body = action_of(r)->body;
+
+	r->expects = f[F_EXPECT].ptr != NULL && h->minor == 1;
+	r->length = h->chunked ? -1 : h->length > 0 ? h->length : 0;
+	r->room = body == B_STATE ? conf.body_max : LOCK_INFO_MAX;
+	r->too_large = body == B_INFO ? 400 : 413;
+	/* RFC 9110, 13.2 and 14.5: what is asked for on a condition may not
+	 * be done as if there were none. */
+	if (body != B_NONE && f[F_RANGE].ptr != NULL)
+		return refuse(r, 400, "Content-Range: a state is sent whole");
+	if (body != B_NONE && (f[F_MATCH].ptr != NULL ||
+	    f[F_NONE_MATCH].ptr != NULL || f[F_UNMODIFIED].ptr != NULL))
+		return refuse(r, 412, "no If- conditions here: use the lock");
+	if (body == B_STATE && !h->chunked && h->length == -1)
+		return refuse(r, 411, "a state needs Content-Length or chunks");
+	if (r->length > r->room)
+		return refuse(r, r->too_large,
+		    "the body is larger than %lld bytes", (long long)r->room);
+	r->has_md5 = f[F_MD5].ptr != NULL;
+	if (r->has_md5 && base64_decode(f[F_MD5], r->md5, 16) != 16)
+		return refuse(r, 400, "Content-MD5 is no base64 of 16 bytes");
+	return 0;
+}
+
+/*
+ * Everything that a request's head can be refused for, in the order that
+ * tells the least to those who do not belong: pages of other sites, then
+ * strangers, then bad names, wrong methods, missing permissions, wrong
+ * lengths.
+ */
+static int
+admit(struct request *r, const struct head *h, bool guarded)
+{
+	struct span query = h->target, path = { NULL, 0 };
+	struct span authorization = h->field[F_AUTHORIZATION];
+	const char *wrong;
+	bool found, unlock;
+	int status;
+
+	(void)span_next(&query, '?', &path);
+	/* http://host means http://host/ */
+	wrong = name_route(path.len > 0 ? path : span("/"), r, &found);
+	if (guarded && !host_is_local(h->host))
+		return refuse(r, 403, "the Host %s is not this machine: "
+		    "without users, a loopback server answers to localhost "
+		    "only. Set users (TF_HTTP_USERNAME and TF_HTTP_PASSWORD, "
+		    "or -u), or -n, which lets any web page read the states",
+		    r->host);
+	if (h->field[F_ORIGIN].ptr != NULL && r->method != M_GET &&
+	    r->method != M_HEAD && r->method != M_OPTIONS)
+		return refuse(r, 403, "no web page may change a state");
+	if (r->users != NULL && r->kind != K_HEALTHY && r->kind != K_READY) {
+		if (authorization.ptr == NULL)
+			return refuse(r, 401, "credentials are needed");
+		if (!user_shows(r, authorization) ||
+		    user_right(r, NULL) == R_NONE) {
+			memset(r->secret, 0, sizeof(r->secret));
+			return refuse(r, 401, "wrong credentials");
+		}
+	}
+	if (wrong != NULL)
+		return refuse(r, 400, "%s", wrong);
+	if (!found)
+		return refuse(r, 404, "there is no such page");
+	unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
+	    (r->kind == K_LOCK || r->go || h->field[F_MD5].ptr != NULL ||
+	    h->chunked || h->length > 0));
+	if ((wrong = name_query(query, r, unlock)) != NULL)
+		return refuse(r, 400, "%s", wrong);
+	if (action_of(r)->methods == 0)
+		return refuse(r, 405, "%s does not go with this URL",
+		    method_names[r->method]);
+	status = admit_right(r);
+	return status != 0 ? status : admit_body(r, h);
+}
+/* ==== connections ========================================================
+ *
+ * One thread polls: it accepts, reads heads, and answers what needs no
+ * waiting. What may wait is given, with its connection, to a thread of the
+ * pool, and the connection comes back when it is answered. So each is in one
+ * list at a time, and belongs to the loop, or to the thread that has it.
+ */
+struct list {				/* zero is empty */
+	struct conn *first, *last;
+	unsigned n;
+};
+
+/*
+ * The connections that the loop has, those with the latest news last. Only
+ * these are polled on most turns, so that thousands of idle ones cost next to
+ * nothing. An idle one has no buffer and no request.
+ */
+static struct {
+	struct list list;
+	unsigned base;			/* wake pipe and listeners */
+	unsigned max;			/* connections, those in threads too */
+	struct pollfd fd[1 + LISTENERS_MAX + SLOTS_MAX];
+} set;
+
+static struct {				/* guarded by conn_mutex */
+	struct list queue;		/* wait for a thread */
+	struct list busy;		/* have one */
+	struct list back;		/* are answered */
+	pthread_cond_t work;
+	unsigned idle, max;		/* threads */
+	int64_t stop;			/* 0, or the end of all waiting */
+} pool = { .work = PTHREAD_COND_INITIALIZER };
+
+static struct listener listeners[LISTENERS_MAX];
+
+union address {
+	struct sockaddr any;
+	struct sockaddr_in four;
+	struct sockaddr_in6 six;
+	struct sockaddr_un path;
+};
+
+static struct {
+	int wake[2];			/* a pipe: signals, or 0: see pool */
+	int64_t now;			/* ms, monotonic, of this turn */
+	int64_t rest;			/* no accepting until then */
+	pid_t child;			/* the wrapper's command, or 0 */
+	bool shares_terminal;		/* it and we, in the foreground */
+	int status;			/* its exit status */
+	bool log_blocks;		/* stdout is a pipe or terminal */
+} loop;
+
+static void
+list_add(struct list *l, struct conn *c)
+{
+	c->next = NULL;
+	c->prev = l->last;
+	*(c->prev != NULL ? &c->prev->next : &l->first) = c;
+	l->last = c;
+	l->n++;
+}
+
+static void
+list_remove(struct list *l, struct conn *c)
+{
+	*(c->prev != NULL ? &c->prev->next : &l->first) = c->next;
+	*(c->next != NULL ? &c->next->prev : &l->last) = c->prev;
+	l->n--;
+}
+
+/* ---- the request log ---- */
+
+/* The second that it is, for a line of the log and for a Date. */
+static __thread struct {
+	time_t second;
+	char log[32], date[64];
+} clock_text;
+
+/* Brings the texts up to date; the time of day, in milliseconds. */
+static int64_t
+clock_texts(void)
+{
+	static const char days[] = "SunMonTueWedThuFriSat";
+	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
+	int64_t ms = time_ms();
+	time_t second = (time_t)(ms / 1000);
+	struct tm tm;
+
+	if (second == clock_text.second)
+		return ms;
+	clock_text.second = second;
+	time_text(clock_text.log, ms, false);
+	(void)gmtime_r(&second, &tm);
+	(void)snprintf(clock_text.date, sizeof(clock_text.date),
+	    "\r\nDate: %.3s, %02d %.3s %04d %02d:%02d:%02d GMT\r\n",
+	    &days[3 * tm.tm_wday], tm.tm_mday, &months[3 * tm.tm_mon],
+	    (tm.tm_year + 1900) % 10000, tm.tm_hour, tm.tm_min, tm.tm_sec);
+	return ms;
+}
+
+/* Appends key=value, quoted if it must be, if there is a value. */
+static void
+logfmt(struct buf *b, const char *key, const char *value)
+{
+	const unsigned char *p = (const unsigned char *)value;
+
+	if (*p == '\0')
+		return;
+	buf_str(b, key);
+	while (*p > ' ' && *p != '"' && *p != '=' && *p != '\\' && *p < 0x7f)
+		p++;
+	if (*p == '\0')
+		buf_str(b, value);
+	else
+		buf_json(b, value);
+}
+
+static void
+log_request(const struct request *r, int64_t us, struct buf *b)
+{
+	static const char names[K_METRICS + 1][9] = {
+		[K_LOCK] = "lock", [K_VERSIONS] = "versions",
+		[K_VERSION] = "version", [K_LOG] = "log"
+	};
+	bool path = r->kind == K_STAR || r->kind == K_ROOT ||
+	    r->kind >= K_HEALTHY;
+	int64_t ms = clock_texts();
+
+	buf_str(b, "time=");
+	buf_add(b, clock_text.log, 20);
+	buf_num(b, ms % 1000, 3);
+	logfmt(b, "Z client=", *r->client != '\0' ? r->client : "unix");
+	logfmt(b, " user=", r->user);
+	buf_str(b, " method=");
+	buf_str(b, r->method < M_COUNT ? method_names[r->method] : "-");
+	logfmt(b, path ? " path=" : " name=", r->name);
+	logfmt(b, " page=", names[r->kind]);
+	buf_str(b, r->status == 0 ? " status=-" : " status=");
+	if (r->status != 0)
+		buf_num(b, r->status, 1);
+	buf_str(b, " bytes=");
+	buf_num(b, r->sent, 1);
+	buf_str(b, " ms=");
+	buf_num(b, us / 1000, 1);
+	buf_str(b, ".");
+	buf_num(b, us % 1000, 3);
+	logfmt(b, " id=", r->id);
+	logfmt(b, " why=", r->why);
+	buf_str(b, "\n");
+}
+
+static void
+count(uint64_t *what, int n)
+{
+	(void)pthread_mutex_lock(&told.mutex);
+	*what += (uint64_t)n;
+	(void)pthread_mutex_unlock(&told.mutex);
+}
+
+/* A request has been answered, or cut: counts and logs it. The time, in
+ * milliseconds. */
+static int64_t
+request_told(struct request *r)
+{
+	int64_t now = clock_us(CLOCK_MONOTONIC), us = now - r->start;
+	size_t i = 0;
+
+	if (r->cut)
+		r->status = 0;
+	(void)pthread_mutex_lock(&told.mutex);
+	told.requests[r->method][r->status]++;
+	while (i < DURATIONS && (double)us / 1e6 > durations[i])
+		i++;
+	told.took[i]++;
+	told.took_us += (uint64_t)us;
+	told.sent += (uint64_t)r->sent;
+	told.received += (uint64_t)r->got;
+	if (conf.command == NULL &&	/* else stdout is the command's */
+	    (r->kind != K_READY || r->status != 200))
+		log_request(r, us, &told.log);
+	if (r->status == 200 && action_of(r)->run == do_lock)
+		(void)snprintf(told.locked, sizeof(told.locked), "%s", r->id);
+	(void)pthread_mutex_unlock(&told.mutex);
+	return now / 1000;
+}
+
+/*
+ * Writes the log's lines: at once, or by the dozen if they come thick and
+ * fast. Returns how long poll may wait; longer than a tick: a shorter timeout
+ * has the processor's timer set anew on each turn, which is dear.
+ *
+ * A reader of stdout that does not read must not stop the server: a pipe that
+ * polls writable takes PIPE_BUF at once, and what it does not take is counted
+ * and dropped.
+ */
+static int64_t
+log_flush(int64_t wait)
+{
+	static int64_t flushed;
+	size_t at = 0, n, max;
+	struct buf b = { 0 };
+	int lost = 0;
+
+	(void)pthread_mutex_lock(&told.mutex);
+	max = told.log.len;
+	if (wait < 0 || max > PIPE_BUF / 8 * 7 ||
+	    loop.now - flushed >= LOG_MS) {
+		b = told.log;
+		told.log = (struct buf){ 0 };
+	}
+	(void)pthread_mutex_unlock(&told.mutex);
+	if (b.len == 0)
+		return max > 0 && wait > LOG_MS ? LOG_MS : wait;
+	flushed = loop.now;
+	(void)pthread_mutex_lock(&output);
+	for (; at < b.len; at += n) {	/* whole lines, if they are short */
+		max = b.len - at < PIPE_BUF ? b.len - at : PIPE_BUF;
+		for (n = max; n > 0 && b.data[at + n - 1] != '\n';)
+			n--;
+		n = n > 0 ? n : max;
+		if ((loop.log_blocks && (wait_until(STDOUT_FILENO, POLLOUT,
+		    0) & POLLOUT) == 0) ||
+		    write_all(STDOUT_FILENO, b.data + at, n) == -1)
+			break;
+	}
+	(void)pthread_mutex_unlock(&output);
+	for (; at < b.len; at++)
+		lost += b.data[at] == '\n';
+	if (lost > 0)
+		count(&told.unlogged, lost);
+	buf_free(&b);
+	return wait;
+}
+
+/* ---- answers ---- */
+
+/* Makes the answer ready to be sent: its head, and what follows that. */
+static void
+reply_ready(struct request *r)
+{
+	struct buf *b = &r->head;
+
+	if (r->text.failed)
+		(void)refuse(r, 503, "out of memory");
+	if (r->text.len > 0)
+		r->out[1] = (struct span){ r->text.data, r->text.len };
+	(void)pthread_mutex_lock(&conn_mutex);
+	r->keep = r->keep && r->length == 0 && pool.stop == 0;
+	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)clock_texts();
+	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
+	buf_num(b, r->status, 3);
+	buf_str(b, " ");
+	buf_str(b, reasons[r->status]);
+	buf_str(b, clock_text.date);
+	if (r->status != 204) {
+		buf_str(b, "Content-Length: ");
+		buf_num(b, (int64_t)r->out[1].len + (int64_t)r->left, 1);
+		buf_str(b, "\r\n");
+	}
+	if (r->type != NULL) {
+		buf_str(b, "Content-Type: ");
+		buf_str(b, r->type);
+		buf_str(b, "\r\nX-Content-Type-Options: nosniff"
+		    "\r\nCache-Control: no-store\r\n");
+		/* Nothing from elsewhere, no script, in nobody's frame. */
+		if (strncmp(r->type, "text/html", 9) == 0)
+			buf_str(b, "Content-Security-Policy: default-src "
+			    "'none'; style-src 'unsafe-inline'; img-src data:; "
+			    "form-action 'self'; base-uri 'none'; "
+			    "frame-ancestors 'none'\r\n"
+			    "Referrer-Policy: no-referrer\r\n");
+	}
+	if (r->status == 401)
+		buf_str(b, "WWW-Authenticate: Basic realm=\"statesrv\", "
+		    "charset=\"UTF-8\"\r\n");
+	if (r->status == 503)
+		buf_fmt(b, "Retry-After: %u\r\n", r->retry > 0 ? r->retry : 1);
+	if (r->status == 405 || r->status == 204)
+		action_allow(b, r->kind);
+	buf_str(b, !r->keep ? "Connection: close\r\n\r\n" :
+	    r->http10 ? "Connection: keep-alive\r\n\r\n" : "\r\n");
+	r->out[0] = (struct span){ b->data, b->len };
+	if (r->method == M_HEAD) {
+		r->out[1].len = 0;
+		r->left = 0;
+	}
+	trace("<", r->out[0].ptr, r->out[0].len);
+	trace("<", r->out[1].ptr, r->out[1].len);
+	r->sent = (int64_t)r->out[1].len + (int64_t)r->left;
+}
+
+/* Sends more of an answer: head and body together from memory, then what is
+ * in a file; as send(2). */
+static ssize_t
+reply_more(struct request *r)
+{
+	size_t n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX, i, k;
+	struct iovec v[2];
+	struct msghdr m = { .msg_iov = v, .msg_iovlen = 2 };
+	ssize_t sent;
+
+	if (r->out[0].len + r->out[1].len == 0) {
+#ifdef __linux__
+		sent = sendfile(r->conn->fd, r->file, &r->off, n);
+#else
+		char piece[16384];
+
+		n = n < sizeof(piece) ? n : sizeof(piece);
+		sent = read_at(r->file, piece, n, r->off);
+		if (sent > 0)
+			sent = send(r->conn->fd, piece, (size_t)sent, 0);
+		r->off += sent > 0 ? sent : 0;
+#endif
+		r->left -= sent > 0 ? sent : 0;
+		return sent;
+	}
+	for (i = 0; i < 2; i++) {
+		/* sendmsg only reads it, but iovec is older than const */
+		memcpy(&v[i].iov_base, &r->out[i].ptr, sizeof(void *));
+		v[i].iov_len = r->out[i].len;
+	}
+	/* The last answer, and the end of the connection, are one packet. */
+	sent = sendmsg(r->conn->fd, &m, r->left > 0 || !r->keep ? MSG_MORE : 0);
+	n = sent > 0 ? (size_t)sent : 0;
+	for (i = 0; i < 2; i++, n -= k) {
+		k = n < r->out[i].len ? n : r->out[i].len;
+		r->out[i].ptr += k;
+		r->out[i].len -= k;
+	}
+	return sent;
+}
+
+/* Sends the answer, or what is left of it: the only sender. 1: it is out; 0:
+ * it would have to wait, and may not; -1: the client does not take it. */
+static int
+reply_send(struct request *r, bool may_wait)
+{
+	ssize_t n;
+
+	if (r->head.failed)
+		return cut(r, "out of memory");
+	while (r->out[0].len + r->out[1].len > 0 || r->left > 0) {
+		n = reply_more(r);
+		if (n > 0 && may_wait)
+			conn_moved(r->conn, (size_t)n);
+		else if (n == 0)
+			return cut(r, "the file has become shorter");
+		else if (n == -1 && !may_wait && errno == EAGAIN)
+			return 0;
+		else if (n == -1 && !conn_wait(r->conn, POLLOUT))
+			return cut(r, "the client did not take the answer");
+	}
+	return 1;
+}
+
+/* ---- requests ---- */
+
+/* A request whose head is complete, n bytes, or refused: minus a status. It
+ * has a copy of what outlives the head. NULL if there is no memory. */
+static struct request *
+request_new(struct conn *c, const struct head *h, int n)
+{
+	struct request *r = calloc(1, sizeof(*r));
+	struct span agent = h->field[F_AGENT], told_by = h->field[F_FORWARDED];
+	struct span last = { NULL, 0 };
+	unsigned char bytes[16];
+	char text[INET6_ADDRSTRLEN];
+
+	if (r == NULL)
+		return NULL;
+	r->conn = c;
+	r->file = -1;
 	r->method = h->method;
+	r->kind = K_STAR;
+	r->start = clock_us(CLOCK_MONOTONIC);
+	r->fronted = c->from->path || conf.fronted;
+	memcpy(r->client, c->peer, sizeof(c->peer));
+	r->users = users_hold();
+	if (n < 0) {
+		/* Go's client, seeing HTTP/1.0, says at once what it met. */
+		r->tls = c->used > 0 && *c->in == 0x16;
+		r->length = -1;
+		(void)refuse(r, -n, "%s", r->tls ?
+		    "this is TLS, and the port speaks plain HTTP" : h->why);
+		return r;
+	}
+	trace(">", c->in, (size_t)n);
+	c->at += (size_t)n;
+	r->got = n;
 	r->keep = h->keep;
 	r->http10 = h->minor == 0;
 	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
 	    http_lists(h->field[F_ACCEPT], "application/json") ? JSON : TEXT;
+	r->go = agent.len >= 14 && memcmp(agent.ptr, "Go-http-client", 14) == 0;
 	span_copy(r->host, sizeof(r->host), h->host);
-	while (span_next(&list, &last))
+	/* The last address that a front tells counts, if it is one. */
+	while (r->fronted && span_next(&told_by, ',', &last))
 		continue;
-	if (c->fronted && c->peer[0] == '\0' && last.len > 0)
-		peer_told(r->client, sizeof(r->client), last);
-	status = admit(r, h, c->guarded);
-	return status != 0 ? status : admit_body(r, h);
+	span_copy(text, sizeof(text), last);
+	if (inet_pton(AF_INET, text, bytes) == 1 ||
+	    inet_pton(AF_INET6, text, bytes) == 1)
+		(void)snprintf(r->client, sizeof(r->client), "%s", text);
+	/* Until the body is admitted: it is there, and stays unread. */
+	r->length = h->chunked || h->length > 0 ? -1 : 0;
+	if (admit(r, h, c->from->local && r->users == NULL &&
+	    !conf.open) == 411)
+		r->length = -1;		/* who knows what comes next */
+	return r;
 }
 
-/* A head is complete: refuse it, read its body, or do it. */
-static enum step
-conn_request(struct conn *c, const struct head *h)
+static void
+request_free(struct request *r)
 {
-	struct request *r = c->r;
-	int status = request_read(c, h);
-
-	c->chunks = (struct chunks){ .room = (uint64_t)body_max(r) };
-	c->got = 0;
-	c->expects = h->field[F_EXPECT].ptr != NULL && h->minor == 1;
-	c->unread = h->chunked || h->length > 0;
-	c->unread |= status == 411;	/* who knows what comes next */
-	if (status == 401 && h->field[F_AUTHORIZATION].ptr != NULL) {
-		conn_go(c, C_DENY);
-		return WAIT;
-	}
-	if (status != 0)
-		return conn_answer(c);
-	conn_go(c, C_BODY);
-	if (action_of(r)->body != B_STATE)
-		return NEXT;
-	if (upload_begin(r) != 0)
-		return conn_answer(c);
-	/* A body that is large, or has not begun to come, is waited for only
-	 * if the write could land. */
-	if (!c->expects && !h->chunked && r->length <= BODY_MEM &&
-	    (c->at < c->used || r->length == 0))
-		return NEXT;
-	return conn_submit(c, job_look, true);
+	users_drop(r->users);
+	buf_free(&r->head);
+	buf_free(&r->text);
+	close_quietly(r->file);
+	free(r->body);
+	free(r);
 }
 
-/* Looks at what has come: NEXT if there was a request, WAIT for more. */
-static enum step
-conn_parse(struct conn *c)
+/* The answer is out, or nothing more will be: what becomes of the connection?
+ * RFC 9112, 9.6: to close while bytes are unread, or with much unsent, would
+ * reset it, and the client might lose the answer with it. */
+static void
+request_end(struct request *r, int sent)
 {
-	struct head h = { .method = M_COUNT, .why = "too many empty lines" };
-	enum step step;
-	int n;
+	struct conn *c = r->conn;
+	bool large = r->file != -1 || r->sent > 16384;
+	int64_t now = request_told(r);
+	char byte;
 
-	if (c->fronted && !c->spoken && c->at == 0 && c->used >= 6 &&
-	    memcmp(c->in, "PROXY ", 6) == 0 &&
-	    (step = conn_proxy(c)) != NEXT)
-		return step;
-	c->spoken |= c->used >= 6;
-	if (conn_blanks(c))
-		n = -400;
+	c->r = NULL;
+	c->begun = false;
+	conn_within(c, now, r->keep ? IDLE_MS : DRAIN_MS);
+	if (sent != 1)
+		c->state = C_GONE;
+	else if (r->keep)
+		c->state = C_HEAD;
 	else {
-		conn_compact(c);
-		if (c->used == 0)
-			return WAIT;
-		n = *c->in == 0x16 ? -400 :
-		    http_parse(c->in, c->used, &c->seen, &h);
+		(void)shutdown(c->fd, SHUT_WR);
+		c->state = !large && r->length == 0 && c->used == c->at &&
+		    recv(c->fd, &byte, 1, MSG_PEEK) != 1 ? C_GONE : C_DRAIN;
 	}
-	if (n == 0)
-		return WAIT;
-	if ((c->r = request_new(c)) == NULL)
-		return GONE;
-	/* Go's client, seeing HTTP/1.0, says at once what is the matter. */
-	c->r->tls = *c->in == 0x16;
-	c->r->method = n < 0 ? h.method : M_COUNT;	/* HEAD has no body */
-	if (n < 0)
-		return conn_refuse(c, -n, c->r->tls ? "this is TLS, and the "
-		    "port speaks plain HTTP" : h.why);
-	trace(">", c->in, (size_t)n);
-	c->at = (size_t)n;
-	c->blanks = 0;
-	return conn_request(c, &h);
 }
 
-static enum step
-conn_head(struct conn *c)
-{
-	enum step step;
-	ssize_t n;
+/* ---- the pool ---- */
 
-	set.fd[c->slot].events = POLLIN;
+static void
+loop_wake(char byte)
+{
+	(void)!write(loop.wake[1], &byte, 1);	/* a full pipe wakes, too */
+}
+
+/* Does a request from first line to last, answers it, and gives its
+ * connection back before it frees and prunes. */
+static void
+thread_serve(struct conn *c)
+{
+	struct change ch = { .place.dir = -1, .tmp.fd = -1, .old = -1,
+	    .kept.fd = -1, .history = -1 };
+	struct request *r = c->r;
+	const struct action *act;
+	bool whole;
+
+	r->change = &ch;
+	conn_within(c, clock_ms(), BODY_MS);
+	if (r->status == 0) {		/* else it is the rest of an answer */
+		act = action_of(r);
+		whole = act->body != B_NONE || r->length == 0 ||
+		    body_whole(r) == 0;
+		if (whole && act->page)
+			page(r, act->run);
+		else if (whole)
+			(void)(act->run != NULL ? act->run(r) : act->now(r));
+		if (!r->cut)
+			reply_ready(r);
+		conn_within(c, clock_ms(), BODY_MS);
+	}
+	request_end(r, r->cut ? -1 : reply_send(r, true));
+	(void)pthread_mutex_lock(&conn_mutex);
+	list_remove(&pool.busy, c);
+	list_add(&pool.back, c);
+	if (pool.back.n == 1)
+		loop_wake(0);
+	(void)pthread_mutex_unlock(&conn_mutex);
+	change_free(&ch);
+	request_free(r);
+}
+
+/* A thread's life: it ends when there was nothing to do for a while. (If the
+ * clock jumps, that is sooner or later, and does no harm.) */
+static void *
+pool_thread(void *unused)
+{
+	struct timespec until;
+	struct conn *c;
+
+	(void)pthread_mutex_lock(&conn_mutex);
 	for (;;) {
-		if (c->used == c->at)
-			c->used = c->at = c->seen = 0;
-		else {
+		(void)clock_gettime(CLOCK_REALTIME, &until);
+		until.tv_sec += THREAD_IDLE_MS / 1000;
+		pool.idle++;
+		while (pool.queue.n == 0 && pthread_cond_timedwait(&pool.work,
+		    &conn_mutex, &until) == 0)
+			continue;
+		pool.idle--;
+		if ((c = pool.queue.first) == NULL)
+			break;
+		list_remove(&pool.queue, c);
+		list_add(&pool.busy, c);
+		(void)pthread_mutex_unlock(&conn_mutex);
+		thread_serve(c);
+		(void)pthread_mutex_lock(&conn_mutex);
+	}
+	count(&told.threads, -1);
+#ifdef __GLIBC__
+	if (told.threads == 0)		/* what a flood needed is given back */
+		(void)malloc_trim(0);
+#endif
+	(void)pthread_mutex_unlock(&conn_mutex);
+	return unused;
+}
+
+/* Gives a connection, and its request, to a thread. */
+static void
+pool_give(struct conn *c)
+{
+	list_remove(&set.list, c);
+	c->since = loop.now;
+	(void)pthread_mutex_lock(&conn_mutex);
+	list_add(&pool.queue, c);
+	if (pool.queue.n > pool.idle && told.threads < pool.max &&
+	    thread_start(pool_thread))
+		count(&told.threads, 1);
+	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_cond_signal(&pool.work);
+}
+
+/* ---- a connection's life ---- */
+
+/* Closes one; of a request that it has, or whose head has begun, is told why
+ * it gets no answer. */
+static void
+conn_close(struct conn *c, const char *why)
+{
+	static const struct head begun = { .method = M_COUNT, .why = "" };
+
+	if (c->r == NULL && c->begun)
+		c->r = request_new(c, &begun, -400);
+	if (c->r != NULL) {
+		(void)cut(c->r, why);
+		(void)request_told(c->r);
+		request_free(c->r);
+	}
+	list_remove(&set.list, c);
+	(void)close(c->fd);
+	free(c->in);
+	free(c);
+	count(&told.connections, -1);
+}
+
+/* Reads what has come of a head. Its length; 0: more must come, if the
+ * connection is not gone; or minus a status. */
+static int
+head_read(struct conn *c, struct head *h)
+{
+	ssize_t n = 1;
+	int size;
+
+	*h = (struct head){ .method = M_COUNT, .why = "too many empty lines" };
+	for (;;) {
+		for (; c->used - c->at >= 2 && c->in[c->at] == '\r' &&
+		    c->in[c->at + 1] == '\n'; c->at += 2)
+			if (++c->blanks > BLANKS_MAX)
+				return -400;
+		if (c->used > c->at) {
 			if (!c->begun)
-				c->deadline = loop.now + HEAD_MS;
+				conn_within(c, loop.now, HEAD_MS);
 			c->begun = true;
-			step = conn_parse(c);
-			if (step != WAIT || c->state != C_HEAD)
-				return step;
+			conn_compact(c);
+			size = *c->in == 0x16 ? -400 :
+			    http_parse(c->in, c->used, &c->seen, h);
+			c->blanks = size > 0 ? 0 : c->blanks;
+			if (size != 0)
+				return size;
+		} else {
+			c->at = c->used = c->seen = 0;
+			c->begun = false;
 		}
-		if (c->in == NULL && (c->in = malloc(HEAD_MAX)) == NULL)
-			return GONE;
-		n = conn_recv(c, c->in + c->used, HEAD_MAX - c->used);
-		if (n == 0)
-			return GONE;
-		if (n == -1)
+		if (c->dry || (c->in == NULL &&
+		    (c->in = malloc(HEAD_MAX)) == NULL))
+			break;
+		n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0);
+		c->dry = n < (ssize_t)(HEAD_MAX - c->used);
+		if (n <= 0)
 			break;
 		c->used += (size_t)n;
 	}
-	if (c->used == 0)
-		head_free(c);
-	return WAIT;
+	if (c->in == NULL || n == 0 || (n == -1 && errno != EAGAIN &&
+	    errno != EINTR) || (pool.stop != 0 && !c->begun))
+		c->state = C_GONE;
+	if (c->used == 0) {
+		free(c->in);
+		c->in = NULL;
+	}
+	return 0;
 }
 
-/* ---- C_BODY ---- */
-
-/* Makes room in r->body; false if memory ran out. It is full at size. */
+/* Answers a request that has its answer, without waiting. False: a thread
+ * sends what the socket did not take, and has the connection. */
 static bool
-body_room(struct request *r, size_t size)
+conn_answer(struct conn *c)
 {
-	size_t cap = r->cap > 0 ? 2 * r->cap : 4096;
-	char *body;
+	struct request *r = c->r;
+	int sent;
 
-	if (r->len < r->cap)
-		return true;
-	if (r->cap == 0 && r->length > 0)
-		cap = r->length < (int64_t)size ? (size_t)r->length : size;
-	if (cap > size)
-		cap = size;
-	if (cap == r->cap)
-		return true;
-	if ((body = realloc(r->body, cap)) == NULL)
+	reply_ready(r);
+	sent = reply_send(r, false);
+	if (sent == 0 && r->text.len == 0 && r->out[1].len > 0) {
+		/* The rest is the cache's, which may drop it. */
+		buf_add(&r->text, r->out[1].ptr, r->out[1].len);
+		r->out[1].ptr = r->text.data;
+		sent = r->text.failed ? -1 : 0;
+	}
+	if (sent == 0) {
+		pool_give(c);
 		return false;
-	r->body = body;
-	r->cap = cap;
+	}
+	request_end(r, sent);
+	request_free(r);
 	return true;
 }
 
-/* Moves body bytes from c->in to r->body; 0 or a status. */
-static int
-body_move(struct conn *c)
-{
-	struct request *r = c->r;
-	struct span in = { c->in + c->at, c->used - c->at };
-	size_t n = r->cap - r->len, before = r->len, used;
-	int status = 0;
-
-	if (r->length >= 0) {
-		if (n > in.len)
-			n = in.len;
-		if ((int64_t)n > r->length - c->got)
-			n = (size_t)(r->length - c->got);
-		if (n > 0)
-			memcpy(r->body + r->len, in.ptr, n);
-		r->len += n;
-		c->at += n;
-	} else {
-		status = -chunk_decode(&c->chunks, in, &used, r->body,
-		    &r->len, r->cap);
-		c->at += used;
-	}
-	c->got += (int64_t)(r->len - before);
-	return status;
-}
-
+/* Answers a request that is quickly answered, and true; else a thread has the
+ * connection, or it waits for a moment. */
 static bool
-body_complete(const struct conn *c)
-{
-	return c->r->length >= 0 ? c->got == c->r->length :
-	    c->chunks.state == CH_DONE;
-}
-
-/* Reads more of the body: straight to where it goes, if it is not chunked
- * and the buffer is empty. As conn_recv. */
-static ssize_t
-body_recv(struct conn *c)
+conn_request(struct conn *c, bool quick)
 {
 	struct request *r = c->r;
-	size_t n = r->cap - r->len;
-	ssize_t got;
 
-	if (r->length >= 0 && c->at == c->used && r->cap > 0) {
-		if ((int64_t)n > r->length - c->got)
-			n = (size_t)(r->length - c->got);
-		got = conn_recv(c, r->body + r->len, n);
-		if (got > 0) {
-			r->len += (size_t)got;
-			c->got += got;
-		}
-		return got;
+	if (r->status == 401 && (*r->user != '\0' || r->bearer)) {
+		c->state = C_DENY;
+		conn_within(c, loop.now, DENY_MS);
+		return false;
 	}
-	if (c->in == NULL && (c->in = malloc(HEAD_MAX)) == NULL)
-		return 0;
-	conn_compact(c);
-	got = conn_recv(c, c->in + c->used, HEAD_MAX - c->used);
-	if (got > 0)
-		c->used += (size_t)got;
-	return got;
-}
-
-/* The body is there, and the action can be done. */
-static enum step
-body_done(struct conn *c)
-{
-	struct request *r = c->r;
-	const struct action *act = action_of(r);
-
-	c->unread = false;
-	if (r->len > 0)
-		trace(">", r->body, r->len);
-	if ((act->now != NULL && act->now(r) != 0) || act->job == NULL)
+	if (r->status != 0 || (quick && r->length == 0 &&
+	    action_of(r)->now != NULL && action_of(r)->now(r)))
 		return conn_answer(c);
-	r->tell = loop.stopping ? NULL : reply_early;
-	return conn_submit(c, act->job, true);
+	pool_give(c);
+	return false;
 }
 
-static enum step
-body_continue(struct conn *c)
-{
-	static const char line[] = "HTTP/1.1 100 Continue\r\n\r\n";
-
-	c->expects = false;
-	if (c->at < c->used)		/* it did not wait for our leave */
-		return NEXT;
-	/* So short a line fits, or the client has stopped reading. */
-	return send(c->fd, line, sizeof(line) - 1, 0) ==
-	    (ssize_t)sizeof(line) - 1 ? NEXT : GONE;
-}
-
-static enum step
-conn_body(struct conn *c)
-{
-	struct request *r = c->r;
-	bool state = action_of(r)->body == B_STATE;
-	size_t size = state ? SPOOL : LOCK_INFO_MAX;
-	ssize_t n;
-	int status;
-
-	if (c->expects && !body_complete(c) && body_continue(c) == GONE)
-		return GONE;
-	for (;;) {
-		if (!body_complete(c) && !body_room(r, size))
-			return conn_refuse(c, 503, "out of memory");
-		status = c->at < c->used ? body_move(c) : 0;
-		if (status == 413)
-			return conn_refuse(c, state ? 413 : 400,
-			    "the body is too large");
-		if (status != 0)
-			return conn_refuse(c, status, status == 431 ?
-			    "the trailer is too large" :
-			    "the chunked body is malformed");
-		if (body_complete(c))
-			return body_done(c);
-		conn_progress(c);
-		if (state && r->len == size) {
-			trace(">", r->body, r->len);
-			return conn_submit(c, upload_piece, false);
-		}
-		if (c->at < c->used)
-			continue;
-		if ((n = body_recv(c)) == 0)
-			return conn_refuse(c, 400, "the body is not complete");
-		if (n == -1)
-			return WAIT;
-	}
-}
-
-/* ---- C_JOB ---- */
-
-static enum step
-conn_job(struct conn *c)
-{
-	(void)c;
-	return WAIT;
-}
-
-/* A commit thread has answered. */
+/* Does for a connection what can be done now. */
 static void
-conn_job_done(struct request *r)
-{
-	struct conn *c = r->conn;
-	bool goes_on = r->status == 0;
-	enum step step = NEXT;
-	int64_t since;
-
-	if (c == NULL) {		/* was abandoned */
-		request_free(r);
-		return;
-	}
-	set_hot(c);
-	if (goes_on && (r->run == job_look || r->run == upload_piece)) {
-		since = r->run == job_look ? loop.now : c->since;
-		conn_go(c, C_BODY);
-		c->since = since;	/* the rate counts from the start */
-		c->readable = true;
-	} else
-		step = conn_answer(c);
-	conn_drive(c, step);
-}
-
-/* ---- C_REPLY and C_DRAIN ---- */
-
-/* Sends from the file; as send(2). */
-static ssize_t
-reply_file(struct conn *c)
-{
-	struct request *r = c->r;
-	size_t n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX;
-	ssize_t sent;
-
-#ifdef __linux__
-	sent = sendfile(c->fd, r->file, &r->off, n);
-#else
-	static char piece[65536];
-
-	sent = read_at(r->file, piece, n < sizeof(piece) ? n : sizeof(piece),
-	    r->off);
-	if (sent > 0)
-		sent = send(c->fd, piece, (size_t)sent, 0);
-	if (sent > 0)
-		r->off += sent;
-#endif
-	if (sent > 0)
-		r->left -= sent;
-	return sent;
-}
-
-/* We are stopping, and this one asks for nothing: it may go, unless its next
- * request has come just now. */
-static enum step
-conn_leave(struct conn *c)
-{
-	enum step step;
-
-	c->readable = true;
-	step = conn_head(c);
-	return step == WAIT && c->state == C_HEAD && !c->begun ? GONE : step;
-}
-
-/* RFC 9112, 9.6: to close while bytes are unread, or with much unsent, would
- * reset the connection, and the client might lose the answer with it. */
-static bool
-conn_may_close(const struct conn *c, bool large)
-{
-	char byte;
-
-	return !large && !c->unread && c->used == c->at &&
-	    recv(c->fd, &byte, 1, MSG_PEEK) != 1;
-}
-
-/* The answer is out: log it, and on to the next. */
-static enum step
-reply_end(struct conn *c)
-{
-	struct request *r = c->r;
-	bool keep = r->keep, large = r->file != -1 || c->out.len > 0;
-
-	if (r->file != -1 && keep)	/* the end uncorks it, too */
-		conn_cork(c, 0);
-	request_told(r);
-	if (r->run == job_lock && r->status == 200)
-		(void)snprintf(loop.locked, sizeof(loop.locked), "%s", r->id);
-	buf_free(&c->out);
-	c->out_at = 0;
-	c->r = NULL;
-	request_abandon(r);
-	c->begun = false;
-	if (keep) {
-		conn_go(c, C_HEAD);
-		if (loop.stopping)
-			return conn_leave(c);
-		if (c->used == c->at && !c->readable) {
-			head_free(c);
-			return WAIT;
-		}
-		if (++c->served % TURN_MAX != 0)
-			return NEXT;
-		/* The others' turn. It can be written to: so poll will bring
-		 * us back at once, whatever is in the buffer. */
-		set.fd[c->slot].events |= POLLOUT;
-		return WAIT;
-	}
-	(void)shutdown(c->fd, SHUT_WR);
-	if (conn_may_close(c, large))
-		return GONE;
-	conn_go(c, C_DRAIN);
-	c->readable = true;
-	return NEXT;
-}
-
-static enum step
-conn_reply(struct conn *c)
-{
-	struct request *r = c->r;
-	ssize_t n;
-
-	if (c->out_at < c->out.len) {
-		n = send(c->fd, c->out.data + c->out_at,
-		    c->out.len - c->out_at, 0);
-		if (n > 0)
-			c->out_at += (size_t)n;
-	} else if (r->left > 0) {
-		if ((n = reply_file(c)) == 0)
-			return GONE;	/* the file was cut off */
-	} else
-		return reply_end(c);
-	if (n == -1)
-		return errno == EAGAIN || errno == EWOULDBLOCK ||
-		    errno == EINTR ? WAIT : GONE;
-	counters.sent += (uint64_t)n;
-	c->got += n;
-	conn_progress(c);
-	return c->out_at < c->out.len || r->left > 0 ? WAIT : NEXT;
-}
-
-static enum step
-conn_drain(struct conn *c)
+conn_drive(struct conn *c)
 {
 	static char sink[65536];
+	struct head h;
 	ssize_t n;
-	int turns;
+	int size, turns;
 
-	for (turns = 0; turns < 16; turns++)
-		if ((n = conn_recv(c, sink, sizeof(sink))) <= 0)
-			return n == 0 ? GONE : WAIT;
-	return WAIT;			/* the others' turn */
+	c->dry = false;
+	for (turns = 0; c->state == C_HEAD; turns++) {
+		if ((size = head_read(c, &h)) != 0)
+			c->r = request_new(c, &h, size);
+		if (size != 0 && c->r == NULL)
+			c->state = C_GONE;
+		if (c->r != NULL ? !conn_request(c, turns < TURN_MAX) :
+		    c->state == C_HEAD)
+			return;
+	}
+	for (turns = 0; c->state == C_DRAIN && turns < 16; turns++) {
+		n = recv(c->fd, sink, sizeof(sink), 0);
+		if (n == -1 && (errno == EAGAIN || errno == EINTR))
+			return;
+		if (n <= 0)
+			c->state = C_GONE;
+	}
+	if (c->state == C_GONE)
+		conn_close(c, "the client has left");
 }
-
-static const struct state_row conn_states[C_COUNT] = {
-	[C_HEAD]  = { conn_head,  POLLIN,  IDLE_MS  },
-	[C_BODY]  = { conn_body,  POLLIN,  BODY_MS  },
-	[C_JOB]   = { conn_job,   0,       0        },
-	[C_DENY]  = { conn_job,   0,       DENY_MS  },
-	[C_REPLY] = { conn_reply, POLLOUT, BODY_MS },
-	[C_DRAIN] = { conn_drain, POLLIN,  DRAIN_MS },
-};
 
 /* A deadline has passed. */
 static void
 conn_late(struct conn *c)
 {
-	enum step step = GONE;
+	if (c->state != C_DENY)
+		conn_close(c, c->r != NULL ? "no thread had time for the rest" :
+		    "the head came too slowly");
+	else if (conn_answer(c))
+		conn_drive(c);
+}
 
-	if (c->state == C_DENY)
-		step = conn_answer(c);
-	else if (c->state == C_BODY)
-		step = conn_refuse(c, 408, "the body came too slowly");
-	else if (c->state == C_HEAD && c->begun &&
-	    (c->r = request_new(c)) != NULL)
-		step = conn_refuse(c, 408, "the head came too slowly");
-	conn_drive(c, step);
+/*
+ * Somebody waits for a thread, and all are taken: whoever has kept one waiting
+ * for longest, for himself, loses his connection; one that waits for a disk,
+ * a guard or a page never does. Who has waited too long for a thread is told.
+ * Does still somebody wait?
+ */
+static bool
+pool_relieve(void)
+{
+	int64_t oldest = loop.now - STALL_MS;
+	struct conn *c, *stalled = NULL;
+	bool waiting;
+
+	(void)pthread_mutex_lock(&conn_mutex);
+	waiting = pool.queue.n > pool.idle;
+	for (c = waiting ? pool.busy.first : NULL; c != NULL; c = c->next)
+		if (c->waits != 0 && c->waits < oldest) {
+			stalled = c;
+			oldest = c->waits;
+		}
+	if (stalled != NULL)
+		(void)shutdown(stalled->fd, SHUT_RDWR);
+	c = pool.queue.first;
+	if (c != NULL && loop.now - c->since > QUEUE_MS)
+		list_remove(&pool.queue, c);
+	else
+		c = NULL;
+	(void)pthread_mutex_unlock(&conn_mutex);
+	if (c != NULL) {
+		c->active = c->deadline = loop.now;
+		list_add(&set.list, c);
+	}
+	if (c != NULL && c->r->status == 0) {
+		c->r->retry = 10;
+		(void)refuse(c->r, 503, "all threads are busy");
+		c->state = C_DENY;
+	}
+	return waiting;
 }
 
 /* ---- accepting ---- */
@@ -6671,121 +5781,82 @@ conn_late(struct conn *c)
 static bool
 conn_evict(int64_t ms)
 {
-	struct conn *c, *oldest = NULL;
-	unsigned i;
+	struct conn *c = set.list.first;
 
-	for (i = set.base; i < set.n; i++) {
-		c = set.at[i];
-		/* What waits for a client in the middle of a request is not
-		 * idle yet, but after a few seconds of silence. */
-		if (c->state == C_JOB || ((c->state == C_BODY ||
-		    c->state == C_REPLY) && loop.now - c->active < STALL_MS))
-			continue;
-		if (oldest == NULL || c->order < oldest->order)
-			oldest = c;
+	if (c != NULL && loop.now - c->active >= ms) {
+		conn_close(c, "others needed its place");
+		return true;
 	}
-	if (oldest == NULL || loop.now - oldest->active < ms) {
-		loop.rest = loop.now + 50;
-		return false;
-	}
-	conn_close(oldest);
-	return true;
-}
-
-static int
-accept_fd(int fd, struct sockaddr_storage *peer, socklen_t *len)
-{
-#ifdef __linux__
-	return accept4(fd, (struct sockaddr *)peer, len,
-	    SOCK_NONBLOCK | SOCK_CLOEXEC);
-#else
-	int c = accept(fd, (struct sockaddr *)peer, len);
-
-	if (c != -1 && (fcntl(c, F_SETFL, O_NONBLOCK) == -1 ||
-	    fcntl(c, F_SETFD, FD_CLOEXEC) == -1)) {
-		close_quietly(c);
-		return -1;
-	}
-	return c;
-#endif
+	loop.rest = loop.now + 50;
+	return false;
 }
 
 static void
-peer_text(const struct sockaddr_storage *peer, char *out, size_t size)
+address_text(const union address *a, char *out, size_t size)
 {
-	const struct sockaddr_in *four = (const void *)peer;
-	const struct sockaddr_in6 *six = (const void *)peer;
-	char text[INET6_ADDRSTRLEN] = "";
+	bool six = a->any.sa_family == AF_INET6;
+	char text[INET6_ADDRSTRLEN];
 
 	*out = '\0';
-	if (peer->ss_family == AF_INET &&
-	    inet_ntop(AF_INET, &four->sin_addr, text, sizeof(text)) != NULL)
-		(void)snprintf(out, size, "%s:%u", text,
-		    ntohs(four->sin_port));
-	else if (peer->ss_family == AF_INET6 &&
-	    inet_ntop(AF_INET6, &six->sin6_addr, text, sizeof(text)) != NULL)
-		(void)snprintf(out, size, "[%s]:%u", text,
-		    ntohs(six->sin6_port));
-}
-
-static void
-conn_open(int fd, const struct listener *l, const struct sockaddr_storage *p)
-{
-	struct conn *c = malloc(sizeof(*c));
-
-	if (c == NULL) {
-		(void)close(fd);
-		return;
-	}
-	*c = (struct conn){ .fd = fd, .readable = true, .active = loop.now,
-	    .order = ++loop.order, .fronted = l->path,
-	    .guarded = l->local && users == NULL };
-	peer_text(p, c->peer, sizeof(c->peer));
-	counters.connections++;
-	counters.accepted++;
-	set_add(c);
-	conn_go(c, C_HEAD);
-	conn_drive(c, NEXT);
+	if (a->any.sa_family != AF_UNIX && inet_ntop(a->any.sa_family, six ?
+	    (const void *)&a->six.sin6_addr : (const void *)&a->four.sin_addr,
+	    text, sizeof(text)) != NULL)
+		(void)snprintf(out, size, six ? "[%s]:%u" : "%s:%u", text,
+		    ntohs(six ? a->six.sin6_port : a->four.sin_port));
 }
 
 /* Accepts what waits on a listener, up to a number. */
 static void
 conn_accept(unsigned slot)
 {
-	struct sockaddr_storage peer;
+	int listener = set.fd[slot].fd, fd, n;
+	union address peer;
 	socklen_t len;
-	int fd, n;
+	struct conn *c;
 
 	for (n = 0; n < 64; n++) {
-		if (set.n - set.base >= set.max && !conn_evict(0))
+		if (told.connections >= set.max && !conn_evict(NEW_MS))
 			return;
 		len = sizeof(peer);
 		memset(&peer, 0, sizeof(peer));
-		fd = accept_fd(set.fd[slot].fd, &peer, &len);
-		if (fd != -1) {
-			conn_open(fd, &listeners[slot - 1], &peer);
+#ifdef __linux__
+		fd = accept4(listener, &peer.any, &len, SOCK_NONBLOCK |
+		    SOCK_CLOEXEC);
+#else
+		fd = accept(listener, &peer.any, &len);
+		(void)fcntl(fd, F_SETFL, O_NONBLOCK);
+		(void)fcntl(fd, F_SETFD, FD_CLOEXEC);
+#endif
+		if (fd == -1 && (errno == EINTR || errno == ECONNABORTED ||
+		    ((errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
+		    errno == ENOMEM) && conn_evict(1000))))
 			continue;
-		}
-		if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
-		    errno == ENOMEM) {
-			if (!conn_evict(1000))
-				return;
-		} else if (errno != EINTR && errno != ECONNABORTED)
+		if (fd == -1)
 			return;
+		if ((c = calloc(1, sizeof(*c))) == NULL) {
+			(void)close(fd);
+			return;
+		}
+		c->fd = fd;
+		c->from = &listeners[slot - 1];
+		address_text(&peer, c->peer, sizeof(c->peer));
+		count(&told.connections, 1);
+		count(&told.accepted, 1);
+		conn_within(c, loop.now, IDLE_MS);
+		list_add(&set.list, c);
+		conn_drive(c);
 	}
 }
-
 /* ==== start and stop =====================================================
  *
  * The directory, the listeners, the sandbox, signals, the loop's turns, and
  * the wrapper: statesrv NAME COMMAND.
  */
 
-/* The signals that we take, and the byte that each is in the wake pipe. As
- * process 1 of a container there are no defaults: all are set. */
-static const struct { int sig; char byte; } signals[] = {
-	{ SIGTERM, 'T' }, { SIGINT, 'I' }, { SIGQUIT, 'Q' }, { SIGHUP, 'H' },
-	{ SIGCHLD, 'C' }, { SIGPIPE, '\0' }
+/* The signals that we take; each becomes a byte in the wake pipe. As process 1
+ * of a container there are no defaults: all are set. */
+static const int signals[] = {
+	SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGCHLD, SIGPIPE
 };
 #define SIGNALS (sizeof(signals) / sizeof(*signals))
 
@@ -6800,11 +5871,8 @@ static struct {
 static void
 random_bytes(void *out, size_t n)
 {
-	int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
-
-	if (fd == -1 || read_at(fd, out, n, 0) != (ssize_t)n)
-		die(1, "cannot read /dev/urandom: %s", strerror(errno));
-	close_quietly(fd);
+	if (getentropy(out, n) == -1)
+		die(1, "cannot get random bytes: %s", strerror(errno));
 }
 
 /* ---- the directory ---- */
@@ -6813,8 +5881,15 @@ random_bytes(void *out, size_t n)
 static bool
 store_mkdir(int dir, const char *name)
 {
+	struct stat st;
+
 	if (mkdirat(dir, name, 0700) == 0)
 		return true;
+	if (errno == EACCES && dir != AT_FDCWD && fstat(dir, &st) == 0 &&
+	    st.st_uid != geteuid())
+		die(1, "cannot write to %s: it belongs to uid %u and this is "
+		    "uid %u: chown %u it", conf.dir, (unsigned)st.st_uid,
+		    (unsigned)geteuid(), (unsigned)geteuid());
 	if (errno != EEXIST)
 		die(1, "cannot create %s%s%s: %s", dir == AT_FDCWD ? "" :
 		    conf.dir, dir == AT_FDCWD ? "" : "/", name,
@@ -6822,384 +5897,285 @@ store_mkdir(int dir, const char *name)
 	return false;
 }
 
-/* The history needs hard links; better to hear of it now. */
-static void
-store_try_link(void)
+/* How many files a directory has. Of .tmp, uploads of dead servers are removed
+ * on the way. */
+static unsigned
+store_files(const char *name, bool sweep)
 {
-	struct upload up = { .fd = -1 };
-	char name[sizeof(up.tmp) + 8];
-
-	if (conf.keep == 0 || tmp_create(&up) == -1)
-		return;			/* no room: /-/ready will say so */
-	(void)snprintf(name, sizeof(name), "%s-link", up.tmp);
-	if (linkat(store.root, up.tmp, store.root, name, 0) == 0)
-		(void)unlinkat(store.root, name, 0);
-	else if (errno != ENOSPC && errno != EDQUOT) {
-		tmp_remove(&up);
-		die(1, "%s has no hard links (%s), which the history is made "
-		    "of: choose another file system, or -k 0 for no history",
-		    conf.dir, strerror(errno));
-	}
-	tmp_remove(&up);
-}
-
-/* Removes uploads whose server is dead: it does not hold its byte. */
-static void
-store_sweep(void)
-{
-	int dir = openat(store.root, ".tmp",
-	    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+	int dir = openat(store.root, name, O_RDONLY | O_DIRECTORY |
+	    O_NOFOLLOW | O_CLOEXEC);
 	DIR *d = dir == -1 ? NULL : fdopendir(dir);
 	struct dirent *e;
-	uint64_t token;
+	unsigned n = 0;
 
 	if (d == NULL)
-		die(1, "cannot open %s/.tmp: %s", conf.dir, strerror(errno));
-	while ((e = readdir(d)) != NULL) {
-		token = strtoull(e->d_name, NULL, 16);
-		if (e->d_name[0] == '.' || token == store.token ||
-		    guard_set(store.guard, F_WRLCK, guard_server_byte(token),
-		    false) == -1)
-			continue;
-		(void)unlinkat(dirfd(d), e->d_name, 0);
-		(void)guard_set(store.guard, F_UNLCK,
-		    guard_server_byte(token), false);
-	}
+		die(1, "cannot open %s/%s: %s", conf.dir, name,
+		    strerror(errno));
+	for (; (e = readdir(d)) != NULL; n++)
+		if (sweep && e->d_name[0] != '.')
+			tmp_sweep(dir, e->d_name, e->d_name);
 	(void)closedir(d);
+	return n - 2;			/* without . and .. */
 }
 
-#ifdef __linux__
-/* What several servers could not safely share, as far as it can be seen. */
+/* Learns of the file system: whether it ignores the case of letters, and what
+ * several servers could not safely share, as far as it can be seen. */
 static void
-store_look_at_fs(void)
+store_look(void)
 {
+	struct tmp t = { .fd = -1 };
+	char other[sizeof(t.name)];
+	struct stat st;
+	size_t i;
+#ifdef __linux__
 	struct statfs fs;
 
-	if (fstatfs(store.root, &fs) == -1)
-		return;
-	switch ((unsigned)fs.f_type) {
-	case 0x65735546:		/* FUSE: GlusterFS, CephFS, sshfs */
-	case 0x6969:			/* NFS */
-	case 0x00c36400:		/* CephFS */
-		store.remote = true;
-		complain("%s is on a network file system: if several servers "
-		    "share it, mount it without caches (README, SHARING)",
-		    conf.dir);
-		break;
-	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
-		store.remote = true;
-		complain("%s is on SMB, whose locks do not reach other hosts: "
-		    "do not share it", conf.dir);
-		break;
-	default:
-		break;
-	}
-}
+	if (fstatfs(store.root, &fs) == 0)
+		switch ((unsigned)fs.f_type) {
+		case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
+		case 0x65735546:	/* FUSE: GlusterFS, CephFS, sshfs */
+		case 0x6969:		/* NFS */
+		case 0x00c36400:	/* CephFS */
+			store.remote = true;
+			complain("%s is on a network file system: to share it "
+			    "see README, SHARING; never share SMB", conf.dir);
+		}
 #endif
+	if (tmp_create(&t, store.root) == -1)
+		return;			/* no room: /-/ready will say so */
+	for (i = 0; i < sizeof(other); i++)
+		other[i] = (char)toupper((unsigned char)t.name[i]);
+	names_fold = fstatat(store.root, other, &st, AT_SYMLINK_NOFOLLOW) == 0;
+	tmp_remove(&t);
+#ifdef FOLD
+	names_fold = true;
+#endif
+}
 
-static void
+/* Opens the directory; true if it was made. */
+static bool
 store_open(void)
 {
-	bool new = store_mkdir(AT_FDCWD, conf.dir);
-	int parent;
+	bool created = store_mkdir(AT_FDCWD, conf.dir), new = created;
+	int parent, fd;
 
 	store.root = open(conf.dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	if (store.root == -1)
 		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
+	/* What is empty, git shall not take along when it is full. */
+	if (store_files(".", false) == 0 && (fd = file_open(store.root,
+	    ".gitignore", O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
+		(void)write_all(fd, "*\n", 2);
+		close_quietly(fd);
+	}
 	new |= store_mkdir(store.root, ".tmp");
 	new |= store_mkdir(store.root, ".history");
-	store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT, NULL);
+	store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
+	    &store.guard_st);
 	if (store.guard == -1)
-		die(1, "cannot open %s/.guard: %s", conf.dir,
-		    strerror(errno));
+		die(1, "cannot open %s/.guard: %s", conf.dir, strerror(errno));
 	/* A new directory's own name must be on the disk as well. */
 	parent = openat(store.root, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (new && (sync_fd(store.root) == -1 ||
-	    (parent != -1 && sync_fd(parent) == -1)))
+	if (new && (dir_sync(store.root) == -1 ||
+	    (parent != -1 && dir_sync(parent) == -1)))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(parent);
 	random_bytes(&store.token, sizeof(store.token));
-	if (guard_set(store.guard, F_WRLCK, guard_server_byte(store.token),
-	    false) == -1)
+	if (guard_set(F_WRLCK, guard_server_byte(store.token)) == -1)
 		die(1, "%s has no record locks (%s): choose another file "
 		    "system", conf.dir, strerror(errno));
-	store_sweep();
-	store_try_link();
-#ifdef __linux__
-	store_look_at_fs();
-#endif
-}
-
-/* An empty .lock is a LOCK that nobody was told of: a crash came between its
- * creation and its content. Under the guard, for another server may be in
- * just that moment. */
-static void
-sweep_on(struct walk *w, int dir, const char *leaf, bool is_lock)
-{
-	struct stat st;
-	int guard;
-
-	if (!is_lock || fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == -1 ||
-	    !S_ISREG(st.st_mode) || st.st_size > 0 ||
-	    (guard = guard_aside(w->name)) == -1)
-		return;
-	if (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
-	    st.st_size == 0 && unlinkat(dir, leaf, 0) == 0)
-		complain("%s: removed an empty lock, left by a crash",
-		    w->name);
-	close_quietly(guard);
-}
-
-static int
-job_sweep(struct request *r)
-{
-	struct walk w = { .on = sweep_on };
-
-	(void)r;
-	return walk_states(&w);
+	(void)store_files(".tmp", true);
+	store_look();
+	return created;
 }
 
 /* ---- listeners ---- */
 
 /* Reads HOST:PORT, [V6]:PORT, :PORT or unix:PATH. */
 static socklen_t
-address_read(const char *text, struct sockaddr_storage *out)
+address_read(const char *text, union address *a)
 {
-	struct sockaddr_in *four = (void *)out;
-	struct sockaddr_in6 *six = (void *)out;
-	struct sockaddr_un *path = (void *)out;
 	const char *colon = strrchr(text, ':');
-	char host[64], *end;
-	unsigned long port;
+	char host[64];
+	uint64_t port;
 
-	memset(out, 0, sizeof(*out));
+	memset(a, 0, sizeof(*a));
 	if (strncmp(text, "unix:", 5) == 0) {
-		path->sun_family = AF_UNIX;
-		if (strlen(text + 5) - 1 >= sizeof(path->sun_path) - 1)
+		if (strlen(text + 5) - 1 >= sizeof(a->path.sun_path) - 1)
 			die(2, "-l %s: the path is empty or too long", text);
-		(void)snprintf(path->sun_path, sizeof(path->sun_path), "%s",
-		    text + 5);
-		return (socklen_t)sizeof(*path);
+		a->path.sun_family = AF_UNIX;
+		span_copy(a->path.sun_path, sizeof(a->path.sun_path),
+		    span(text + 5));
+		return (socklen_t)sizeof(a->path);
 	}
-	if (colon == NULL || colon[1] < '0' || colon[1] > '9')
-		die(2, "-l %s: want HOST:PORT, [V6]:PORT or unix:PATH", text);
-	port = strtoul(colon + 1, &end, 10);
-	if (*end != '\0' || port > 65535)
-		die(2, "-l %s: a port is a number up to 65535", text);
+	if (colon == NULL || !whole_number(colon + 1, &port) || port > 65535)
+		die(2, "-l %s: want HOST:PORT, [V6]:PORT or unix:PATH, with a "
+		    "port up to 65535", text);
 	span_copy(host, sizeof(host), (struct span){ text,
 	    (size_t)(colon - text) });
-	if (host[0] == '[' && cut_suffix(host, "]")) {
-		six->sin6_family = AF_INET6;
-		six->sin6_port = htons((uint16_t)port);
-		if (inet_pton(AF_INET6, host + 1, &six->sin6_addr) == 1)
-			return (socklen_t)sizeof(*six);
+	if (inet_pton(AF_INET6, host, &a->six.sin6_addr) == 1)
+		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
+	if (host[0] == '[' && cut_suffix(host, "]") &&
+	    inet_pton(AF_INET6, host + 1, &a->six.sin6_addr) == 1) {
+		a->six.sin6_family = AF_INET6;
+		a->six.sin6_port = htons((uint16_t)port);
+		return (socklen_t)sizeof(a->six);
 	}
-	four->sin_family = AF_INET;
-	four->sin_port = htons((uint16_t)port);
-	if (strcmp(host, "localhost") == 0)
-		(void)snprintf(host, sizeof(host), "127.0.0.1");
-	if (host[0] == '\0' || strcmp(host, "*") == 0)
-		(void)snprintf(host, sizeof(host), "0.0.0.0");
-	if (inet_pton(AF_INET, host, &four->sin_addr) != 1)
+	a->four.sin_family = AF_INET;
+	a->four.sin_port = htons((uint16_t)port);
+	if (inet_pton(AF_INET, strcmp(host, "localhost") == 0 ? "127.0.0.1" :
+	    host[0] == '\0' || strcmp(host, "*") == 0 ? "0.0.0.0" : host,
+	    &a->four.sin_addr) != 1)
 		die(2, "-l %s: %s is no address; a name is not looked up",
 		    text, host);
-	return (socklen_t)sizeof(*four);
+	return (socklen_t)sizeof(a->four);
 }
 
-static bool
-is_loopback(const struct sockaddr_storage *a)
+/* A socket that is connected to an address, or -1. */
+static int
+address_connect(const union address *a, socklen_t len)
 {
-	const struct sockaddr_in *four = (const void *)a;
-	const struct sockaddr_in6 *six = (const void *)a;
+	int fd = socket(a->any.sa_family, SOCK_STREAM, 0);
 
-	return a->ss_family == AF_INET ?
-	    ntohl(four->sin_addr.s_addr) >> 24 == 127 :
-	    a->ss_family == AF_INET6 && IN6_IS_ADDR_LOOPBACK(&six->sin6_addr);
+	if (fd == -1 || connect(fd, &a->any, len) == 0)
+		return fd;
+	close_quietly(fd);
+	return -1;
 }
 
-/* Takes a listening socket into the poll set, and says where it listens. */
+/* Takes a listening socket into the poll set. */
 static void
 listener_add(int fd)
 {
 	struct listener *l = &listeners[set.base - 1];
-	struct sockaddr_storage a;
-	const struct sockaddr_un *path = (const void *)&a;
-	socklen_t len = sizeof(a), size = sizeof(int);
-	int one = 1, unsent = UNSENT_MAX;
+	socklen_t len = sizeof(union address), size = sizeof(int);
+	int on = 0, one = 1, unsent = UNSENT_MAX;
+	union address a = { .any = { 0 } };
 
 	if (set.base > LISTENERS_MAX)
 		die(2, "too many listeners");
-	memset(&a, 0, sizeof(a));
-	if (getsockname(fd, (struct sockaddr *)&a, &len) == -1 ||
-	    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &one, &size) == -1 ||
-	    one == 0 ||
-	    fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
+	if (getsockname(fd, &a.any, &len) == -1 ||
+	    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &size) == -1 ||
+	    on == 0 || fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
 	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
-		die(1, "descriptor %d is no listener: %s", fd,
-		    strerror(errno));
-	l->path = a.ss_family == AF_UNIX;
-	l->local = is_loopback(&a);
-	if (l->path)
-		(void)snprintf(l->name, sizeof(l->name), "unix:%.107s",
-		    path->sun_path);
-	else {
-		(void)snprintf(l->name, sizeof(l->name), "http://");
-		peer_text(&a, l->name + 7, sizeof(l->name) - 7);
-		/* Inherited by what it accepts (Linux). The second one keeps
-		 * slow readers of large states from filling the kernel's
-		 * memory, which all connections share. */
-		(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one,
-		    sizeof(one));
+		die(1, "descriptor %d is no listener: %s", fd, strerror(errno));
+	l->path = a.any.sa_family == AF_UNIX;
+	l->local = a.any.sa_family == AF_INET ?
+	    ntohl(a.four.sin_addr.s_addr) >> 24 == 127 :
+	    !l->path && IN6_IS_ADDR_LOOPBACK(&a.six.sin6_addr);
+	(void)snprintf(l->name, sizeof(l->name), l->path ? "unix:%.107s" :
+	    "http://", a.path.sun_path);
+	if (!l->path)
+		address_text(&a, l->name + 7, sizeof(l->name) - 7);
+	/* What it accepts inherits these (Linux). The second one keeps slow
+	 * readers from filling the kernel's memory, which all share. */
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 #ifdef TCP_NOTSENT_LOWAT
-		(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent,
-		    sizeof(unsent));
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent,
+	    sizeof(unsent));
 #endif
-	}
 	if (!l->path && !l->local && users == NULL && !conf.open)
 		die(2, "%s can be reached from other machines, and anybody "
-		    "could read and write the states.\nSet TF_HTTP_USERNAME "
+		    "could read and write the states. Set TF_HTTP_USERNAME "
 		    "and TF_HTTP_PASSWORD, or name users with -u FILE, or let "
 		    "everybody in with -n", l->name);
 	set.fd[set.base++] = (struct pollfd){ .fd = fd, .events = POLLIN };
 }
 
-/* A socket file that nobody listens on any more is in the way. Any other
- * kind of file refuses connections too, and is not ours to remove. */
-static void
-stale_socket(const struct sockaddr_storage *a, socklen_t len)
-{
-	const struct sockaddr_un *path = (const void *)a;
-	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
-	struct stat st;
-
-	if (fd != -1 && connect(fd, (const struct sockaddr *)a, len) == -1 &&
-	    errno == ECONNREFUSED && lstat(path->sun_path, &st) == 0 &&
-	    S_ISSOCK(st.st_mode))
-		(void)unlink(path->sun_path);
-	close_quietly(fd);
-}
-
-/* umask is the user's own here: it says who may connect to a unix socket. */
+/* Listens. A socket file that nobody listens on any more is in the way; any
+ * other kind of file refuses connections, too, and is not ours to remove. */
 static void
 listener_open(const char *text)
 {
-	struct sockaddr_storage a;
+	union address a;
 	socklen_t len = address_read(text, &a);
-	int fd = socket(a.ss_family, SOCK_STREAM, 0), one = 1;
+	bool is_path = a.any.sa_family == AF_UNIX;
+	int fd = -1, one = 1;
+	struct stat st;
 
-	if (a.ss_family == AF_UNIX)
-		stale_socket(&a, len);
-	else if (fd != -1)
-		(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one,
-		    sizeof(one));
-	if (fd == -1 || bind(fd, (struct sockaddr *)&a, len) == -1 ||
+	if (is_path && (fd = address_connect(&a, len)) == -1 &&
+	    errno == ECONNREFUSED && lstat(a.path.sun_path, &st) == 0 &&
+	    S_ISSOCK(st.st_mode))
+		(void)unlink(a.path.sun_path);
+	close_quietly(fd);
+	fd = socket(a.any.sa_family, SOCK_STREAM, 0);
+	if (fd == -1 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one,
+	    sizeof(one)) == -1 || bind(fd, &a.any, len) == -1 ||
 	    listen(fd, SOMAXCONN) == -1)
 		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
-		    errno != EADDRINUSE ? "" : a.ss_family == AF_UNIX ?
-		    "; something is there" : "; another server is there: "
-		    "choose another port with -l");
+		    errno != EADDRINUSE ? "" : is_path ? "; something is "
+		    "there" : "; another server is there: choose another port "
+		    "with -l");
 	listener_add(fd);
 }
 
-/* Sockets that systemd holds for us: sd_listen_fds(3). */
-static int
-inherited_listeners(void)
-{
-	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
-	int count = 0, i;
-
-	if (pid != NULL && n != NULL && atol(pid) == (long)getpid())
-		count = atoi(n);
-	if (count < 0)
-		die(2, "LISTEN_FDS=%s is no number of sockets", n);
-	for (i = 0; i < count; i++)
-		listener_add(3 + i);
-	(void)unsetenv("LISTEN_PID");
-	(void)unsetenv("LISTEN_FDS");
-	return count;
-}
-
+/* Sockets that systemd holds for us, sd_listen_fds(3), or those of -l. The
+ * umask is the user's own here: it says who may connect to a unix socket. */
 static void
 listeners_open(void)
 {
-	size_t i;
+	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
+	int given = pid != NULL && n != NULL && conf.command == NULL &&
+	    atol(pid) == (long)getpid() ? atoi(n) : 0, i;
 
+	if (given < 0)
+		die(2, "LISTEN_FDS=%s is no number of sockets", n);
+	(void)unsetenv("LISTEN_PID");
+	(void)unsetenv("LISTEN_FDS");
 	(void)umask(inherited.mask);
-	if (conf.command != NULL)
-		listener_open("127.0.0.1:0");
-	else if (inherited_listeners() == 0) {
-		for (i = 0; i < conf.listeners; i++)
-			listener_open(conf.listen[i]);
-		if (i == 0)
-			listener_open("127.0.0.1:8080");
-	}
+	for (i = 0; i < given; i++)
+		listener_add(3 + i);
+	for (i = 0; given == 0 && i < (int)conf.listeners; i++)
+		listener_open(conf.listen[i]);
+	if (set.base == 1)
+		listener_open(conf.command != NULL ? "127.0.0.1:0" :
+		    "127.0.0.1:8080");
 	(void)umask(077);
-	set.n = set.hot = set.base;
 }
 
 /* ---- limits and the sandbox ---- */
 
-/* As many descriptors as the system gives, and slots for half of them. */
+/* As many descriptors as the system gives: half of them for connections, the
+ * rest for threads, which have a handful each. */
 static void
 limits_set(void)
 {
 	struct rlimit files;
-	rlim_t spare;
+	rlim_t half;
 
 	if (getrlimit(RLIMIT_NOFILE, &files) == -1)
 		die(1, "cannot read the limits: %s", strerror(errno));
 	inherited.files = files;
-	files.rlim_cur = files.rlim_max;
-	if (files.rlim_cur > SLOTS_MAX * 4)
-		files.rlim_cur = SLOTS_MAX * 4;
+	files.rlim_cur = files.rlim_max > SLOTS_MAX * 4 ? SLOTS_MAX * 4 :
+	    files.rlim_max;
 	if (setrlimit(RLIMIT_NOFILE, &files) == -1)
-		(void)getrlimit(RLIMIT_NOFILE, &files);
+		files = inherited.files;
 	if (files.rlim_cur < 48)
 		die(1, "48 open files at least: see ulimit -n");
-	spare = files.rlim_cur / 2;
-	jobs.max = spare / 8 < THREADS_MAX ? (unsigned)(spare / 8) :
-	    THREADS_MAX;
-	/* An upload or a large answer is a second descriptor. */
-	set.max = files.rlim_cur - spare < SLOTS_MAX ?
-	    (unsigned)(files.rlim_cur - spare) : SLOTS_MAX;
-}
-
-#if defined(__linux__) && !defined(NO_SANDBOX)
-/* Landlock (kernel 5.19): the numbers of its calls are the same everywhere,
- * and its header is not. */
-struct landlock_rule {
-	uint64_t allowed;
-	int32_t fd;
-} __attribute__((packed));
-
-enum {
-	LL_WRITE = 1 << 1, LL_READ = 1 << 2, LL_READ_DIR = 1 << 3,
-	LL_REMOVE = 1 << 5, LL_MAKE_DIR = 1 << 7, LL_MAKE_REG = 1 << 8,
-	LL_REFER = 1 << 13, LL_TRUNCATE = 1 << 14
-};
-
-static void
-landlock_allow(int rules, int fd, uint64_t allowed)
-{
-	struct landlock_rule rule = { allowed, fd };
-
-	if (fd == -1 || syscall(445, rules, 1, &rule, 0) == -1)
-		die(1, "cannot set up the sandbox: %s", strerror(errno));
+	half = files.rlim_cur / 2;
+	pool.max = (unsigned)(half / 8 < THREADS_MAX ? half / 8 : THREADS_MAX);
+	set.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
 }
 
 /*
  * From now on the process reaches its directory and nothing else: no other
  * file, no new TCP socket, no signal to strangers. The users file may be
  * replaced by an editor, so what is allowed is to read the directory it is
- * in: give it one of its own.
+ * in: give it one of its own. Landlock's numbers (kernel 5.19) are the same
+ * on all machines, and its header is not.
  */
 static void
 sandbox(void)
 {
-	struct { uint64_t fs, net, scoped; } set_up = { 0, 0, 0 };
-	long abi = syscall(444, NULL, (size_t)0, 1);
+#if defined(__linux__) && !defined(NO_SANDBOX)
+	enum { WRITE = 1 << 1, READ = 1 << 2, READ_DIR = 1 << 3,
+	    REMOVE = 1 << 5, MAKE_DIR = 1 << 7, MAKE_REG = 1 << 8,
+	    REFER = 1 << 13, TRUNCATE = 1 << 14 };
+	struct { uint64_t fs, net, scoped; } all = { 0, 0, 0 };
+	struct { uint64_t allowed; int32_t fd; } __attribute__((packed)) rule;
+	long abi = syscall(444, NULL, (size_t)0, 1), failed;
 	char dir[PATH_MAX], *slash;
-	int rules, fd;
+	int rules;
 
 	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 	(void)prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -7208,149 +6184,114 @@ sandbox(void)
 			complain("no sandbox: the kernel has no Landlock");
 		return;
 	}
-	set_up.fs = abi < 3 ? 0x3fff : abi < 5 ? 0x7fff : 0xffff;
-	set_up.net = abi < 4 ? 0 : 3;	/* bind, connect */
-	set_up.scoped = abi < 6 ? 0 : conf.command != NULL ? 1 : 3;
-	rules = (int)syscall(444, &set_up, abi < 4 ? (size_t)8 :
-	    abi < 6 ? (size_t)16 : (size_t)24, 0);
-	landlock_allow(rules, store.root, set_up.fs & (LL_WRITE | LL_READ |
-	    LL_READ_DIR | LL_REMOVE | LL_MAKE_DIR | LL_MAKE_REG | LL_REFER |
-	    LL_TRUNCATE));
-	if (conf.users != NULL) {
+	all.fs = abi < 3 ? 0x3fff : abi < 5 ? 0x7fff : 0xffff;
+	all.net = abi < 4 ? 0 : 3;	/* bind, connect */
+	all.scoped = abi < 6 ? 0 : conf.command != NULL ? 1 : 3;
+	rules = (int)syscall(444, &all, (size_t)(abi < 4 ? 8 : abi < 6 ? 16 :
+	    24), 0);
+	rule.fd = store.root;
+	rule.allowed = all.fs & (WRITE | READ | READ_DIR | REMOVE | MAKE_DIR |
+	    MAKE_REG | REFER | TRUNCATE);
+	failed = syscall(445, rules, 1, &rule, 0);
+	if (conf.users != NULL && failed == 0) {
 		(void)snprintf(dir, sizeof(dir), "%s", conf.users);
 		slash = strrchr(dir, '/');
 		(void)snprintf(slash == NULL ? dir : slash + 1, 2, ".");
-		fd = open(dir, O_PATH | O_CLOEXEC);
-		landlock_allow(rules, fd, LL_READ);
-		close_quietly(fd);
+		rule.fd = open(dir, O_PATH | O_CLOEXEC);
+		rule.allowed = READ;
+		failed = syscall(445, rules, 1, &rule, 0);
+		close_quietly(rule.fd);
 	}
-	if (syscall(446, rules, 0) == -1)
+	if (failed != 0 || syscall(446, rules, 0) == -1)
 		die(1, "cannot enter the sandbox: %s", strerror(errno));
 	close_quietly(rules);
-}
 #elif defined(__OpenBSD__)
-static void
-sandbox(void)
-{
 	if (unveil(conf.dir, "rwc") == -1 ||
 	    (conf.users != NULL && unveil(conf.users, "r") == -1) ||
 	    pledge("stdio rpath wpath cpath flock inet unix proc", NULL) == -1)
 		die(1, "cannot enter the sandbox: %s", strerror(errno));
-}
-#else
-static void
-sandbox(void)
-{
-	if (conf.verbose)
-		complain("no sandbox on this system");
-}
 #endif
+}
 
 /* ---- users ---- */
 
 /* The one user of the environment, or of the wrapper. */
-static struct users *
-users_single(const char *name, const char *secret)
+static void
+users_single(char *name, const char *secret)
 {
-	struct users *u = calloc(1, sizeof(*u));
+	static struct user user = { .right = R_WRITE, .pattern = "*" };
+	static struct users single = { &user, 1, 2, NULL };	/* never freed */
 
-	if (u == NULL || (u->list = calloc(1, sizeof(*u->list))) == NULL ||
-	    (u->text = strdup(name)) == NULL)
-		die(1, "out of memory");
-	u->refs = 1;
-	u->n = 1;
-	u->list->name = u->text;
-	u->list->right = R_WRITE;
-	u->list->patterns = "";
-	sha256(secret, strlen(secret), u->list->secret);
-	return u;
+	user.name = name;
+	sha256(secret, strlen(secret), user.secret);
+	users = &single;
 }
 
 static void
 users_start(void)
 {
-	const char *name = getenv("TF_HTTP_USERNAME");
-	const char *secret = getenv("TF_HTTP_PASSWORD");
-	bool has_name = name != NULL && *name != '\0';
-	bool has_secret = secret != NULL && *secret != '\0';
+	static const char *const vars[] = { "TF_HTTP_USERNAME",
+	    "TF_HTTP_PASSWORD" };
+	char *v[2];
+	int i;
 
-	if (conf.users != NULL) {
-		if ((users = users_read(conf.users)) == NULL)
-			exit(1);
-	} else if (conf.command != NULL) {
-		return;			/* it makes its own */
-	} else if (has_name != has_secret) {
+	if (conf.users != NULL && (users = users_read(conf.users)) == NULL)
+		exit(1);
+	if (conf.users != NULL || conf.command != NULL)
+		return;			/* the wrapper makes its own */
+	for (i = 0; i < 2; i++)
+		if ((v[i] = getenv(vars[i])) != NULL && has_control(v[i]))
+			die(2, "%s has a control character in it, perhaps a "
+			    "newline at its end", vars[i]);
+		else if (v[i] != NULL && *v[i] == '\0')
+			v[i] = NULL;
+	if ((v[0] == NULL) != (v[1] == NULL))
 		die(2, "%s is set and %s is not: set both, or none",
-		    has_name ? "TF_HTTP_USERNAME" : "TF_HTTP_PASSWORD",
-		    has_name ? "TF_HTTP_PASSWORD" : "TF_HTTP_USERNAME");
-	} else if (has_name) {
-		if (strchr(name, ':') != NULL || strlen(name) > 63)
-			die(2, "TF_HTTP_USERNAME has a colon, or more than 63 "
-			    "bytes: no client could show it");
-		users = users_single(name, secret);
-	}
+		    vars[v[0] == NULL], vars[v[0] != NULL]);
+	if (v[0] == NULL)
+		return;
+	if (strchr(v[0], ':') != NULL || strlen(v[0]) > 63)
+		die(2, "TF_HTTP_USERNAME has a colon, or more than 63 bytes: "
+		    "no client could show it");
+	users_single(v[0], v[1]);
 }
 
 /* SIGHUP: a file that is no good leaves the users as they were. */
 static void
 users_again(void)
 {
-	struct users *new;
+	struct users *new = users_read(conf.users), *old = users;
 
-	if (conf.users == NULL)
-		return;
-	if ((new = users_read(conf.users)) == NULL) {
+	if (new == NULL) {
 		complain("the users stay as they were");
 		return;
 	}
-	users_drop(users);
+	(void)pthread_mutex_lock(&told.mutex);
+	buf_str(&told.log, "statesrv: read the users again\n");
+	(void)pthread_mutex_unlock(&told.mutex);
 	users = new;
-	buf_fmt(&loop.log, "statesrv: read %zu lines of users\n", new->n);
+	users_drop(old);
 }
 
 /* ---- the wrapper ---- */
 
-/* Starts the command with a backend of its own in its environment. */
+/* The command's side of the fork: it finds everything as we found it, and a
+ * backend of its own in its environment. */
 static void
-command_start(void)
+command_exec(const char *url, const char *secret)
 {
-	static const char *const keys[] = { "TF_HTTP_ADDRESS",
-	    "TF_HTTP_LOCK_ADDRESS", "TF_HTTP_UNLOCK_ADDRESS" };
-	unsigned char bytes[16];
-	char secret[33];
-	struct buf url = { 0 };
 	size_t i;
 
-	random_bytes(bytes, sizeof(bytes));
-	hex(bytes, sizeof(bytes), secret);
-	users = users_single("statesrv", secret);
-	put(&url, "%s/%u", listeners[0].name, conf.command_name);
-	loop.shares_terminal = isatty(STDIN_FILENO) == 1 &&
-	    tcgetpgrp(STDIN_FILENO) == getpgrp();
-	if (url.failed || (loop.child = fork()) == -1)
-		die(1, "cannot fork: %s", strerror(errno));
-	/* Both of us do this, for who knows which one runs first. */
-	if (!loop.shares_terminal)
-		(void)setpgid(loop.child, loop.child);
-	if (loop.child > 0) {
-		/* What the terminal sends, it gets from that; else, from us. */
-		if (loop.shares_terminal) {
-			(void)signal(SIGINT, SIG_IGN);
-			(void)signal(SIGQUIT, SIG_IGN);
-		}
-		buf_free(&url);
-		return;
-	}
 #ifdef __linux__
 	(void)prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
 #endif
-	/* It finds everything as we found it. */
 	(void)umask(inherited.mask);
 	(void)setrlimit(RLIMIT_NOFILE, &inherited.files);
 	for (i = 0; i < SIGNALS; i++)
-		(void)sigaction(signals[i].sig, &inherited.action[i], NULL);
-	for (i = 0; i < 3; i++)
-		(void)setenv(keys[i], url.data, 1);
+		(void)sigaction(signals[i], &inherited.action[i], NULL);
+	(void)setenv("TF_HTTP_ADDRESS", url, 1);
+	(void)setenv("TF_HTTP_LOCK_ADDRESS", url, 1);
+	(void)setenv("TF_HTTP_UNLOCK_ADDRESS", url, 1);
 	(void)setenv("TF_HTTP_USERNAME", "statesrv", 1);
 	(void)setenv("TF_HTTP_PASSWORD", secret, 1);
 	(void)unsetenv("TF_HTTP_UPDATE_METHOD");
@@ -7362,282 +6303,230 @@ command_start(void)
 	_exit((int)i);
 }
 
-/* The command is over: so are we, with its status. */
-static bool
-command_ended(void)
+static void
+command_start(void)
 {
-	int status;
+	static char name[] = "statesrv";
+	unsigned char bytes[16];
+	char secret[33];
+	struct buf url = { 0 };
 
-	if (loop.child <= 0 || waitpid(loop.child, &status, WNOHANG) !=
-	    loop.child)
-		return false;
-	loop.child = 0;
-	loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
-	    128 + WTERMSIG(status);
-	return true;
+	random_bytes(bytes, sizeof(bytes));
+	hex(bytes, sizeof(bytes), secret);
+	users_single(name, secret);
+	buf_fmt(&url, "%s/", listeners[0].name);
+	buf_url(&url, conf.command_name);
+	loop.shares_terminal = isatty(STDIN_FILENO) == 1 &&
+	    tcgetpgrp(STDIN_FILENO) == getpgrp();
+	if (url.failed || (loop.child = fork()) == -1)
+		die(1, "cannot fork: %s", strerror(errno));
+	/* Both of us do this, for who knows which one runs first. */
+	if (!loop.shares_terminal)
+		(void)setpgid(loop.child, loop.child);
+	if (loop.child == 0)
+		command_exec(url.data, secret);
+	/* What the terminal sends, it gets from that; else, from us. */
+	if (loop.shares_terminal) {
+		(void)signal(SIGINT, SIG_IGN);
+		(void)signal(SIGQUIT, SIG_IGN);
+	}
+	buf_free(&url);
 }
 
 /* Names the lock that the command left behind, with what releases it. */
 static void
 command_farewell(void)
 {
-	struct buf line = { 0 };
+	struct buf b = { 0 };
 	struct place p;
 	struct lock l;
 
-	if (place_open(conf.command_name, false, &p) == -1)
+	if (place_open(conf.command_name, D_OPEN, &p) == -1)
 		return;
-	if (lock_read(&p, &l) == 0 && lock_is(&l, loop.locked)) {
-		put(&line, "%q '-d' %q %q terraform force-unlock -force %q",
-		    conf.program, conf.dir, conf.command_name, l.id);
+	if (lock_read(&p, &l) == 0 && lock_is(&l, told.locked)) {
+		buf_shell(&b, "", conf.program);
+		buf_shell(&b, " -d ", conf.dir);
+		buf_shell(&b, " ", conf.command_name);
+		buf_shell(&b, " terraform force-unlock -force ", l.id);
 		complain("%s is still locked by '%s' (%s). If nothing runs any "
-		    "more, release it with\n\t%s", conf.command_name, l.who,
-		    l.operation, line.data);
-		buf_free(&line);
+		    "more, release it with", conf.command_name, l.who,
+		    *l.operation != '\0' ? l.operation : "?");
+		(void)fprintf(stderr, "\t%s\n", b.data);
+		buf_free(&b);
 	}
-	lock_free(&l);
+	free(l.raw);
 	dir_leave(p.dir);
 }
 
 /* ---- signals ---- */
 
-/* A signal becomes a byte in the wake pipe. */
 static void
 on_signal(int sig)
 {
 	int saved = errno;
-	size_t i = 0;
 
-	while (signals[i].sig != sig)
-		i++;
-	(void)!write(jobs.wake[1], &signals[i].byte, 1);
+	loop_wake((char)sig);
 	errno = saved;
 }
 
 static void
 signals_set(void)
 {
-	struct sigaction act = { .sa_flags = SA_RESTART };
+	struct sigaction act = { .sa_flags = SA_RESTART }, *was;
 	size_t i;
 
-	if (pipe(jobs.wake) == -1)
+	if (pipe(loop.wake) == -1)
 		die(1, "cannot make a pipe: %s", strerror(errno));
-	for (i = 0; i < 2; i++)
-		if (fcntl(jobs.wake[i], F_SETFL, O_NONBLOCK) == -1 ||
-		    fcntl(jobs.wake[i], F_SETFD, FD_CLOEXEC) == -1)
-			die(1, "cannot set up a pipe: %s", strerror(errno));
-	set.fd[0] = (struct pollfd){ .fd = jobs.wake[0], .events = POLLIN };
+	for (i = 0; i < 2; i++) {
+		(void)fcntl(loop.wake[i], F_SETFL, O_NONBLOCK);
+		(void)fcntl(loop.wake[i], F_SETFD, FD_CLOEXEC);
+	}
+	set.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
 	set.base = 1;
 	(void)sigemptyset(&act.sa_mask);
 	for (i = 0; i < SIGNALS; i++) {
-		act.sa_handler = signals[i].sig == SIGPIPE ? SIG_IGN :
-		    on_signal;
-		if (signals[i].sig != SIGQUIT || conf.command != NULL)
-			(void)sigaction(signals[i].sig, &act,
-			    &inherited.action[i]);
+		was = &inherited.action[i];
+		act.sa_handler = signals[i] == SIGPIPE ? SIG_IGN : on_signal;
+		(void)sigaction(signals[i], &act, was);
+		if ((signals[i] == SIGQUIT && conf.command == NULL) ||
+		    (signals[i] == SIGHUP && conf.users == NULL &&
+		    was->sa_handler == SIG_IGN))	/* nohup */
+			(void)sigaction(signals[i], was, NULL);
 	}
-}
-
-/* Passes a signal on, once a second: timeout(1) signals its child, and then
- * the child's group; and a second TERM makes terraform drop everything. */
-static void
-command_signal(char c)
-{
-	static int64_t last;
-
-	if (loop.now - last < 1000 && last != 0)
-		return;
-	last = loop.now;
-	(void)kill(loop.shares_terminal ? loop.child : -loop.child,
-	    c == 'H' ? SIGHUP : c == 'I' ? SIGINT : c == 'Q' ? SIGQUIT :
-	    SIGTERM);
 }
 
 /* ---- the loop ---- */
 
-static void
-loop_clock(void)
-{
-	loop.us = clock_us(CLOCK_MONOTONIC);
-	loop.now = loop.us / 1000;
-}
-
-/* Stops listening, and lets go of those who ask for nothing. */
+/* Stops listening, and closes the connections that ask for nothing. */
 static void
 loop_stop(void)
 {
-	struct conn *c;
+	struct conn *c, *next;
 	unsigned i;
 
-	loop.stopping = true;
-	loop.stop = loop.now + STOP_MS;
-	for (i = 1; i < set.base; i++) {
+	(void)pthread_mutex_lock(&conn_mutex);
+	pool.stop = loop.now + STOP_MS;
+	(void)pthread_mutex_unlock(&conn_mutex);
+	for (i = 1; i < set.base; i++)
 		(void)close(set.fd[i].fd);
-		set.fd[i].fd = -1;
-	}
-	for (i = set.n; i > set.base; i--) {
-		c = set.at[i - 1];
-		if (c->state != C_HEAD || c->begun)
-			continue;
-		conn_drive(c, conn_leave(c));
+	set.base = 1;
+	for (c = set.list.first; c != NULL; c = next) {
+		next = c->next;
+		conn_drive(c);
 	}
 }
 
+/* The wrapper passes signals on to its command, once a second: timeout(1)
+ * signals its child, and then the child's group; and a second TERM makes
+ * terraform drop everything. */
 static void
-loop_signal(char c)
+loop_signal(int sig)
 {
-	if (c == 'C') {
-		if (command_ended())
-			loop_stop();
-	} else if (c == 'H' && loop.child == 0)
+	static int64_t passed;
+	int status;
+
+	if (sig == SIGCHLD) {
+		if (loop.child == 0 ||
+		    waitpid(loop.child, &status, WNOHANG) != loop.child)
+			return;
+		loop.child = 0;
+		loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
+		    128 + WTERMSIG(status);
+		loop_stop();
+	} else if (loop.child > 0) {
+		if (passed != 0 && loop.now - passed < 1000)
+			return;
+		passed = loop.now;
+		(void)kill(loop.shares_terminal ? loop.child : -loop.child,
+		    sig);
+	} else if (sig == SIGHUP && conf.users != NULL)
 		users_again();
-	else if (c != 'J' && loop.child > 0)
-		command_signal(c);
-	else if (c != 'J' && loop.stopping)
+	else if (pool.stop != 0)
 		_exit(1);
-	else if (c != 'J')
+	else
 		loop_stop();
 }
 
-/* What the commit threads have done, and what signals came. */
+/* What signals came, and which connections the threads give back. */
 static void
-loop_wake(void)
+loop_woken(void)
 {
-	struct request *r, *next;
+	struct conn *c, *next;
 	char bytes[64];
-	ssize_t n = read(jobs.wake[0], bytes, sizeof(bytes)), i;
+	ssize_t n = read(loop.wake[0], bytes, sizeof(bytes)), i;
 
 	for (i = 0; i < n; i++)
-		loop_signal(bytes[i]);
-	(void)pthread_mutex_lock(&jobs.mutex);
-	r = jobs.done;
-	jobs.done = NULL;
-	(void)pthread_mutex_unlock(&jobs.mutex);
-	for (; r != NULL; r = next) {
-		next = r->next;
-		conn_job_done(r);
+		if (bytes[i] != 0)
+			loop_signal(bytes[i]);
+	(void)pthread_mutex_lock(&conn_mutex);
+	c = pool.back.first;
+	pool.back = (struct list){ 0 };
+	(void)pthread_mutex_unlock(&conn_mutex);
+	for (; c != NULL; c = next) {
+		next = c->next;
+		c->active = loop.now;
+		list_add(&set.list, c);
+		conn_drive(c);
 	}
-}
-
-/* Who is late, and who is no longer busy. Returns the next deadline. */
-static int64_t
-loop_deadlines(void)
-{
-	int64_t soonest = loop.stopping ? loop.stop : INT64_MAX;
-	struct conn *c;
-	unsigned i;
-
-	for (i = set.n; i > set.base; i--) {
-		c = set.at[i - 1];
-		if (c->deadline <= loop.now) {
-			conn_late(c);
-			soonest = loop.now;	/* it may have a new one */
-			continue;
-		}
-		if (c->deadline < soonest)
-			soonest = c->deadline;
-		if (loop.now - c->active > 4 * HOT_MS)
-			set_cold(c);
-	}
-	if (loop.rest > loop.now && loop.rest < soonest)
-		soonest = loop.rest;
-	return soonest;
-}
-
-/* Listeners are polled while they do not rest. */
-static void
-loop_rest(void)
-{
-	unsigned i;
-
-	if (loop.rest == 0 || loop.stopping)
-		return;
-	for (i = 1; i < set.base; i++)
-		set.fd[i].events = loop.now < loop.rest ? 0 : POLLIN;
-	if (loop.now >= loop.rest)
-		loop.rest = 0;
 }
 
 /*
- * Waits for news. While there are few connections, all are polled. With
- * many, the busy ones are, for HOT_MS at most, and all of them now and then:
- * so seldom that it costs a few percent. When the busy ones have fallen
- * silent, all are polled, until something happens: no idle wake-ups. Returns
- * the end of the part of the set that was polled.
+ * One turn: waits for news, then serves everyone who is ready once. With few
+ * connections, or when none is busy, all are polled; else the busy ones are,
+ * and all of them now and then, so seldom that it costs a few percent.
  */
-static unsigned
-loop_poll(void)
+static void
+loop_turn(void)
 {
-	static int64_t next_all, logged;
-	static bool silent = true;
-	bool few = set.n - set.base <= FLAT;
-	bool all = few || silent || loop.now >= next_all;
-	int64_t wait = HOT_MS;
-	unsigned n = set.hot;
-	int got;
+	static struct conn *at[1 + LISTENERS_MAX + SLOTS_MAX];
+	static int64_t next_all;
+	int64_t busy = loop.now - 4 * HOT_MS, wait = HOT_MS;
+	bool waiting = pool_relieve(), idle = set.list.n <= FLAT ||
+	    set.list.last->active < busy;
+	bool all = idle || loop.now >= next_all;
+	unsigned n = set.base, i;
+	struct conn *c, *prev;
 
-	loop_rest();
 	if (all) {
-		wait = loop_deadlines() - loop.now;
-		if (!few && !silent)
-			wait = 0;
-		if (wait > INT_MAX)
-			wait = -1;
-		n = set.n;
+		next_all = loop.now + HOT_MS + set.list.n / 250;
+		wait = !idle ? 0 : pool.stop != 0 ? pool.stop - loop.now :
+		    INT_MAX;
 	}
-	/* Lines are written at once, or by the dozen if they come thick and
-	 * fast. They wait for longer than a tick: a shorter timeout has the
-	 * processor's timer set anew on each turn, which is dear. */
-	if (loop.log.len > 4096 ||
-	    (loop.log.len > 0 && loop.now - logged >= LOG_MS)) {
-		log_flush();
-		logged = loop.now;
-	} else if (loop.log.len > 0 && (wait > LOG_MS || wait < 0))
-		wait = LOG_MS;
-	got = poll(set.fd, n, (int)wait);
-	loop_clock();
-	if (all)
-		next_all = loop.now + HOT_MS + set.n / 250;
-	silent = !all && got == 0;
-	return got > 0 ? n : 0;
-}
-
-/* One turn: poll, then serve everyone who is ready once. */
-static void
-loop_turn(struct conn **ready)
-{
-	unsigned n = loop_poll(), i, count = 0;
-	short news;
-
+	if (wait > 50 && (waiting || loop.now < loop.rest))
+		wait = 50;
+	for (c = set.list.last; c != NULL && (all || c->active >= busy);
+	    c = prev) {
+		prev = c->prev;
+		if (c->deadline <= loop.now) {
+			conn_late(c);
+			wait = 0;	/* it may have a new one */
+			continue;
+		}
+		if (wait > c->deadline - loop.now)
+			wait = c->deadline - loop.now;
+		set.fd[n] = (struct pollfd){ .fd = c->fd, .events = POLLIN };
+		at[n] = c;
+		/* Who waits to be denied may hang up, which poll would tell
+		 * for ever. */
+		n += c->state != C_DENY;
+	}
+	for (i = 1; i < set.base; i++)
+		set.fd[i].events = loop.now < loop.rest ? 0 : POLLIN;
+	if (poll(set.fd, n, (int)log_flush(wait)) < 1)
+		n = 0;
+	loop.now = clock_ms();
 	for (i = set.base; i < n; i++)
-		if (set.fd[i].revents != 0)
-			ready[count++] = set.at[i];
-	for (i = 0; i < count; i++) {
-		news = set.fd[ready[i]->slot].revents;
-		set.fd[ready[i]->slot].revents = 0;
-		ready[i]->readable |= (news & ~POLLOUT) != 0;
-		ready[i]->active = loop.now;
-		ready[i]->order = ++loop.order;
-		set_hot(ready[i]);
-		conn_drive(ready[i], NEXT);
-	}
+		if (set.fd[i].revents != 0) {
+			at[i]->active = loop.now;
+			list_remove(&set.list, at[i]);
+			list_add(&set.list, at[i]);
+			conn_drive(at[i]);
+		}
 	if (n > 0 && set.fd[0].revents != 0)
-		loop_wake();
+		loop_woken();
 	for (i = 1; i < set.base && n > 0; i++)
-		if (set.fd[i].revents != 0 && !loop.stopping)
+		if (set.fd[i].revents != 0)
 			conn_accept(i);
-}
-
-static void
-loop_run(void)
-{
-	static struct conn *ready[SLOTS_MAX];
-
-	loop_clock();
-	while (!loop.stopping || (set.n > set.base && loop.now < loop.stop))
-		loop_turn(ready);
-	if (loop.log.len > 0)
-		log_flush();
 }
 
 /* ---- -c ---- */
@@ -7649,14 +6538,13 @@ check(const char *text)
 	static const char ask[] = "GET /-/ready HTTP/1.1\r\nHost: localhost"
 	    "\r\nConnection: close\r\n\r\n";
 	struct timeval patience = { 5, 0 };
-	struct sockaddr_storage a;
+	union address a;
 	socklen_t len = address_read(text, &a);
-	int fd = socket(a.ss_family, SOCK_STREAM, 0);
+	int fd = address_connect(&a, len);
 	char answer[13] = "";
 
 	if (fd == -1 || setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience,
 	    sizeof(patience)) == -1 ||
-	    connect(fd, (struct sockaddr *)&a, len) == -1 ||
 	    write_all(fd, ask, sizeof(ask) - 1) == -1 ||
 	    recv(fd, answer, 12, MSG_WAITALL) == -1)
 		die(1, "%s does not answer: %s", text, strerror(errno));
@@ -7669,48 +6557,39 @@ check(const char *text)
 /* ==== main =============================================================== */
 
 static const char usage_text[] =
-"usage: statesrv [options]                  serve\n"
-"       statesrv [options] NAME COMMAND...  serve one command, as the backend\n"
-"                                           of state NAME, in its environment\n"
-"\n  -b HOURS  a LOCK may break another's that is older (never)\n"
+"usage: statesrv [options]                  start the server\n"
+"       statesrv [options] NAME COMMAND...  run COMMAND with a server of its\n"
+"                                           own, as the backend of state NAME\n"
+"\n  -b HOURS  let a LOCK replace a lock older than HOURS (default: never)\n"
 "  -c        ask the server at the first -l whether it is ready: exit 0 or 1\n"
-"  -d DIR    where the states live (%s)\n"
-"  -h        this help\n"
-"  -k N      earlier versions kept of each state (%u)\n"
-"  -l ADDR   HOST:PORT, [V6]:PORT or unix:PATH, more than once if you like;\n"
-"            port 0 picks one and says which (127.0.0.1:8080)\n"
-"  -m MIB    largest state (%lld)\n"
-"  -n        do without users where other machines can reach it\n"
-"  -s        strict: refuse a lower serial or another lineage\n"
-"  -u FILE   users, a line each: name secret right [pattern...]\n"
-"            secret as it is or sha256:HEX; right read, plan or write\n"
-"  -v        show every head and body on stderr\n"
-"  -V        the version\n\n"
-"Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user.\n\n"
-"  statesrv                               a laptop's backend\n"
-"  statesrv demo terraform apply          without a server to start "
-"(init too)\n"
-"  statesrv -l unix:/run/s.sock -u users  a team's, behind TLS\n";
-
-static void
-usage(FILE *out)
-{
-	(void)fprintf(out, usage_text, conf.dir, conf.keep,
-	    (long long)(conf.body_max >> 20));
-}
+"  -d DIR    directory of the states (default: %s)\n"
+"  -h        show this help (--help too)\n"
+"  -k N      keep N earlier versions of each state (default: %u)\n"
+"  -l ADDR   listen on HOST:PORT, [IPV6]:PORT or unix:PATH (default:\n"
+"            127.0.0.1:8080); may be given more than once; port 0 picks one\n"
+"  -m MIB    refuse a state larger than MIB (default: %lld)\n"
+"  -n        allow a public address without users, and any Host: anyone can\n"
+"            read and write\n"
+"  -s        strict: refuse a state with a lower serial or another lineage\n"
+"  -u FILE   users, one a line: name secret permission [pattern...]\n"
+"            secret: as it is, or sha256:HEX; permission: read, plan or write\n"
+"  -v        show all requests and answers on stderr, secrets included\n"
+"  -V        show the version (--version too)\n"
+"  -x        believe X-Forwarded-For: only behind a front\n\n"
+"Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user who may do\n"
+"everything. Without users, a loopback address lets everyone in.\n\n"
+"  statesrv                               serve ./states on this machine\n"
+"  statesrv demo terraform apply          run terraform (init too) with it\n"
+"  statesrv -l unix:/run/s.sock -u users  serve a team, behind TLS\n";
 
 /* Reads an option's number, or ends the program. */
 static unsigned
-number(char option, const char *text, unsigned min, unsigned max)
+number(int option, unsigned min, unsigned max)
 {
-	char *end;
-	unsigned long v;
+	uint64_t v;
 
-	errno = 0;
-	v = strtoul(text, &end, 10);
-	if (*text < '0' || *text > '9' || *end != '\0' || errno != 0 ||
-	    v < min || v > max)
-		die(2, "-%c %s: want a number from %u to %u", option, text,
+	if (!whole_number(optarg, &v) || v < min || v > max)
+		die(2, "-%c %s: want a number from %u to %u", option, optarg,
 		    min, max);
 	return (unsigned)v;
 }
@@ -7718,87 +6597,106 @@ number(char option, const char *text, unsigned min, unsigned max)
 static void
 option(int c)
 {
-	struct sockaddr_storage address;
+	union address address;
 
 	switch (c) {
-	case 'b': conf.break_hours = number('b', optarg, 1, 1000000); break;
+	case 'b': conf.break_hours = number(c, 1, 1000000); break;
 	case 'c': conf.check = true; break;
 	case 'd': conf.dir = optarg; break;
-	case 'h': usage(stdout); exit(0);
-	case 'k': conf.keep = number('k', optarg, 0, 1000000); break;
+	case 'k': conf.keep = number(c, 0, 1000000); break;
 	case 'l':
 		if (conf.listeners == 16)
 			die(2, "-l can be given 16 times at most");
 		(void)address_read(optarg, &address);
 		conf.listen[conf.listeners++] = optarg;
 		break;
-	case 'm':
-		conf.body_max = (int64_t)number('m', optarg, 1, 1 << 20) << 20;
-		break;
+	case 'm': conf.body_max = (int64_t)number(c, 1, 1 << 20) << 20; break;
 	case 'n': conf.open = true; break;
 	case 's': conf.strict = true; break;
 	case 'u': conf.users = optarg; break;
 	case 'v': conf.verbose = true; break;
 	case 'V': (void)puts("statesrv " VERSION); exit(0);
-	default: usage(stderr); exit(2);
+	case 'x': conf.fronted = true; break;
+	default:
+		(void)fprintf(c == 'h' ? stdout : stderr, usage_text, conf.dir,
+		    conf.keep, (long long)(conf.body_max >> 20));
+		exit(c == 'h' ? 0 : 2);
 	}
 }
 
 static void
 options(int argc, char **argv)
 {
+	static const char *const tools[] = { "terraform", "tofu",
+	    "terragrunt" };
+	const char *wrong;
 	int c;
 
-	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vV")) != -1)
+	if (argc > 1 && strcmp(argv[1], "--help") == 0)
+		option('h');
+	if (argc > 1 && strcmp(argv[1], "--version") == 0)
+		option('V');
+	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vVx")) != -1)
 		option(c);
 	if (optind == argc)
 		return;
 	conf.command_name = argv[optind];
 	conf.command = argv + optind + 1;
+	for (c = 0; c < 3; c++)
+		if (strcmp(conf.command_name, tools[c]) == 0)
+			die(2, "the state's name comes first: statesrv NAME %s "
+			    "init", tools[c]);
 	if (optind + 1 == argc)
 		die(2, "%s: a state's name is followed by a COMMAND; see -h",
 		    conf.command_name);
-	if (name_wrong(conf.command_name) != NULL)
-		die(2, "%s: %s", conf.command_name,
-		    name_wrong(conf.command_name));
+	if ((wrong = name_wrong(conf.command_name)) != NULL)
+		die(2, "%s: %s", conf.command_name, wrong);
 	if (conf.listeners > 0 || conf.users != NULL || conf.check)
 		die(2, "-c, -l and -u do not go with a COMMAND, which has a "
 		    "server of its own");
 }
 
-/* Says where we are, on stdout; the wrapper's stdout is not ours. */
+/* Says where we are, on stdout; the wrapper's stdout is not ours. Temporary
+ * files of dead servers, outside .tmp, are swept on the way. */
 static void
-greet(void)
+greet(bool created)
 {
+	struct walk w = { .sweep = true, .deleted = true };
+	char *path = realpath(conf.dir, NULL), how[32] = "created";
+	const char *dir = path != NULL ? path : conf.dir;
 	struct stat st;
 	unsigned i;
+	int fd;
 
-	loop.log_blocks = isatty(STDOUT_FILENO) == 1 ||
-	    (fstat(STDOUT_FILENO, &st) == 0 &&
-	    (S_ISFIFO(st.st_mode) || S_ISSOCK(st.st_mode)));
+	if (path != NULL)
+		scrub(path);
+	loop.log_blocks = fstat(STDOUT_FILENO, &st) == 0 &&
+	    !S_ISREG(st.st_mode);
+	if (conf.command != NULL) {
+		fd = name_file(conf.command_name, STATE, NULL);
+		if (fd == -1 && errno == ENOENT)
+			complain("no state %s in %s yet", conf.command_name,
+			    dir);
+		close_quietly(fd);
+	}
+	if (walk_names(&w) == -1)
+		complain("cannot list the states: %s", strerror(errno));
+	if (!created)
+		(void)snprintf(how, sizeof(how), "%llu state%s",
+		    (unsigned long long)w.states, w.states == 1 ? "" : "s");
 	for (i = 1; i < set.base && conf.command == NULL; i++)
-		(void)printf("statesrv: listening on %s\n",
+		(void)printf("statesrv: %s (%s) on %s\n", dir, how,
 		    listeners[i - 1].name);
 	(void)fflush(stdout);
-}
-
-/* Sweeps in the background: a hundred thousand names take their time. */
-static void
-sweep_start(void)
-{
-	struct request *r = calloc(1, sizeof(*r));
-
-	if (r == NULL)
-		die(1, "out of memory");
-	r->file = -1;
-	if (job_submit(r, job_sweep, false) == -1)
-		die(1, "cannot start a thread: %s", strerror(errno));
+	names_free(&w.names);
+	free(path);
 }
 
 int
 main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
+	bool created;
 	int fd;
 
 	do				/* or our files would become stdout */
@@ -7819,8 +6717,9 @@ main(int argc, char **argv)
 	limits_set();
 	signals_set();
 	users_start();
-	store_open();
+	created = store_open();
 	listeners_open();
+	greet(created);
 	if (conf.command != NULL)
 		command_start();
 	if (conf.verbose)
@@ -7828,9 +6727,12 @@ main(int argc, char **argv)
 		    "in the states with them");
 	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */
 	sandbox();
-	sweep_start();
-	greet();
-	loop_run();
+	loop.now = clock_ms();
+	/* Threads may still free and prune when the last answer is out. */
+	while (pool.stop == 0 || (told.connections > 0 &&
+	    loop.now < pool.stop))
+		loop_turn();
+	(void)log_flush(-1);
 	if (conf.command != NULL)
 		command_farewell();
 	users_drop(users);

@@ -4,16 +4,15 @@
 #	./test.sh                the whole suite, against two builds (make test)
 #	./test.sh NAME...        only the tests whose names contain one of NAMEs
 #	./test.sh list           the names
-#	./test.sh crash ROUNDS   kill -9 under load, that many times
+#	./test.sh crash ROUNDS   two servers killed and stopped under load, and
+#	                         the record of it checked, that many rounds
 #	./test.sh fuzz SECONDS   each fuzzing harness for that long
 #	./test.sh bench          ratios to nginx, in one interleaved run
 #
-# One function per behaviour, named as a sentence. Each runs alone, in an
-# empty directory, as a subshell under set -e: the first command that fails
-# fails it. A test that needs a tool calls need first, which says SKIP out
-# loud when the tool is missing. After each test that started a server, the
-# server must still answer and must have complained of nothing, unless the
-# test says grumbles.
+# One function per behaviour, named as a sentence. Each runs alone, in an empty
+# directory, as a subshell under set -e: the first command that fails fails it.
+# After it each server that it started must end well, and must have complained
+# of nothing, unless the test says grumbles.
 #
 # STATESRV=FILE tests that binary and builds none.  JOBS=N runs N at a time.
 
@@ -90,15 +89,22 @@ serve_as() {
 	PID=$!
 	echo "$PID" | tee -a "$T/servers" >>"$T/pids"
 	until_true listening "$name"
-	PORT=$(sed -n 's|.*listening on http://127.0.0.1:\([0-9]*\).*|\1|p' \
+	PORT=$(sed -n 's|^statesrv: .* on http://127.0.0.1:\([0-9]*\)$|\1|p' \
 		"$name.log" | head -1)
 	URL=http://127.0.0.1:$PORT
 }
 
 listening() {
-	grep -q 'listening on' "$1.log" && return
+	grep -q '^statesrv: .* on [hu]' "$1.log" && return
 	kill -0 "$PID" 2>/dev/null || fail "$1: $(cat "$1.err")"
 	return 1
+}
+
+# through WORDS: from here on a server is started by what a shell runs so.
+through() {
+	printf '#!/bin/sh\n%s "$@"\n' "$1" >through
+	chmod 755 through
+	STATESRV=$PWD/through
 }
 
 # halt [SIGNAL [PID]]: ends the server, sets STATUS to its exit status.
@@ -142,6 +148,39 @@ state() {
 		"$1" "${2:-3f7d1c7e-0000-4000-8000-000000000000}"
 }
 
+# rows [CURL OPTION...]: requests by curl, one a line on stdin, in order:
+#	status user method url [body [<tab> pattern]]
+# status is a regular expression, user is NAME:SECRET or - for none. The body
+# is -, for none; state:N, a state of that serial; info:ID, lock info;
+# md5, no body but the MD5 of none; or the bytes themselves. The answer must
+# match the pattern, an extended regular expression; ! before it: must not.
+rows() {
+	local status who method url body pattern n=0 how
+	while read -r status who method url body <&3; do
+		case $status in '' | '#'*) continue ;; esac
+		n=$((n + 1))
+		pattern=
+		[[ $body != *$'\t'* ]] || { pattern=${body#*$'\t'} && body=${body%%$'\t'*}; }
+		how=("$@")
+		[ "$who" = - ] || how+=(-u "$who")
+		case $body in
+		-) body= ;;
+		state:*) body=$(state "${body#state:}") ;;
+		info:*) body=$(info "${body#info:}") ;;
+		md5) body= && how+=(-H 'Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg==') ;;
+		esac
+		ask "$method" "$url" "$body" "${how[@]}"
+		[[ $STATUS =~ ^($status)$ ]] ||
+			fail "$who $method $url $body: expected $status, got $STATUS: $(head -c 300 answer)"
+		case $pattern in
+		'') ;;
+		!*) hasnt answer "${pattern#!}" ;;
+		*) has answer "$pattern" ;;
+		esac
+	done 3<&0
+	[ "$n" -gt 0 ] || fail "an empty table"
+}
+
 # raw [SECONDS]: stdin goes to the server byte for byte, what comes back
 # before it closes (or the seconds are over) goes to stdout.
 raw() {
@@ -151,22 +190,15 @@ raw() {
 	exec 9>&-
 }
 
-# raw_status: the status of the first answer to the bytes on stdin, which
-# should end with a request that closes, or be wrong enough to be closed on.
-raw_status() {
-	raw "$@" | head -1 | cut -d ' ' -f 2
-}
 # ---- HTTP: what one request gets, and whether the connection lives on -----
 #
-# Most of it is tables. On the left of a line stand the statuses of all the
-# answers, as a regular expression; on the right, after a tab, the bytes, in
-# printf's notation with ~ for CR LF. A request that closes is sent right
-# behind, so "400" says that the connection ended there, "200 200" that it
-# lived on, and a third status would be a request that was smuggled in.
+# Most of it is tables: on the left the statuses of all the answers, a regular
+# expression; after a tab the bytes, as printf has them, with ~ for CR LF. A
+# request that closes is sent behind them: "400" says that the connection ended,
+# "200 200" that it lived on; a third would be a request that was smuggled in.
 
-# cases [HEAD]: runs the table on stdin, HEAD before the bytes of each line.
-# Each answer is dated (RFC 9110 6.6.1), and the last one says that it is the
-# last (RFC 9112 9.6).
+# cases [HEAD]: runs the table on stdin, HEAD before the bytes of each line. Each answer is dated
+# (RFC 9110 6.6.1), and the last one says that it is the last (RFC 9112 9.6).
 cases() {
 	local status bytes got n=0 bad=0 last=GET
 	last+=' /-/healthy HTTP/1.1~Host: localhost~Connection: close~~'
@@ -204,535 +236,245 @@ statuses() {
 # served: a server that has a small state, x.
 served() {
 	serve
-	expect 200 PUT /x '{"serial":1}'
+	expect 200 PUT /x '{"version":4,"serial":1}'
 }
 
-# RFC 9112 2.3 and 3: method SP target SP version, each to the letter;
-# methods are case-sensitive, and one that nobody knows is 501.
+# each: many cases from a short table. A line on stdin is a template (=, tab,
+# bytes with a %s) or has statuses and, after tabs, values; every value makes
+# a case in the last template. STATE is a state of 13 bytes, <> is nothing.
+each() {
+	local status line template value values
+	while IFS=$'\t' read -r status line; do
+		case $status in '' | '#'*) continue ;; =) template=$line && continue ;; esac
+		IFS=$'\t' read -r -a values <<<"$line"
+		for value in "${values[@]}"; do
+			value=${template/'%s'/"${value/#<>/}"}
+			printf '%s\t%s\n' "$status" "${value//STATE/'{"version":4}'}"
+		done
+	done >each
+	cases <each
+}
+
+# RFC 9112 2.3 and 3: method SP target SP version, each to the letter. One
+# empty line may stand before it. 1.x is read as 1.1, other majors are 505;
+# methods are case-sensitive, and one that nobody knows is 501. The target is a
+# path, a URL, or for OPTIONS the star; what is escaped in it is decoded once.
 test_a_request_line_is_read_to_the_letter() {
 	served
-	cases <<'END'
-# single spaces, nothing before, between or behind
-200 200	GET /x HTTP/1.1~Host: localhost~~
-400	GET  /x HTTP/1.1~Host: localhost~~
-400	GET /x  HTTP/1.1~Host: localhost~~
-400	GET /x HTTP/1.1 ~Host: localhost~~
-400	 GET /x HTTP/1.1~Host: localhost~~
-400	GET\t/x HTTP/1.1~Host: localhost~~
-400	GET /x\tHTTP/1.1~Host: localhost~~
-400	GET /x\x0bHTTP/1.1~Host: localhost~~
-400	GET /x y HTTP/1.1~Host: localhost~~
-400	GET HTTP/1.1~Host: localhost~~
-400	GET  HTTP/1.1~Host: localhost~~
-400	/x HTTP/1.1~Host: localhost~~
-400	GET /x~Host: localhost~~
-400	GET /x ~Host: localhost~~
-400	GET~Host: localhost~~
-400	   ~Host: localhost~~
-400	GET /x HTTP/1.1\rHost: localhost~~
-400	GET /x HTTP/1.1\r~Host: localhost~~
-400	GET /x HTTP/1.1\nHost: localhost~~
-400	GET /x HTTP/1.1\nHost: localhost\n\n
-400	GET\x00 /x HTTP/1.1~Host: localhost~~
-400	\x80\x81\x82\x83~~
-# empty lines before it (RFC 9112 2.2): one at least, not without end
-200 200	~GET /x HTTP/1.1~Host: localhost~~
-200 200|400	~~~GET /x HTTP/1.1~Host: localhost~~
-200 200|400	\nGET /x HTTP/1.1~Host: localhost~~
-400	\rGET /x HTTP/1.1~Host: localhost~~
-400	 ~GET /x HTTP/1.1~Host: localhost~~
-200 200 200	GET /x HTTP/1.1~Host: localhost~~~GET /x HTTP/1.1~Host: localhost~~
-# versions: 1.x is 1.1, other majors are 505, other spellings are not HTTP
-200 200	GET /x HTTP/1.2~Host: localhost~~
-200 200	GET /x HTTP/1.9~Host: localhost~~
-505	GET /x HTTP/2.0~Host: localhost~~
-505	GET /x HTTP/3.0~Host: localhost~~
-505	GET /x HTTP/9.9~Host: localhost~~
-505|400	GET /x HTTP/0.9~Host: localhost~~
-505|400	PRI * HTTP/2.0~~SM~~
-400	GET /x HTTP/1~Host: localhost~~
-400	GET /x HTTP/1.~Host: localhost~~
-400	GET /x HTTP/.1~Host: localhost~~
-400	GET /x HTTP/11~Host: localhost~~
-400	GET /x HTTP/1.10~Host: localhost~~
-400	GET /x HTTP/01.1~Host: localhost~~
-400	GET /x HTTP/1.01~Host: localhost~~
-400	GET /x HTTP/1.1x~Host: localhost~~
-400	GET /x HTTP/1,1~Host: localhost~~
-400	GET /x HTTP/1 .1~Host: localhost~~
-400	GET /x HTTP /1.1~Host: localhost~~
-400	GET /x HTTP/+1.1~Host: localhost~~
-400	GET /x http/1.1~Host: localhost~~
-400	GET /x HTTPS/1.1~Host: localhost~~
-400	GET /x HTTP/A.B~Host: localhost~~
-400	GET /x XTTP/1.1~Host: localhost~~
-400	GET /x FTP/1.1~Host: localhost~~
-# methods: tokens, case-sensitive
-501( 200)?	get /x HTTP/1.1~Host: localhost~~
-501( 200)?	Get /x HTTP/1.1~Host: localhost~~
-501( 200)?	PATCH /x HTTP/1.1~Host: localhost~~
-501( 200)?	TRACE /x HTTP/1.1~Host: localhost~~
-501( 200)?	PROPFIND /x HTTP/1.1~Host: localhost~~
-501( 200)?	G /x HTTP/1.1~Host: localhost~~
-501( 200)?	GETT /x HTTP/1.1~Host: localhost~~
-501( 200)?	LOCKS /x HTTP/1.1~Host: localhost~~
-501( 200)?	UNLOC /x HTTP/1.1~Host: localhost~~
-501( 200)?	X-$!#%&'*+.^_`| /x HTTP/1.1~Host: localhost~~
-501( 200)?|40[05]	CONNECT localhost:80 HTTP/1.1~Host: localhost:80~~
-400	G(T /x HTTP/1.1~Host: localhost~~
-400	GE:T /x HTTP/1.1~Host: localhost~~
-400	"GET" /x HTTP/1.1~Host: localhost~~
-400	G\xc3\x89T /x HTTP/1.1~Host: localhost~~
-400	{} /x HTTP/1.1~Host: localhost~~
+	each <<'END'
+=	%s~Host: localhost~~
+200 200	GET /x HTTP/1.1	~GET /x HTTP/1.1
+200 200|400	~~~GET /x HTTP/1.1	\nGET /x HTTP/1.1
+200 200 200	GET /x HTTP/1.1~Host: localhost~~~GET /x HTTP/1.1
+400	GET  /x HTTP/1.1	GET /x  HTTP/1.1	GET /x HTTP/1.1\x20	\x20GET /x HTTP/1.1
+400	GET\t/x HTTP/1.1	GET /x\tHTTP/1.1	GET /x\x0bHTTP/1.1	GET /x y HTTP/1.1
+400	GET HTTP/1.1	GET\x20 HTTP/1.1	/x HTTP/1.1	GET /x	GET /x\x20	GET	\x20 \x20
+400	GET\x00 /x HTTP/1.1	GET /x HTTP/1.1\r	\x80\x81\x82\x83~	\x20~GET /x HTTP/1.1
+400	GET /x HTTP/1.1\rX: y	GET /x HTTP/1.1\nX: y	GET /x HTTP/1.1\nX: y\n\n	\rGET /x HTTP/1.1
+=	GET /x %s~Host: localhost~~
+200 200	HTTP/1.2	HTTP/1.9
+505	HTTP/2.0	HTTP/3.0	HTTP/9.9	HTTP/0.9	HTTP/2.0~~SM~
+400	HTTP/1	HTTP/1.	HTTP/.1	HTTP/11	HTTP/1.10	HTTP/01.1	HTTP/1.01	HTTP/1.1x
+400	HTTP/1,1	HTTP/1 .1	HTTP /1.1	HTTP/+1.1	HTTP/A.B	http/1.1	HTTPS/1.1	FTP/1.1
+=	%s /x HTTP/1.1~Host: localhost~~
+501( 200)?	get	Get	PATCH	TRACE	PROPFIND	G	GETT	LOCKS	UNLOC	CONNECT	X-$!#%&'*+.^_`|
+400	G(T	GE:T	"GET"	G\xc3\x89T	{}
+=	%s HTTP/1.1~Host: localhost~~
+200 200	GET http://localhost/x	GET HTTP://LocalHost:8080/x	GET http://127.0.0.1/x?ID=b
+200 200	GET http://localhost	GET http://localhost?a=b
+40[03]( 200)?	GET http://other.example/x
+400	GET http:///x	GET http:/x	GET http://u:p@localhost/x	GET http://localhost:x/x
+400	GET http://localhost\\x	GET ftp://localhost/x	GET localhost/x	GET x	GET ?x	GET %2Fx
+204 200	OPTIONS *	OPTIONS /x
+400	GET *	OPTIONS *x	OPTIONS **	GET ..
+400	GET /x#y	GET /x\x00	GET /x\x01	GET /x\x7f	GET /x?\x00	GET /\xc3\xa9	GET /x?\xff
+200 200	GET /%78	GET /x.tfstate	GET /x?	GET /x?ID=%78
+404 200	GET /%2578
+400( 200)?	GET /%	GET /%7	GET /%7g	GET /%%78	GET /%u0078	GET /%+8	GET /x?ID=%zz
+400( 200)?	GET /x%00	GET /x%0d%0a	GET /x%0aX:%20y	GET //x	GET ///etc/passwd	GET /x?a=b
 END
 }
 
-# RFC 9112 3.2: a path, a URL, or for OPTIONS the star; RFC 3986 2.1 and 3.3:
-# what a path is made of. What is decoded is decoded once.
-test_the_target_is_a_path_a_url_or_a_star() {
-	served
-	cases <<'END'
-200 200	GET http://localhost/x HTTP/1.1~Host: localhost~~
-200 200	GET HTTP://LocalHost:8080/x HTTP/1.1~Host: localhost:8080~~
-200 200	GET http://127.0.0.1/x?a=b HTTP/1.1~Host: 127.0.0.1~~
-200 200	GET http://localhost HTTP/1.1~Host: localhost~~
-200 200	GET http://localhost?a=b HTTP/1.1~Host: localhost~~
-200 200	GET http://localhost/x HTTP/1.0~Connection: keep-alive~~
-# the URL's host counts, not the field's (3.2.2); the field is still needed
-200 200|40[03]	GET http://localhost/x HTTP/1.1~Host: other.example~~
-40[03]( 200)?	GET http://other.example/x HTTP/1.1~Host: localhost~~
-400	GET http://localhost/x HTTP/1.1~~
-400	GET http:///x HTTP/1.1~Host: localhost~~
-400	GET http:/x HTTP/1.1~Host: localhost~~
-400	GET http://u:p@localhost/x HTTP/1.1~Host: localhost~~
-400	GET http://localhost:x/x HTTP/1.1~Host: localhost~~
-400	GET http://localhost\\x HTTP/1.1~Host: localhost~~
-400	GET ftp://localhost/x HTTP/1.1~Host: localhost~~
-400	GET localhost/x HTTP/1.1~Host: localhost~~
-400	GET x HTTP/1.1~Host: localhost~~
-400	GET ?x HTTP/1.1~Host: localhost~~
-400	GET %2Fx HTTP/1.1~Host: localhost~~
-400	GET .. HTTP/1.1~Host: localhost~~
-# the star is for OPTIONS only, and alone
-204 200	OPTIONS * HTTP/1.1~Host: localhost~~
-204 200	OPTIONS /x HTTP/1.1~Host: localhost~~
-400	GET * HTTP/1.1~Host: localhost~~
-400	OPTIONS *x HTTP/1.1~Host: localhost~~
-400	OPTIONS ** HTTP/1.1~Host: localhost~~
-# bytes that no URL has
-400	GET /x#y HTTP/1.1~Host: localhost~~
-400	GET /x\x00 HTTP/1.1~Host: localhost~~
-400	GET /x\x01 HTTP/1.1~Host: localhost~~
-400	GET /x\x7f HTTP/1.1~Host: localhost~~
-400	GET /x?\x00 HTTP/1.1~Host: localhost~~
-400	GET /\xc3\xa9 HTTP/1.1~Host: localhost~~
-400	GET /x?\xff HTTP/1.1~Host: localhost~~
-# escapes: two digits, decoded once, in the path as in the ID
-200 200	GET /%78 HTTP/1.1~Host: localhost~~
-200 200	GET /x.tfstate HTTP/1.1~Host: localhost~~
-200 200	GET /x? HTTP/1.1~Host: localhost~~
-200 200	GET /x?a=b&c HTTP/1.1~Host: localhost~~
-404 200	GET /%2578 HTTP/1.1~Host: localhost~~
-400( 200)?	GET /% HTTP/1.1~Host: localhost~~
-400( 200)?	GET /%7 HTTP/1.1~Host: localhost~~
-400( 200)?	GET /%7g HTTP/1.1~Host: localhost~~
-400( 200)?	GET /%%78 HTTP/1.1~Host: localhost~~
-400( 200)?	GET /%u0078 HTTP/1.1~Host: localhost~~
-400( 200)?	GET /%+8 HTTP/1.1~Host: localhost~~
-400( 200)?	GET /x%00 HTTP/1.1~Host: localhost~~
-400( 200)?	GET /x%0d%0a HTTP/1.1~Host: localhost~~
-400( 200)?	GET /x%0aX:%20y HTTP/1.1~Host: localhost~~
-400( 200)?	PUT /x?ID=%zz HTTP/1.1~Host: localhost~Content-Length: 2~~{}
-400( 200)?	GET //x HTTP/1.1~Host: localhost~~
-400( 200)?	GET ///etc/passwd HTTP/1.1~Host: localhost~~
-END
-}
-
-# RFC 9112 3.2, RFC 9110 7.2: Host once, and well formed.
-test_host_is_given_once_and_well_formed() {
-	served
-	cases <<'END'
-200 200	GET /x HTTP/1.1~Host: localhost~~
-200 200	GET /x HTTP/1.1~Host:localhost~~
-200 200	GET /x HTTP/1.1~hOST: \t localhost \t ~~
-200 200	GET /x HTTP/1.1~Host: LOCALHOST:80~~
-200 200	GET /x HTTP/1.1~Host: 127.0.0.1:65535~~
-200 200	GET /x HTTP/1.1~Host: [::1]~~
-200 200	GET /x HTTP/1.1~Host: [::1]:8080~~
-200 200|400	GET /x HTTP/1.1~Host: localhost:~~
-200 200	GET /x HTTP/1.0~Connection: keep-alive~~
-400	GET /x HTTP/1.1~~
-400	GET /x HTTP/1.1~X: y~~
-400	GET /x HTTP/1.1~Host: localhost~Host: localhost~~
-400	GET /x HTTP/1.1~Host: localhost~Host: other.example~~
-400	GET /x HTTP/1.1~Host: localhost~X: y~host:~~
-400	GET /x HTTP/1.0~Host: localhost~Host: localhost~~
-40[03]	GET /x HTTP/1.1~Host:~~
-400	GET /x HTTP/1.1~Host: local host~~
-400	GET /x HTTP/1.1~Host: localhost, localhost~~
-40[03]( 200)?	GET /x HTTP/1.1~Host: localhost,other.example~~
-400	GET /x HTTP/1.1~Host: u@localhost~~
-400	GET /x HTTP/1.1~Host: localhost/~~
-400	GET /x HTTP/1.1~Host: localhost/x~~
-400	GET /x HTTP/1.1~Host: localhost?x~~
-400	GET /x HTTP/1.1~Host: localhost#x~~
-400	GET /x HTTP/1.1~Host: http://localhost~~
-400	GET /x HTTP/1.1~Host: localhost\\x~~
-400	GET /x HTTP/1.1~Host: localhost:x~~
-400	GET /x HTTP/1.1~Host: localhost:-1~~
-400	GET /x HTTP/1.1~Host: localhost:80:80~~
-400	GET /x HTTP/1.1~Host: :80~~
-400	GET /x HTTP/1.1~Host: [::1~~
-400	GET /x HTTP/1.1~Host: [::1]x~~
-400	GET /x HTTP/1.1~Host: []~~
-400	GET /x HTTP/1.1~Host: ::1~~
-400	GET /x HTTP/1.1~Host: "localhost"~~
-400	GET /x HTTP/1.1~Host: <localhost>~~
-400	GET /x HTTP/1.1~Host: local\xc3\xa9host~~
-400	GET /x HTTP/1.1~Host: %~~
-400	GET /x HTTP/1.1~Host: localhost%4~~
-400	GET /x HTTP/1.1~Host: h%zz~~
-# a name that some page's owner may point at us (DNS rebinding)
-403( 200)?	GET /x HTTP/1.1~Host: other.example~~
-403( 200)?	GET /x HTTP/1.1~Host: localhost.other.example~~
-403( 200)?	GET /x HTTP/1.1~Host: 127.0.0.1.other.example~~
-END
-}
-
-# RFC 9112 5, RFC 9110 5.5 and 5.6.2: names are tokens, right before a colon;
-# values have no control bytes; lines end in CR LF and are never folded.
+# RFC 9112 5, RFC 9110 5.5, 5.6.2 and 7.2: names are tokens, right before a
+# colon; values have no control bytes; lines end in CR LF and are never folded.
+# Host is given once, well formed, and no name that a web page may point at us.
 test_a_field_line_has_one_reading() {
 	served
-	cases <<'END'
-200 200	GET /x HTTP/1.1~Host: localhost~X: y~~
-200 200	GET /x HTTP/1.1~Host: localhost~X:~~
-200 200	GET /x HTTP/1.1~Host: localhost~X: \t ~~
-200 200	GET /x HTTP/1.1~Host: localhost~X: a\tb: c~~
-200 200	GET /x HTTP/1.1~Host: localhost~X: \x80\xc3\xa9\xff~~
-200 200	GET /x HTTP/1.1~Host: localhost~!#$%&'*+-.^_`|\x7e09Az: y~~
-200 200	GET /x HTTP/1.1~X: y~X: y~Host: localhost~~
-400	GET /x HTTP/1.1~Host : localhost~~
-400	GET /x HTTP/1.1~Host\t: localhost~~
-400	GET /x HTTP/1.1~Host: localhost~X : y~~
-400	GET /x HTTP/1.1~Host: localhost~: y~~
-400	GET /x HTTP/1.1~Host: localhost~X y: z~~
-400	GET /x HTTP/1.1~Host: localhost~X~~
-400	GET /x HTTP/1.1~Host: localhost~X=y~~
-400	GET /x HTTP/1.1~ Host: localhost~~
-400	GET /x HTTP/1.1~ ~Host: localhost~~
-400	GET /x HTTP/1.1~\tX: y~Host: localhost~~
-# folded (5.2)
-400	GET /x HTTP/1.1~Host: localhost~ X: y~~
-400	GET /x HTTP/1.1~Host: localhost~X: y~ z~~
-400	GET /x HTTP/1.1~Host: localhost~X: y~\tz~~
-400	GET /x HTTP/1.1~Host: localhost~X:~ y~~
-400	GET /x HTTP/1.1~Host:~ localhost~~
-400	GET /x HTTP/1.1~Host: localhost~X: y~ ~~
-# not tokens
-400	GET /x HTTP/1.1~Host: localhost~X(: y~~
-400	GET /x HTTP/1.1~Host: localhost~[X]: y~~
-400	GET /x HTTP/1.1~Host: localhost~X@: y~~
-400	GET /x HTTP/1.1~Host: localhost~X/Y: y~~
-400	GET /x HTTP/1.1~Host: localhost~"X": y~~
-400	GET /x HTTP/1.1~Host: localhost~X\x00: y~~
-400	GET /x HTTP/1.1~Host: localhost~X\x7f: y~~
-400	GET /x HTTP/1.1~Host: localhost~X\xc3\xab: y~~
-# not values
-400	GET /x HTTP/1.1~Host: localhost~X: a\x00b~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\x01b~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\x08b~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\x0bb~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\x0cb~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\x1bb~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\x7fb~~
-# not lines
-400	GET /x HTTP/1.1~Host: localhost~X: a\rb~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\r~~
-400	GET /x HTTP/1.1~Host: localhost~X: a\r\r\n~
-400	GET /x HTTP/1.1~Host: localhost~X: a\nY: b~~
-400	GET /x HTTP/1.1~Host: localhost\nX: a~~
-400	GET /x HTTP/1.1~Host: localhost\n\n
-400	GET /x HTTP/1.1~Host: localhost~\n
-400	GET /x HTTP/1.1~Host: localhost~\r\r\n
-400	GET /x HTTP/1.1~Host: localhost~\n~
+	each <<'END'
+=	GET /x HTTP/1.1~Host: %s~~
+200 200	localhost	LOCALHOST:80	127.0.0.1:65535	[::1]	[::1]:8080	localhost.	app.localhost
+200 200	127.9.9.9:1	192.0.2.7	A.b.LOCALHOST.:1
+40[03]( 200)?	<>	localhost,other.example
+400	local host	localhost, localhost	u@localhost	localhost/	localhost/x	localhost?x
+400	localhost#x	http://localhost	localhost\\x	localhost:x	localhost:-1	localhost:80:80
+400	:80	[::1	[::1]x	[]	::1	"localhost"	<localhost>	local\xc3\xa9host	%	localhost%4	h%zz
+403( 200)?	other.example	localhost.other.example	127.0.0.1.other.example	notlocalhost
+=	GET /x HTTP/%s~~
+200 200	1.1~Host:localhost	1.1~hOST: \t localhost \t\x20	1.0~Connection: keep-alive
+400	1.1	1.1~X: y	1.1~Host: localhost~Host: localhost	1.1~Host: localhost~X: y~host:
+400	1.1~Host: localhost~Host: other.example	1.0~Host: localhost~Host: localhost
+=	GET http://localhost/x HTTP/%s~~
+200 200	1.0~Connection: keep-alive	1.1~Host: other.example
+400	1.1
+=	GET /x HTTP/1.1~Host: localhost~%s~~
+200 200	X: y	X:	X: \t\x20	X: a\tb: c	X: \x80\xc3\xa9\xff	!#$%&'*+-.^_`|\x7e09Az: y
+400	X : y	: y	X y: z	X	X=y	\x20	\x20X: y	X: y~ z	X: y~\tz	X:~ y	X: y~\x20
+400	X(: y	[X]: y	X@: y	X/Y: y	"X": y	X\x00: y	X\x7f: y	X\xc3\xab: y
+400	X: a\x00b	X: a\x01b	X: a\x08b	X: a\x0bb	X: a\x0cb	X: a\x1bb	X: a\x7fb
+400	X: a\rb	X: a\r	X: a\r\r\n	X: a\nY: b	\n	\r\r\n	\n~
+=	GET /x HTTP/1.1~%s~~
+200 200	X: y~X: y~Host: localhost
+400	Host : localhost	Host\t: localhost	\x20Host: localhost	\x20~Host: localhost
+400	\tX: y~Host: localhost	Host:~ localhost	Host: localhost\nX: a	Host: localhost\n\n
 END
 }
 
-# RFC 9110 8.6, RFC 9112 6.3: digits, once, without overflow. What is legal
-# and yet read in two ways by others may be refused.
-test_a_content_length_is_digits_given_once() {
+# RFC 9110 8.6, RFC 9112 6.1, 6.3 and 7: a length is digits, once, without
+# overflow (2^32 + 13, 2^63, 2^64 - 1, 2^64 + 13, and worse); no length is no
+# body. A coding is chunked, once, and never beside a length or in HTTP/1.0.
+test_the_length_of_a_body_is_told_in_one_way() {
 	served
-	cases <<'END'
-200 200	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~~{}
-200 200	PUT /y HTTP/1.1~Host: localhost~content-LENGTH:2~~{}
-200 200	PUT /y HTTP/1.1~Host: localhost~Content-Length: \t2 \t ~~{}
-200 200	PUT /y HTTP/1.1~Host: localhost~Content-Length: 3~~{}\x20
-200 200|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 02~~{}
-200 200|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 0000000000000000000000002~~{}
-200 200|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~Content-Length: 2~~{}
-200 200|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2, 2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~Content-Length: 3~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 3~Content-Length: 2~~{}\x20
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~X: y~content-length: 02~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2, 3~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2,~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2;2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2 2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 1 2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length:~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: +2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: -2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: -0~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 0x2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 0o2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2.0~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2e0~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2a~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: a~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: "2"~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2_0~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: \x0b2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2\x00~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: \xef\xbc\x92~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length : 2~~{}
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length:~ 2~~{}
-# 2^63, 2^64 - 1, 2^64 + 2, and worse
-413|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 4294967298~~{}
-413|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 9223372036854775808~~{}
-413|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 18446744073709551615~~{}
-413|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 18446744073709551618~~{}
-413|400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 99999999999999999999999999~~{}
-413|400	GET /x HTTP/1.1~Host: localhost~Content-Length: 18446744073709551616~~
-# no length at all: no body (6.3), which is nothing to store
-411( 400)?	PUT /y HTTP/1.1~Host: localhost~~{}
-411( 200)?	PUT /y HTTP/1.1~Host: localhost~~
-411( 200)?	POST /y HTTP/1.1~Host: localhost~~
-411( 400)?	PUT /y HTTP/1.1~Host: localhost~Content_Length: 2~~{}
-411( 400)?	PUT /y HTTP/1.1~Host: localhost~Content-Length-X: 2~~{}
-400( 200)?	PUT /y HTTP/1.1~Host: localhost~Content-Length: 0~~
+	each <<'END'
+=	PUT /y HTTP/1.1~Host: localhost~%s~~STATE
+200 200	Content-Length: 13	content-LENGTH:13	Content-Length: \t13 \t\x20
+400	Content-Length: 13~Content-Length: 13	Content-Length: 13~Content-Length: 14
+400	Content-Length: 13~X: y~content-length: 013	Content-Length : 13	Content-Length:~ 13
+411( 400)?	X: y	Content_Length: 13	Content-Length-X: 13
+=	PUT /y HTTP/1.1~Host: localhost~Content-Length: %s~~STATE
+200 200|400	013	0000000000000000000000013	13, 13
+400	13, 14	13,	13;13	13 13	1 3	<>	+13	-13	-0	0xd	0o15	13.0	1.3e1	13a	a	"13"
+400	13_0	\x0b13	13\x00	\xef\xbc\x91\xef\xbc\x93
+413|400	4294967309	9223372036854775808	18446744073709551615	18446744073709551629
+413|400	99999999999999999999999999
+=	%s~~
+200 200	PUT /y HTTP/1.1~Host: localhost~Content-Length: 14~~STATE\x20GET / HTTP/1.0
+411( 200)?	PUT /y HTTP/1.1~Host: localhost	POST /y HTTP/1.1~Host: localhost
+400( 200)?	PUT /y HTTP/1.1~Host: localhost~Content-Length: 0
+413|400	GET /x HTTP/1.1~Host: localhost~Content-Length: 18446744073709551616
+=	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding%s~~d~STATE~0~~
+200 200	: chunked	:CHUNKED	: \tchunked\x20
+200 200|400|501	: chunked,	: , chunked
+400	: chunked~Content-Length: 12	: \x0bchunked	: chunked\x0c	: chunked\x00	 : chunked	:~ chunked
+400|501	: chunked, chunked	: chunked, identity	: gzip, chunked	: chunkedx	: xchunked	: chun ked
+400|501	: chunked;q=1	: "chunked"	:	: gzip	: identity	: chunked~Transfer-Encoding: chunked
+400|501	: chunked~Transfer-Encoding: identity	: identity~transfer-encoding: chunked
+411( 400)?	-X: chunked
+=	PUT /y HTTP/%s~~d~STATE~0~~
+400	1.1~Host: localhost~Content-Length: 0~Transfer-Encoding: chunked
+400	1.1~Host: localhost~X: y\rTransfer-Encoding: chunked
+400|501	1.1~Host: localhost~Content-Length: 23~Transfer-Encoding: identity
+400|501	1.1~Host: localhost~Content-Length: 23~Transfer-Encoding:
+400	1.0~Host: localhost~Transfer-Encoding: chunked
+400	1.0~Connection: keep-alive~Transfer-Encoding: chunked
 END
 }
 
-# RFC 9112 6.1 and 7: chunked and nothing else, once, and never beside a
-# length or in HTTP/1.0.
-test_a_transfer_coding_is_chunked_and_alone() {
-	served
-	cases <<'END'
-200 200	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~2~{}~0~~
-200 200	PUT /y HTTP/1.1~Host: localhost~TRANSFER-ENCODING:CHUNKED~~2~{}~0~~
-200 200	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: \tchunked ~~2~{}~0~~
-200 200|400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked,~~2~{}~0~~
-200 200|400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: , chunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~Content-Length: 12~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 12~Transfer-Encoding: chunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 0~Transfer-Encoding: chunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~Transfer-Encoding: identity~~{}
-400|501	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~Transfer-Encoding: xchunked~~{}
-400|501	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~Transfer-Encoding:~~{}
-400	PUT /y HTTP/1.0~Host: localhost~Transfer-Encoding: chunked~~2~{}~0~~
-400	PUT /y HTTP/1.0~Connection: keep-alive~Transfer-Encoding: chunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding : chunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding:~ chunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~Transfer-Encoding: chunked~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~Transfer-Encoding: identity~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: identity~transfer-encoding: chunked~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked, chunked~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked, identity~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: gzip, chunked~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: gzip~~{}
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: identity~~{}
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunkedx~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: xchunked~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chun ked~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked;q=1~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: "chunked"~~2~{}~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding:~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: \x0bchunked~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked\x0c~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked\x00~~2~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~X: y\rTransfer-Encoding: chunked~~2~{}~0~~
-411( 400)?	PUT /y HTTP/1.1~Host: localhost~Transfer_Encoding: chunked~~{}
-END
-}
-
-# RFC 9112 7.1: hexadecimal sizes, CR LF after each, extensions ignored,
-# trailers read and dropped; the numbers do not overflow.
+# RFC 9112 7.1: hexadecimal sizes that do not wrap around, CR LF after each,
+# extensions ignored, trailers read and dropped. No line is endless.
 test_chunks_are_read_to_the_letter() {
 	served
-	local head='PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~'
-	cases "$head" <<'END'
-200 200	2~{}~0~~
-200 200	1~{~1~}~0~~
-200 200	00000002~{}~0000~~
-200 200	a~{"a":"bc"}~0~~
-200 200	A~{"a":"bc"}~0~~
-200 200	0A~{"a":"bc"}~0~~
-400( 200)?	0~~
-# extensions (7.1.1)
-200 200	2;x~{}~0;y~~
-200 200	2;x=y~{}~0~~
-200 200	2;x=y;z="a;b"~{}~0~~
-200 200	2 ; x = y~{}~0~~
-200 200	2\t;x~{}~0 ;y~~
-400	2 x~{}~0~~
-400	2 2~{}~0~~
-400	2;~{}~0~~
-400	2;;x~{}~0~~
-400	2;=x~{}~0~~
-400	2;x=\x00~{}~0~~
-400	2;x\ny~{}~0~~
-400	2;x\ry~{}~0~~
-# trailers (7.1.2), which change nothing any more
-200 200	2~{}~0~X: y~~
-200 200	2~{}~0~X: y~Y: z~~
-200 200|400	2~{}~0~Content-Length: 5~~
-200 200|400	2~{}~0~Transfer-Encoding: chunked~~
-200 200|400	2~{}~0~Host: other.example~~
-200 200|400	2~{}~0~Content-MD5: AAAAAAAAAAAAAAAAAAAAAA==~~
-400	2~{}~0~X : y~~
-400	2~{}~0~X~~
-400	2~{}~0~: y~~
-400	2~{}~0~X: y~ z~~
-400	2~{}~0~X: \x00~~
-400	2~{}~0~X: y\n~
-400	2~{}~0~\n
-400	2~{}~0\n~
-# sizes that are none
-400	0x2~{}~0~~
-400	+2~{}~0~~
-400	-2~{}~0~~
-400	 2~{}~0~~
-400	2 ~{}~0~~
-400	\t2~{}~0~~
-400	2_0~{}~0~~
-400	g~{}~0~~
-400	2h~{}~0~~
-400	;x~{}~0~~
-400	~{}~0~~
-400	~2~{}~0~~
-400	{}
-# ends that are none, sizes that lie
-400	2\n{}~0~~
-400	2\r{}~0~~
-400	2\r\r\n{}~0~~
-400	2~{}\n0~~
-400	2~{}\r0~~
-400	2~{}0~~
-400	2~{} ~0~~
-400	2~{}~~0~~
-400	1~{}~0~~
-400	3~{}~0~~
-400	2~{}~00x~~
-# sizes that wrap around: 2^64 + 2, 2^63 + 2, -1
-413|400	10000000000000002~{}~0~~
-413|400	8000000000000002~{}~0~~
-413|400	FFFFFFFFFFFFFFFF~{}~0~~
-413|400	FFFFFFFFFFFFFFFFFFFFFFFF~{}~0~~
-# more than -m, known before the first byte of it has come
-413	20000000~
-END
-	# Without bound they would be a way to keep us busy for nothing.
 	local long
-	for long in "2;$(printf 'x%.0s' {1..40000})~{}~0~~" \
-		"$(printf '0%.0s' {1..40000})2~{}~0~~" \
-		"2~{}~0~X: $(printf 'x%.0s' {1..40000})~~" \
-		"2~{}~0~$(printf 'X: y~%.0s' {1..400})~"; do
-		printf '400|413|431\t%s\n' "$long"
-	done >table
-	cases "$head" <table
+	long=$(printf '0%.0s' {1..40000})
+	sed "s/LONG/$long/; s/TRAILER/$(printf 'X: y~%.0s' {1..400})/" >table <<'END'
+=	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~%s
+200 200	1~{~c~"version":4}~0~~	a~{"version"~3~:4}~0~~	A~{"version"~3~:4}~0~~
+400( 200)?	0~~
+400	d\nSTATE~0~~	d\rSTATE~0~~	d\r\r\nSTATE~0~~	d~STATE\n0~~	d~STATE\r0~~	d~STATE0~~
+400	d~STATE ~0~~	d~STATE~~0~~	c~STATE~0~~	e~STATE~0~~	d~STATE~00x~~
+413	20000000~
+=	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~%s~STATE~0~~
+200 200	d	D	0D	0000000d	d;x	d;x=y	d;x=y;z="a;b"	d ; x = y	d\t;x
+400	d x	d d	d;	d;;x	d;=x	d;x=\x00	d;x\ny	d;x\ry	d;x="\\\r"
+400	0xd	+d	-d	\x20d	d\x20	\td	d_0	g	dh	;x	<>	~d	STATE
+413|400	1000000000000000d	800000000000000d	FFFFFFFFFFFFFFFF	FFFFFFFFFFFFFFFFFFFFFFFF
+400|413|431	d;LONG	LONGd
+=	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~d~STATE~%s~
+200 200	0~	0000~	0;y~	0 ;y~	0~X: y~	0~X: y~Y: z~
+200 200|400	0~Content-Length: 5~	0~Transfer-Encoding: chunked~	0~Host: other.example~
+200 200|400	0~Content-MD5: AAAAAAAAAAAAAAAAAAAAAA==~
+400	0~X : y~	0~X~	0~: y~	0~X: y~ z~	0~X: \x00~	0~X: y\n	0~\n	0\n
+400|413|431	0~X: LONG~	0~TRAILER
+END
+	each <table
 }
 
 # What looks like a second request inside the first one's body, or inside
 # what only one of two parsers takes for a body (RFC 9112 11.2), is no request.
 test_no_request_hides_in_another() {
 	served
-	local hidden='DELETE /x HTTP/1.1~Host: localhost~~' n=39
-	sed "s|%HIDDEN|$hidden|g; s|%N|$n|g; s|%H|$(printf %x "$n")|g" >table \
-		<<'END'
-# bodies that mean nothing are read and dropped, or refused
-200 200|400	GET /x HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-200 200|400	HEAD /x HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-204 200|400	OPTIONS /x HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-404 200|40[04]	GET /none HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-200 200|400	GET / HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-200 200|400	GET /x HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~%H~%HIDDEN~0~~
-405( 200)?|400	PUT / HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-501( 200)?|400	PATCH /x HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-501( 200)?|400	TRACE /x HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-400( 200)?	PUT /../x HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-400( 200)?	PUT /y HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-400( 200)?	LOCK /y HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-200 200|40[09]( 200)?	UNLOCK /y HTTP/1.1~Host: localhost~Content-Length: %N~~%HIDDEN
-200 200|400	GET /x HTTP/1.1~Host: localhost~Connection: Upgrade~Upgrade: h2c~Content-Length: %N~~%HIDDEN
-40[03]( 200)?	GET /x HTTP/1.1~Host: other.example~Content-Length: %N~~%HIDDEN
-417( 200)?	PUT /x HTTP/1.1~Host: localhost~Expect: more~Content-Length: %N~~%HIDDEN
-# CL.TE, TE.CL, TE.TE, CL.0, 0.CL
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 44~Transfer-Encoding: chunked~~0~~%HIDDEN
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~Content-Length: 4~~%H~%HIDDEN~0~~
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~Transfer-encoding: cow~~0~~%HIDDEN
-400|501	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: cow~Transfer-Encoding: chunked~~0~~%HIDDEN
-400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 5~Transfer-Encoding : chunked~~0~~%HIDDEN
-400	GET /x HTTP/1.1~Host: localhost~Content-Length: %N~Content-Length: 0~~%HIDDEN
-400	GET /x HTTP/1.1~Host: localhost~X: y\nContent-Length: %N~~%HIDDEN
-400	GET /x HTTP/1.1~Host: localhost~ Content-Length: %N~~%HIDDEN
-400	GET /x HTTP/1.1~Host: localhost~X: y\r~%HIDDEN
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~2;\n%HIDDEN~{}~0~~
-400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~0\n~%HIDDEN
+	sed 's/HIDDEN/DELETE \/x HTTP\/1.1~Host: localhost~~/' >table <<'END'
+=	%s HTTP/1.1~Host: localhost~Content-Length: 39~~HIDDEN
+200 200|400	GET /x	HEAD /x	GET /
+204 200|400	OPTIONS /x
+404 200|40[04]	GET /none
+405( 200)?|400	PUT /
+501( 200)?|400	PATCH /x	TRACE /x
+400( 200)?	PUT /../x	PUT /y	LOCK /y
+200 200|40[09]( 200)?	UNLOCK /y
+=	GET /x HTTP/1.1~%s~HIDDEN~0~~
+200 200|400	Host: localhost~Transfer-Encoding: chunked~~27
+=	GET /x HTTP/1.1~%s~~HIDDEN
+200 200|400	Host: localhost~Connection: Upgrade~Upgrade: h2c~Content-Length: 39
+40[03]( 200)?	Host: other.example~Content-Length: 39
+417( 200)?	Host: localhost~Expect: more~Content-Length: 39
+400	Host: localhost~Content-Length: 39~Content-Length: 0	Host: localhost~X: y\r~X:
+400	Host: localhost~X: y\nContent-Length: 39	Host: localhost~ Content-Length: 39
+=	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding%s~HIDDEN~0~~
+400	: chunked~Content-Length: 4~~27	: chunked~~2;\n	: chunked~~0\n
+400	 : chunked~Content-Length: 5~~0~	:chunked~Content-Length: 44~~0~
+400|501	: chunked~Transfer-encoding: cow~~0~	: cow~Transfer-Encoding: chunked~~0~
 END
-	cases <table
-	want "the state that was not to be deleted" '{"serial":1}' \
-		"$(cat states/x.tfstate)"
-	expect 404 GET /y
+	each <table
+	rows <<<$'200 - GET /x -\t^{"version":4,"serial":1}$\n404 - GET /y -'
 }
 
-# RFC 9110 10.1.1 and 7.6.1, RFC 9112 9.3 and 9.6: expectations, and the
-# tokens of Connection, whatever their case and place in the list.
+# RFC 9110 10.1.1 and 7.6.1, RFC 9112 9.3 and 9.6: expectations, and the tokens of Connection,
+# whatever their case and place in the list. HTTP/1.0 closes unless asked, and knows no 100.
 test_a_connection_lives_until_one_side_says_close() {
+	local line
 	served
-	cases <<'END'
-200	GET /x HTTP/1.1~Host: localhost~Connection: close~~
-200	GET /x HTTP/1.1~Host: localhost~Connection: CLOSE~~
-200	GET /x HTTP/1.1~Host: localhost~Connection: keep-alive, close~~
-200	GET /x HTTP/1.1~Host: localhost~Connection: x,close,y~~
-200	GET /x HTTP/1.1~Host: localhost~Connection: , close ,~~
-200	GET /x HTTP/1.1~Host: localhost~Connection: keep-alive~Connection: close~~
-200	PUT /y HTTP/1.1~Host: localhost~Connection: close~Content-Length: 2~~{}
-404	GET /none HTTP/1.1~Host: localhost~Connection: close~~
-200 200	GET /x HTTP/1.1~Host: localhost~Connection: keep-alive~~
-200 200	GET /x HTTP/1.1~Host: localhost~Connection: closed~~
-200 200	GET /x HTTP/1.1~Host: localhost~Connection: not-close~~
-200 200	GET /x HTTP/1.1~Host: localhost~Connection:~~
-200 200	GET /x HTTP/1.1~Host: localhost~X-Connection: close~~
-200 200	GET /x HTTP/1.1~Host: localhost~Connection: Upgrade~Upgrade: websocket~~
-200 200	GET /x HTTP/1.1~Host: localhost~Connection: Upgrade, HTTP2-Settings~Upgrade: h2c~HTTP2-Settings: AAMAAABk~~
-404 200	GET /none HTTP/1.1~Host: localhost~~
-404 200	DELETE /none HTTP/1.1~Host: localhost~~
-405 200	DELETE / HTTP/1.1~Host: localhost~~
-# HTTP/1.0 closes unless asked, and knows no 100
-200	GET /x HTTP/1.0~~
-200	GET /x HTTP/1.0~Host: localhost~~
-200	GET /x HTTP/1.0~Connection: close~~
-	200	GET /x HTTP/1.0~Connection: close, keep-alive~~
-200	GET /x HTTP/1.0~Connection: close~Connection: keep-alive~~
-200 200	GET /x HTTP/1.0~Connection: Keep-Alive~~
-200 200	GET /x HTTP/1.0~Connection: x, keep-alive~~
-200	PUT /y HTTP/1.0~Content-Length: 2~~{}
-200 200	PUT /y HTTP/1.0~Connection: keep-alive~Content-Length: 2~~{}
-200	PUT /y HTTP/1.0~Expect: 100-continue~Content-Length: 2~~{}
-411	PUT /y HTTP/1.0~~{}
-# expectations
-(100 )?200 200	PUT /y HTTP/1.1~Host: localhost~Expect: 100-continue~Content-Length: 2~~{}
-(100 )?200 200	PUT /y HTTP/1.1~Host: localhost~Expect: 100-Continue~Content-Length: 2~~{}
-200 200	GET /x HTTP/1.1~Host: localhost~Expect: 100-continue~~
-417( 200)?	GET /x HTTP/1.1~Host: localhost~Expect: miracle~~
-417( 200)?	GET /x HTTP/1.1~Host: localhost~Expect: 100-continue, miracle~~
-417( 200)?	PUT /y HTTP/1.1~Host: localhost~Expect: 200-ok~Content-Length: 2~~{}
-400( 200)?	PUT /../y HTTP/1.1~Host: localhost~Expect: 100-continue~Content-Length: 2~~{}
-405( 200)?	PUT / HTTP/1.1~Host: localhost~Expect: 100-continue~Content-Length: 2~~{}
-# what we do not do, and say nothing about
-200 200	GET /x HTTP/1.1~Host: localhost~Range: bytes=0-1~~
-200 200	GET /x HTTP/1.1~Host: localhost~TE: trailers~Accept-Encoding: gzip~~
+	expect 200 LOCK /held "$(info me)"
+	each <<'END'
+=	GET /x HTTP/1.1~Host: localhost~%s~~
+200	Connection: close	Connection: CLOSE	Connection: keep-alive, close	Connection: x,close,y
+200	Connection: , close ,	Connection: keep-alive~Connection: close
+200 200	Connection: keep-alive	Connection: closed	Connection: not-close	Connection:
+200 200	X-Connection: close	Connection: Upgrade~Upgrade: websocket	Expect: 100-continue
+200 200	Connection: Upgrade, HTTP2-Settings~Upgrade: h2c~HTTP2-Settings: AAMAAABk
+417( 200)?	Expect: miracle	Expect: 100-continue, miracle
+200 200	Range: bytes=0-1	TE: trailers~Accept-Encoding: gzip
+=	GET /x HTTP/1.0~%s~
+200	<>	Host: localhost~	Connection: close~	Connection: close, keep-alive~
+200	Connection: close~Connection: keep-alive~
+200 200	Connection: Keep-Alive~	Connection: x, keep-alive~
+=	PUT %s~Content-Length: 13~~STATE
+200	/y HTTP/1.1~Host: localhost~Connection: close	/y HTTP/1.0	/y HTTP/1.0~Expect: 100-continue
+200 200	/y HTTP/1.0~Connection: keep-alive
+(100 )?200 200	/y HTTP/1.1~Host: localhost~Expect: 100-continue
+(100 )?200 200	/y HTTP/1.1~Host: localhost~Expect: 100-Continue
+417( 200)?	/y HTTP/1.1~Host: localhost~Expect: 200-ok
+=	PUT %s HTTP/1.1~Host: localhost~Expect: 100-continue~Content-Length: 13~~STATE
+400( 200)?	/../x
+405( 200)?	/	/-/healthy
+409( 200)?	/x?ID=a
+423( 200)?	/held	/held?ID=you
+=	%s~~
+404	GET /none HTTP/1.1~Host: localhost~Connection: close
+404 200	GET /none HTTP/1.1~Host: localhost	DELETE /none HTTP/1.1~Host: localhost
+405 200	DELETE / HTTP/1.1~Host: localhost
+=	%s HTTP/1.1~Host: localhost~Expect: 100-continue~Content-Length: 0~~
+200 200	GET /x	UNLOCK /x
+400( 200)?	PUT /y	LOCK /y
 END
+	# "100 Continue" is there before the body is.
+	exec 8<>"/dev/tcp/127.0.0.1/$PORT"
+	printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n%s\r\n\r\n' \
+		'Content-Length: 13' >&8
+	read -r -t "$PATIENCE" line <&8
+	want "before the body" $'HTTP/1.1 100 Continue\r' "$line"
+	printf '{"version":4}' >&8
+	{ read -r -t "$PATIENCE" && read -r -t "$PATIENCE" line; } <&8
+	want "after the body" $'HTTP/1.1 200 OK\r' "$line"
 	# A 1.0 client that asked to stay is told that it may (9.3).
 	printf 'GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\nGET / HTTP/1.0\r\n\r\n' |
 		raw | sed '/^.$/q' >answers
@@ -740,792 +482,421 @@ END
 }
 
 # RFC 9110 15.5.15, RFC 6585 5: a head has at most 16 KiB, 100 fields, and a
-# target of 8 KiB; right below each bound all is well.
+# target of 8 KiB; at each bound all is well.
 test_heads_beyond_the_limits_are_refused() {
 	served
 	local a
-	a=$(head -c 40000 /dev/zero | tr '\0' a)
-	{
-		printf '200 200\tGET /x?%s HTTP/1.1~Host: localhost~~\n' "${a:0:8000}"
-		printf '414\tGET /x?%s HTTP/1.1~Host: localhost~~\n' \
-			"${a:0:8200}" "${a:0:17000}" "$a"
-		printf '414\tGET http://localhost/%s HTTP/1.1~Host: localhost~~\n' "$a"
-		printf '200 200\tGET /x HTTP/1.1~Host: localhost~X: %s~~\n' \
-			"${a:0:16000}"
-		printf '431\tGET /x HTTP/1.1~Host: localhost~X: %s~~\n' \
-			"${a:0:16400}" "$a"
-		printf '431|400\tGET /x HTTP/1.1~Host: localhost~%s: y~~\n' "$a"
-		printf '200 200\tGET /x HTTP/1.1~Host: localhost~%s~\n' \
-			"$(printf 'X: y~%.0s' {1..99})"
-		printf '431\tGET /x HTTP/1.1~Host: localhost~%s~\n' \
-			"$(printf 'X: y~%.0s' {1..100})" \
-			"$(printf 'X: y~%.0s' {1..1000})" \
-			"$(printf 'X: y~%.0s' {1..10000})"
-		printf '400|414|431|501\t%s /x HTTP/1.1~Host: localhost~~\n' "$a"
-		printf '400|414|431|505\tGET /x HTTP/%s~Host: localhost~~\n' "$a"
-		printf '400|431\tGET /x HTTP/1.1~Host: %s~~\n' "$a"
-		printf '400|414|431\t%s\n' "$a" "$(tr a '~' <<<"$a")" \
-			"$(tr a ' ' <<<"$a")"
-	} >table
-	cases <table
+	a=$(printf 'a%.0s' {1..40000})
+	fields() { printf 'X: y~%.0s' $(seq "$1"); }
+	cases <<END
+200 200	GET /?${a:0:8190} HTTP/1.1~Host: localhost~~
+414	GET /?${a:0:8191} HTTP/1.1~Host: localhost~~
+200 200	GET /x HTTP/1.1~Host: localhost~X: ${a:0:16343}~~
+431	GET /x HTTP/1.1~Host: localhost~X: ${a:0:16344}~~
+200 200	GET /x HTTP/1.1~Host: localhost~$(fields 99)~
+431	GET /x HTTP/1.1~Host: localhost~$(fields 100)~
+400|414|431|501	$a /x HTTP/1.1~Host: localhost~~
+400|431	GET /x HTTP/1.1~Host: $a~~
+400|414|431	$a
+400|414|431	${a//a/'~'}
+END
 }
 
-# 413 beyond -m, before the body is sent where its length is given, else as
-# soon as it is too long; at the bound it is stored. LOCK has 64 KiB.
+# 413 beyond -m, before the body is sent where its length is given, else as soon as
+# it is too long; at the bound it is stored. JSON may be nested a thousand deep, and
+# not once more: each build's stack has room.
 test_bodies_beyond_the_limits_are_refused() {
 	serve -m 1
-	{ printf '{"a":"'; head -c $((1048576 - 8)) /dev/zero | tr '\0' a
-		printf '"}'; } >fits
-	{ cat fits; printf ' '; } >over
-	expect 200 PUT /x @fits
-	cmp fits states/x.tfstate
-	expect 200 PUT /y @fits -H 'Transfer-Encoding: chunked'
-	cmp fits states/y.tfstate
-	expect 413 PUT /x @over
-	has answer .
-	expect 413 POST /x @over
-	expect 413 PUT /z @over -H 'Transfer-Encoding: chunked'
-	expect 404 GET /z
-	cmp fits states/x.tfstate
-	want "before the body" 413 "$(printf 'PUT /x HTTP/1.1\r\n%s\r\n%s\r\n\r\n' \
-		'Host: localhost' 'Content-Length: 1048577' | raw_status)"
-	{ info me; head -c 70000 /dev/zero | tr '\0' ' '; } >long
-	expect 400 LOCK /x @long
-	expect 400 LOCK /x @long -H 'Transfer-Encoding: chunked'
-	expect 200 PUT /x '{}'
+	local n
+	printf '{"version":4%1048563s}' '' >fits
+	printf '{"version":4%1048564s}' '' >over
+	nest() { printf '%s"a":%s0%s}' "$1" "$(printf "$2%.0s" $(seq "$4"))" \
+		"$(printf "$3%.0s" $(seq "$4"))"; }
+	for n in 999 1000 170000; do
+		nest '{"version":4,' '[' ']' $n >arrays.$n
+		nest '{"version":4,' '{"a":' '}' $n >objects.$n
+		nest '{"ID":"me",' '[' ']' $n >lock.$n
+	done
+	for n in 'X: y' 'Transfer-Encoding: chunked'; do
+		rows -H "$n" <<'END'
+200 - PUT /x @fits
+413 - PUT /x @over	.
+413 - POST /w @over
+200 - PUT /y @arrays.999
+200 - PUT /y @objects.999
+200 - LOCK /z @lock.999
+400 - PUT /y @arrays.1000	at byte [0-9]+ .*dee?p
+400 - PUT /y @objects.1000	at byte [0-9]+ .*dee?p
+400 - LOCK /y @lock.1000
+400 - PUT /y @arrays.170000
+400 - PUT /y @objects.170000
+END
+		cmp fits states/x.tfstate
+		cmp objects.999 states/y.tfstate
+	done
+	expect 404 GET /w
+	printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1048577\r\n\r\n' | raw >answers
+	want "before the body" 413 "$(statuses)"
+}
+
+# RFC 9110 12.4.2 and 12.5.1: what is accepted with quality 0 is not accepted.
+test_accept_is_read_with_its_qualities() {
+	served
+	local type accept
+	while IFS=$'\t' read -r type accept; do
+		rows -i -H "Accept: $accept" <<<"200 - GET / -	^Content-Type: $type"
+	done <<'END'
+text/plain	*/*
+text/plain	application/json;q=0, image/png
+text/plain	application/json ; Q=0.000, */*
+text/plain	text/html;q=0.0
+text/plain	xapplication/json, text/htmlx
+application/json	image/png , Application/JSON;q=0.5
+application/json	application/json; charset=utf-8
+text/html	text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8
+text/html	text/html, application/json;q=0
+END
 }
 
 # RFC 9110 15.5.6 and 9.3.7: a known method in the wrong place is told what
 # is right there; OPTIONS says the same without a complaint, or a body.
 test_a_wrong_method_is_told_the_right_ones() {
 	served
-	local url method kind wrong allowed status
-	while read -r kind url; do
-		wrong='' allowed='DELETE GET HEAD LOCK OPTIONS POST PUT UNLOCK'
-		if [ "$kind" = page ]; then
-			wrong='POST PUT DELETE LOCK UNLOCK' allowed='GET HEAD OPTIONS'
-		fi
-		for method in OPTIONS $wrong; do
-			status=405
-			[ "$method" != OPTIONS ] || status=204
-			expect "$status" "$method" "$url"
-			want "Allow of $method $url" "$allowed" "$(sed -n \
-				's/^Allow: \(.*\).$/\1/p' head | tr ',' '\n' |
-				tr -d ' ' | sort | paste -s -d ' ')"
+	local url method
+	for url in /x /none /a/b /x/lock /terraform_lock/x; do
+		echo "204 - OPTIONS $url -	^Allow: OPTIONS, GET, HEAD, POST, PUT, DELETE, LOCK, UNLOCK.$"
+	done | rows -i
+	for url in / /-/healthy /-/ready /-/metrics /-/log/x /-/versions/x \
+		/-/versions/x/20260101T000000.000Z-1; do
+		echo "204 - OPTIONS $url -	!^Content-Length:"
+		for method in OPTIONS POST PUT DELETE LOCK UNLOCK; do
+			echo "204|405 - $method $url -	^Allow: OPTIONS, GET, HEAD.$"
 		done
-		ask OPTIONS "$url"
-		hasnt head '^Content-Length:'
-		want "body of OPTIONS $url" 0 "$(stat -c %s answer)"
-	done <<'END'
-state /x
-state /none
-state /a/b
-lock /x/lock
-lock /terraform_lock/x
-page /
-page /-/healthy
-page /-/ready
-page /-/metrics
-page /-/versions/x
-page /-/versions/x/20260101T000000.000Z-1
-page /-/changes/x
-page /-/log/x
-END
+	done | rows -i
 }
 
 # RFC 9110 9.3.2: the head of GET, and not one byte more.
 test_head_is_get_without_the_body() {
 	served
 	local url
-	for url in /x /none / /-/healthy /-/versions/x /-/log/x '/..'; do
-		ask GET "$url"
-		grep -v -i '^date:' head >wanted
-		ask HEAD "$url"
-		grep -v -i '^date:' head >got
-		cmp wanted got
+	for url in /x /none '/?q=none' /-/healthy /-/versions/x /-/log/x '/..'; do
+		printf '%s %s HTTP/1.0\r\n\r\n' GET "$url" | raw | sed '/^.$/q; /^Date:/d' >wanted
+		printf '%s %s HTTP/1.0\r\n\r\n' HEAD "$url" | raw | sed '/^Date:/d' | cmp - wanted
 	done
-	printf 'HEAD /%s HTTP/1.1\r\nHost: localhost\r\n\r\n' x none x >bytes
-	printf 'HEAD / HTTP/1.0\r\n\r\n' >>bytes
-	raw <bytes >answers
-	want statuses '200 404 200 200' "$(statuses)"
-	! grep -a -v -E '^(HTTP/1\.1 [0-9]{3} .*|[A-Z][A-Za-z-]*: .*|).$' answers ||
-		fail "more than a head"
 }
 
-# RFC 9110 10.1.1: "100 Continue" when, and only when, the body will be read.
-test_100_continue_is_said_only_when_the_body_will_be_read() {
-	serve -m 1
-	expect 200 LOCK /locked "$(info me)"
-	local line url length status
-	while read -r status url length; do
-		exec 8<>"/dev/tcp/127.0.0.1/$PORT"
-		printf 'PUT %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n%s %s\r\n\r\n' \
-			"$url" 'Expect: 100-continue' 'Content-Length:' "$length" >&8
-		read -r -t "$PATIENCE" line <&8
-		want "PUT $url, $length bytes" "$status" "$(cut -d ' ' -f 2 <<<"$line")"
-		if [ "$status" = 100 ]; then
-			read -r -t "$PATIENCE" line <&8
-			want "what follows 100" $'\r' "$line"
-			printf '{}' >&8
-			read -r -t "$PATIENCE" line <&8
-			want "after the body" 200 "$(cut -d ' ' -f 2 <<<"$line")"
-		fi
-		exec 8>&-
-	done <<'END'
-100 /x 2
-423 /locked 2
-100 /locked?ID=me 2
-423 /locked?ID=you 2
-409 /x?ID=other 2
-413 /x 1048577
-400 /../x 2
-405 /-/healthy 2
-END
-	# No body, no leave to send it.
-	for line in 'GET /x HTTP/1.1' 'UNLOCK /x HTTP/1.1' \
-		'PUT /x HTTP/1.1\r\nContent-Length: 0'; do
-		printf '%b\r\nHost: localhost\r\n%s\r\n%s\r\n\r\n' "$line" \
-			'Expect: 100-continue' 'Connection: close' | raw >answers
-		hasnt answers '^HTTP/1.1 100'
-	done
-	# curl waits a second for it, and then sends unasked.
-	curl -sS -X PUT --data-binary "$(state 7)" -H 'Expect: 100-continue' \
-		-D head "$URL/x"
-	has head '^HTTP/1.1 100'
-	has head '^HTTP/1.1 200'
-}
-
-# DESIGN, PROTOCOL 8: TLS at the plain port. Without a quick answer terraform
-# waits 33 seconds and then speaks of a handshake timeout.
+# TLS at the plain port. Without a quick answer terraform waits 33 seconds and
+# then speaks of a handshake timeout. Behind a request it is plain 400.
 test_a_tls_hello_gets_a_plain_answer() {
-	serve
-	local hello
-	for hello in '\x16' '\x16\x03\x01\x02\x00\x01' \
-		"\\x16\\x03\\x01$(printf '\\xff%.0s' {1..600})"; do
-		printf '%b' "$hello" | raw >answers
-		has answers '^HTTP/1\.0 400 '
-	done
-	# Behind a whole request it is an error like any other.
-	printf 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n\x16\x03\x01' |
-		raw >answers
-	want statuses '200 400' "$(statuses)"
 	need openssl
+	serve
+	printf '\x16' | raw >answers
+	has answers '^HTTP/1\.0 400 '
+	printf 'GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n\x16\x03\x01' | raw >answers
+	want statuses '200 400' "$(statuses)"
 	openssl s_client -connect "127.0.0.1:$PORT" </dev/null >tls 2>&1 || :
 	has tls 'wrong version number|packet length|http request'
-	expect 200 GET /-/healthy
 }
 
 # ---- HTTP: how the bytes come ---------------------------------------------
 
-# wire HOW <bytes >answers: what bash's /dev/tcp cannot do.
-#	split	each split in two, one connection each; the first part is read
-#		by the server before the second is sent. One answer is printed,
-#		after "same", or the two that differ
-#	drip	byte by byte, each read before the next is sent
-#	half	all of it, then no more (shutdown)
-#	blind	all of it before anything is read, whatever the server says
-#	reset	all of it, and a reset once the server has read it
-#	bite	all of it, a reset after the first bytes of the answer
+# wire HOW [N] <bytes >answers: what bash's /dev/tcp cannot do.
+#	cut N	N bytes, and after a moment the others
+#	drip	byte by byte
+#	half	all of it, its end and the end of all in one packet
+#	all	all of it before anything is read, whatever the server says
+#	reset	all of it, and after a moment a reset
+#	bite	all of it, and a reset after the first bytes of the answer
 wire() {
 	[ -x wire.bin ] || "${CC:-cc}" -o wire.bin -x c - <<'END'
 #include <arpa/inet.h>
-#include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { BATCH = 16, ANSWER = 1 << 20 };
-static unsigned port;
-
-static int
-dial(void)
-{
-	struct sockaddr_in to = { .sin_family = AF_INET };
-	int fd = socket(AF_INET, SOCK_STREAM, 0);
-
-	to.sin_port = htons((in_port_t)port);
-	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	if (connect(fd, (struct sockaddr *)&to, sizeof to) != 0) {
-		perror("connect");
-		exit(1);
-	}
-	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 }, sizeof(int));
-	return fd;
-}
-
-/* How much the server has not read yet, connections not accepted too. */
-static bool
-unread(void)
-{
-	FILE *f = fopen("/proc/net/tcp", "r");
-	unsigned local, queue;
-	char line[512];
-	bool found = false;
-
-	while (f != NULL && fgets(line, sizeof line, f) != NULL)
-		if (sscanf(line, "%*d: %*8x:%x %*8x:%*x %*x %*8x:%x",
-		    &local, &queue) == 2 && local == port && queue > 0)
-			found = true;
-	if (f != NULL)
-		fclose(f);
-	return found;
-}
-
-static void
-put(int fd, const char *bytes, size_t n)
-{
-	ssize_t sent;
-
-	for (; n > 0; bytes += sent, n -= (size_t)sent)
-		if ((sent = send(fd, bytes, n, MSG_NOSIGNAL)) <= 0)
-			return;		/* refused early: the answer says why */
-}
-
-/* All there is to read; its dates are made alike. */
-static size_t
-take(int fd, char *answer)
-{
-	size_t n = 0;
-	ssize_t got;
-	char *d;
-
-	while (n < ANSWER - 1 &&
-	    (got = read(fd, answer + n, ANSWER - 1 - n)) > 0)
-		n += (size_t)got;
-	answer[n] = '\0';
-	for (d = answer; (d = strstr(d, "\r\nDate: ")) != NULL; d += 8)
-		memset(d + 8, 'D', strcspn(d + 8, "\r"));
-	close(fd);
-	return n;
-}
-
-static void
-cut(int fd)
-{
-	setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){ 1, 0 },
-	    sizeof(struct linger));
-	close(fd);
-}
-
-static int
-split(const char *bytes, size_t n)
-{
-	static char whole[ANSWER], parts[ANSWER];
-	int fd[BATCH];
-	size_t at, i, batch, len, got;
-
-	put(fd[0] = dial(), bytes, n);
-	len = take(fd[0], whole);
-	for (at = 1; at < n; at += batch) {
-		batch = n - at < BATCH ? n - at : BATCH;
-		for (i = 0; i < batch; i++)
-			put(fd[i] = dial(), bytes, at + i);
-		while (unread())
-			usleep(1000);
-		for (i = 0; i < batch; i++)
-			put(fd[i], bytes + at + i, n - at - i);
-		for (i = 0; i < batch; i++) {
-			got = take(fd[i], parts);
-			if (got == len && memcmp(parts, whole, len) == 0)
-				continue;
-			printf("split at %zu:\n%s\ninstead of:\n%s\n", at + i,
-			    parts, whole);
-			return 1;
-		}
-	}
-	printf("same\n%s", whole);
-	return 0;
-}
+static char bytes[1 << 26];
 
 int
 main(int argc, char **argv)
 {
-	static char answer[ANSWER];
-	char *bytes = NULL;
-	size_t n = 0, cap = 0, i;
+	struct sockaddr_in to = { .sin_family = AF_INET };
+	int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1, how = argv[1][0];
+	size_t n = fread(bytes, 1, sizeof bytes, stdin), at, len;
 	ssize_t got = 1;
-	int fd;
 
-	for (; got > 0 && argc == 3; n += (size_t)got) {
-		if (cap - n < 4096)
-			bytes = realloc(bytes, cap = cap * 2 + 65536);
-		got = read(0, bytes + n, cap - n);
-	}
-	port = (unsigned)atoi(argv[2]);
-	if (strcmp(argv[1], "split") == 0)
-		return split(bytes, n);
-	fd = dial();
-	if (strcmp(argv[1], "drip") == 0) {
-		for (i = 0; i < n; i++) {
-			put(fd, bytes + i, 1);
-			while (unread())
-				usleep(100);
-		}
-	} else {
-		put(fd, bytes, n);
-	}
-	if (strcmp(argv[1], "half") == 0)
-		shutdown(fd, SHUT_WR);
-	if (strcmp(argv[1], "reset") == 0) {
-		while (unread())
+	to.sin_port = htons((in_port_t)atoi(argv[2]));
+	to.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	if (connect(fd, (struct sockaddr *)&to, sizeof to) != 0)
+		return 1;
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+	for (at = 0; at < n && got > 0; at += (size_t)got) {
+		len = how == 'd' ? 1 :
+		    how == 'c' && at == 0 ? (size_t)atoi(argv[3]) : n - at;
+		if (at > 0 && (how == 'c' || how == 'd'))
 			usleep(1000);
-		cut(fd);
-	} else if (strcmp(argv[1], "bite") == 0) {
-		(void)!read(fd, answer, 1000);
-		cut(fd);
-	} else {
-		fwrite(answer, 1, take(fd, answer), stdout);
+		got = send(fd, bytes + at, len,
+		    MSG_NOSIGNAL | (how == 'h' ? MSG_MORE : 0));
 	}
+	if (how == 'h')
+		shutdown(fd, SHUT_WR);
+	if (how == 'r')
+		usleep(20000);
+	if (how == 'b')
+		got = read(fd, bytes, 1000);
+	if (how == 'r' || how == 'b')
+		return setsockopt(fd, SOL_SOCKET, SO_LINGER,
+		    &(struct linger){ 1, 0 }, sizeof(struct linger));
+	while ((got = read(fd, bytes, sizeof bytes)) > 0)
+		fwrite(bytes, 1, (size_t)got, stdout);
 	return 0;
 }
 END
-	./wire.bin "$1" "$PORT"
+	./wire.bin "$1" "$PORT" "${2-}"
 }
 
-# descriptors: how many the server has open. connected N: true when it holds N
-# connections, its listener aside. swept: true when no upload is left.
-descriptors() {
-	find "/proc/$PID/fd" -mindepth 1 | wc -l
+# request: bytes of requests. A line on stdin has a method, a URL, and a body.
+request() {
+	local method url body
+	while read -r method url body; do
+		printf '%s %s HTTP/1.1\r\nHost: localhost\r\n' "$method" "$url"
+		[ -z "$body" ] || printf 'Content-Length: %d\r\n' ${#body}
+		printf '\r\n%s' "$body"
+	done
 }
 
-connected() {
-	[ "$(find "/proc/$PID/fd" -lname 'socket:*' | wc -l)" = $(($1 + 1)) ]
-}
-
-swept() {
-	[ -z "$(find states/.tmp -type f)" ]
-}
-
-# requests: one file a kind of request, in requests/, each ending in one that
-# closes, with the statuses of its answers on the first line.
+# requests: files in requests/, each ending in a request that closes; prints
+# their names and the statuses of their answers.
 requests() {
 	local name status bytes
 	mkdir requests
 	while IFS=$'\t' read -r name status bytes; do
 		printf '%b' "${bytes//'~'/'\r\n'}" >"requests/$name"
-		echo "$status" >"requests/$name.status"
+		echo "$name $status"
 	done <<'END'
-get	200	GET /x?a=b HTTP/1.1~Host: localhost~Connection: close~~
-url	200	GET http://localhost/%78 HTTP/1.1~Host: localhost~Connection: close~~
-list	200	GET / HTTP/1.1~Host: localhost~Accept: application/json~Connection: close~~
-put	200	~PUT /y HTTP/1.1~Host: localhost~Connection: close~Content-Length: 14~~{"serial": 42}
-md5	200	POST /y HTTP/1.1~Host: localhost~Connection: close~Content-MD5: mZFLkyvTelC5g8XnyQrpOw==~Content-Length: 2~~{}
-chunked	200	PUT /y HTTP/1.1~Host: localhost~Connection: close~Transfer-Encoding: chunked~~5;a="b"~{"ser~9~ial": 43}~0;c~D: e~F: g~~
+url	200	GET http://localhost/%78?ID=b HTTP/1.1~Host: localhost~Connection: close~~
+put	200	~PUT /y HTTP/1.1~Host: localhost~Connection: close~Content-Length: 14~~{"version": 4}
+md5	200	POST /y HTTP/1.0~Content-MD5: wPReNO1gxuZgxc0LKSxbnA==~Content-Length: 13~~{"version":4}
+chunked	200	PUT /y HTTP/1.1~Host: localhost~Connection: close~Transfer-Encoding: chunked~~5;a="b"~{"ver~9~sion": 4}~0;c~D: e~F: g~~
 empty	200	UNLOCK /y HTTP/1.1~Host: localhost~Connection: close~Transfer-Encoding: chunked~~0~~
-lock	200	LOCK /z HTTP/1.1~Host: localhost~Connection: close~Content-Length: 12~~{"ID":"abc"}
+lock	200	LOCK /z HTTP/1.0~Content-Length: 12~~{"ID":"abc"}
 three	200 404 200	HEAD /x HTTP/1.1~Host: localhost~~GET /none HTTP/1.1~Host: localhost~~GET /x HTTP/1.0~~
-old	200	GET /x HTTP/1.0~~
 version	505	GET /x HTTP/2.0~Host: localhost~~
-colon	400	GET /x HTTP/1.1~Host: localhost~X : y~~
-twice	400	PUT /y HTTP/1.1~Host: localhost~Content-Length: 2~Content-Length: 3~~{}
-json	400	PUT /y HTTP/1.1~Host: localhost~Connection: close~Content-Length: 5~~[1,2]
-md5-wrong	400	PUT /y HTTP/1.1~Host: localhost~Connection: close~Content-MD5: AAAAAAAAAAAAAAAAAAAAAA==~Content-Length: 2~~{}
-chunk-bad	400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~2~{}x~0~~
+json	400	PUT /y HTTP/1.0~Content-Length: 5~~[1,2]
+chunk	400	PUT /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~2~{}x~0~~
 held	423	PUT /held HTTP/1.1~Host: localhost~Connection: close~Content-Length: 5~~[1,2]
-name	400	GET /%2e%2e/x HTTP/1.1~Host: localhost~Connection: close~~
-none	404	GET /none HTTP/1.1~Host: localhost~Connection: close~~
 END
 }
 
-# Wherever the packets are cut, the answer is the same, byte for byte.
+# Wherever the packets are cut, even after each byte, the answer is the same.
 test_every_split_of_a_request_gets_the_same_answer() {
 	need "${CC:-cc}"
 	served
 	expect 200 LOCK /held "$(info me)"
-	requests
-	local name
-	for name in requests/*[!s]; do
-		wire split <"$name" >answers ||
-			fail "${name##*/}: $(head -c 1500 answers)"
-		want "${name##*/}" "$(cat "$name.status")" "$(statuses)"
-	done
+	local name status at
+	requests >all
+	while read -r name status; do
+		wire all <"requests/$name" >answers
+		want "$name" "$status" "$(statuses)"
+		sed 's/^Date: .*//' answers >whole
+		wire drip <"requests/$name" | sed 's/^Date: .*//' | cmp - whole
+		for ((at = 1; at < $(wc -c <"requests/$name"); at++)); do
+			wire cut $at <"requests/$name" | sed 's/^Date: .*//' | cmp -s - whole ||
+				fail "$name, cut at $at"
+		done
+	done <all
 }
 
-# The slowest split of all.
-test_a_request_may_come_byte_by_byte() {
-	need "${CC:-cc}"
-	served
-	requests
-	local name
-	for name in get put chunked three; do
-		wire drip <"requests/$name" >answers
-		want "$name" "$(cat "requests/$name.status")" "$(statuses)"
-	done
-}
-
-# RFC 9112 9.3.2: pipelined requests are answered in their order, though
-# writes go through other threads and reads do not.
-test_a_thousand_requests_in_one_packet_are_answered_in_order() {
+# RFC 9112 9.3.2: pipelined requests are answered in their order, and a read
+# sees the write before it, whoever does the one and the other.
+test_requests_in_one_packet_are_answered_in_their_order() {
 	serve
-	local i body
-	for i in {0..9}; do
-		expect 200 PUT "/s$i" "{\"serial\":$i}"
-	done
+	local i name now=()
 	for i in {1..1000}; do
-		body='{"serial":'$((i * 7 % 10))'}'
-		if [ $((i % 50)) = 0 ]; then
-			printf 'PUT /s%d HTTP/1.1\r\nHost: localhost\r\n%s: %d\r\n\r\n%s' \
-				$((i * 7 % 10)) Content-Length ${#body} "$body"
-			echo "" >&3
-		else
-			printf 'GET /s%d HTTP/1.1\r\nHost: localhost\r\n\r\n' \
-				$((i * 7 % 10))
-			echo $((i * 7 % 10)) >&3
+		name=$((i * 7 % 10))
+		if [ "$i" -lt 11 ] || [ $((i % 50)) -lt 10 ]; then
+			now[name]=$i
+			echo "PUT /s$name {\"version\":4,\"serial\":$i}"
 		fi
-	done >bytes 3>order.wanted
-	printf 'GET /none HTTP/1.0\r\n\r\n' >>bytes
-	raw <bytes >answers
-	want answers 1001 "$(statuses | wc -w)"
-	sed -n '/^$/d; s/^{"serial":\([0-9]\)}.*/\1/p' answers >order
-	grep . order.wanted | cmp - order
+		echo "GET /s$name"
+		echo "${now[name]}" >&3
+	done 3>wanted | request >bytes
+	{ cat bytes && printf 'GET /none HTTP/1.0\r\n\r\n'; } | raw >answers
+	want 'the last answer' 404 "$(statuses | grep -o '...$')"
+	grep -a -o '"serial":[0-9]*' answers | cut -c 10- | cmp - wanted
+	request >bytes <<'END'
+LOCK /y {"ID":"a"}
+POST /y?ID=a {"version":4}
+GET /y
+UNLOCK /y {"ID":"a"}
+DELETE /y
+GET /y
+END
+	{ cat bytes && printf 'nonsense\r\n\r\n'; } | raw >answers
+	want 'an apply' '200 200 200 200 200 404 400' "$(statuses)"
 }
 
-# A write and a read of it in one packet: the read sees the write.
-test_a_get_behind_a_put_in_one_packet_sees_it() {
-	serve
-	local i
-	for i in {10..40}; do
-		printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%s%s' \
-			'Content-Length: 13' "{\"serial\":$i}" \
-			$'GET /x HTTP/1.0\r\n\r\n' | raw >answers
-		want statuses '200 200' "$(statuses)"
-		has answers "^\\{\"serial\":$i\\}"
-	done
-	# The whole of an apply in one packet, and a refusal behind it.
-	{
-		printf 'LOCK /y HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%s' \
-			'Content-Length: 10' '{"ID":"a"}'
-		printf 'POST /y?ID=a HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%s' \
-			'Content-Length: 12' '{"serial":1}'
-		printf 'GET /y HTTP/1.1\r\nHost: localhost\r\n\r\n'
-		printf 'UNLOCK /y HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%s' \
-			'Content-Length: 10' '{"ID":"a"}'
-		printf 'POST /y?ID=a HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%s' \
-			'Content-Length: 12' '{"serial":2}'
-		printf 'DELETE /y HTTP/1.1\r\nHost: localhost\r\n\r\n'
-		printf 'GET /y HTTP/1.1\r\nHost: localhost\r\n\r\n'
-		printf 'nonsense\r\n\r\n'
-	} | raw >answers
-	want 'an apply' '200 200 200 200 409 200 404 400' "$(statuses)"
-}
-
-# A client that has said all may close its side and still read (RFC 9112 9.6).
-test_a_request_is_answered_after_a_half_close() {
+# A client that has closed its side may still read (RFC 9112 9.6), or may be
+# gone: it is answered what it asks, and changes nothing, but for an UNLOCK
+# by ID, which can end its own run only. Its state is kept in the history.
+test_a_half_closed_client_may_read_and_not_write() {
 	need "${CC:-cc}"
 	served
-	local big=/big
-	{ printf '{"a":"'; head -c 3000000 /dev/zero | tr '\0' a
-		printf '"}'; } >body
-	expect 200 PUT "$big" @body
-	printf 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n' | wire half >answers
-	want get 200 "$(statuses)"
-	has answers serial
-	printf 'PUT /y HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n{}' \
-		'Content-Length: 2' | wire half >answers
-	want put 200 "$(statuses)"
-	printf 'GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n' x none x |
-		wire half >answers
-	want three '200 404 200' "$(statuses)"
-	printf 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n' | wire half >answers
-	# Half a request and no more to come: nothing was asked.
+	local status ask
+	rows <<<$'200 - LOCK /held info:me\n200 - LOCK /free info:me'
+	printf '{"version":4%3000000s}' '' >body
+	expect 200 PUT /big @body
+	request <<<$'GET /x\nHEAD /none\nGET /x' | wire half >answers
+	want 'three at once' '200 404 200' "$(statuses)"
 	printf 'GET /x HTTP/1.1\r\nHost: loc' | wire half >answers
-	[[ "$(statuses)" =~ ^(400|408|)$ ]] || fail "half a head: $(statuses)"
-	printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n{' \
-		'Content-Length: 2' | wire half >answers
-	[[ "$(statuses)" =~ ^(400|408|)$ ]] || fail "half a body: $(statuses)"
-	printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n2\r\n{}\r\n' \
-		'Transfer-Encoding: chunked' | wire half >answers
-	[[ "$(statuses)" =~ ^(400|408|)$ ]] || fail "no last chunk: $(statuses)"
-	want "the state" '{"serial":1}' "$(cat states/x.tfstate)"
+	[[ $(statuses) =~ ^(400)?$ ]] || fail "half a head: $(statuses)"
+	while read -r status ask; do
+		request <<<"$ask" | if [[ $ask == *half* ]]; then head -c -1; else cat; fi |
+			wire half >answers
+		want "$ask" "$status" "$(statuses)"
+	done <<'END'
+200 GET /x
+200 GET /
+404 GET /none
+200 GET /big
+400 PUT /x {"version":4}
+400 PUT /x {"version":4,"half":1}
+400 POST /y {"version":4}
+400 LOCK /y {"ID":"a"}
+400 LOCK /y {"ID":"half"}
+400 POST /y/lock {"ID":"a"}
+400 DELETE /x
+400 UNLOCK /held
+200 UNLOCK /free {"ID":"me"}
+END
+	rows <<'END'
+200 - GET /x -	"serial":1}$
+404 - GET /y -
+404 - GET /y/lock -
+200 - GET /held/lock -	"me"
+404 - GET /free/lock -
+END
+	want 'what was written for nobody' '{"version":4}' "$(cat states/.history/y/*)"
 }
 
-# PEERS 7, 26: a client that resets in the middle of a body or an answer
-# leaves the old state, no upload, no open file, and no trace in the log of
-# complaints.
+# connected N: true when the server holds N connections, its listener aside.
+connected() {
+	[ "$(find "/proc/$PID/fd" -lname 'socket:*' | wc -l)" = $(($1 + 1)) ]
+}
+
+descriptors() {
+	find "/proc/$PID/fd" -mindepth 1 | wc -l
+}
+
+# A client that resets in the middle of a body or of an answer leaves the old
+# state, no upload, no open file, and no complaint.
 test_a_reset_leaves_nothing_behind() {
 	need "${CC:-cc}"
 	serve
-	local before i chunks
-	{ printf '{"a":"'; head -c 8000000 /dev/zero | tr '\0' a
-		printf '"}'; } >body
+	local before i head='PUT /x HTTP/1.1\r\nHost: localhost\r\n'
+	printf '{"version":4%8000000s}' '' >body
 	expect 200 PUT /x @body
 	expect 200 GET /x
 	until_true connected 0
 	before=$(descriptors)
-	printf -v chunks '%x\r\n' 4000000
 	for i in 1 2 3 4 5; do
-		{ printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n' \
-			'Content-Length: 8000000'; head -c $((i * 900000)) body; } |
-			wire reset
-		{ printf 'PUT /y HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%s' \
-			'Transfer-Encoding: chunked' "$chunks"
+		{ printf '%bContent-Length: 8000000\r\n\r\n' "$head"
+			head -c $((i * 900000)) body; } | wire reset
+		{ printf '%bTransfer-Encoding: chunked\r\n\r\n3D0900\r\n' "${head/x/y}"
 			head -c $((i * 700000)) body; } | wire reset
-		printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n{"a' \
-			'Content-Length: 8000' | wire reset
-		printf 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n' | wire bite
-		printf 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n' | wire reset
+		printf '%bContent-Length: 8000\r\n\r\n{"v' "$head" | wire reset
+		request <<<"GET /x" | wire bite
+		request <<<"GET /x" | wire reset
 		printf 'GET /x HTTP/1.1\r\nHost: loc' | wire reset
 		wire reset </dev/null
 	done
 	until_true connected 0
-	until_true swept
-	want descriptors "$before" "$(descriptors)"
+	until_true no_uploads_left
+	until_true eval '[ "$(descriptors)" = "$before" ]'
 	cmp body states/x.tfstate
-	expect 404 GET /y
 	want "files" ./x.log,./x.tfstate, \
 		"$(cd states && find . -type f ! -path './.*' | sort | tr '\n' ,)"
 }
 
-# PROTOCOL 8: closing on a client that is still sending resets the connection
-# before it reads why; so what was refused is answered, and drained a while.
+# Closing on a client that is still sending would reset the connection before
+# it reads why: what was refused is answered, and read to its end for a while.
 test_an_early_refusal_is_read_by_a_client_still_sending_40_mb() {
 	need "${CC:-cc}"
 	serve -m 38
 	expect 200 LOCK /locked "$(info me)"
-	head -c 40000000 /dev/zero | tr '\0' ' ' >body
-	local url status
-	while read -r status url; do
-		[ "$url" = /x ] || head -c 39000000 /dev/zero | tr '\0' ' ' >body
-		{ printf 'PUT %s HTTP/1.1\r\nHost: localhost\r\n%s %d\r\n\r\n' "$url" \
-			'Content-Length:' "$(stat -c %s body)"; cat body; } |
-			wire blind >answers
-		want "blind PUT $url" "$status" "$(statuses)"
-		{ printf 'PUT %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n%x\r\n' \
-			"$url" 'Transfer-Encoding: chunked' "$(stat -c %s body)"
-			cat body; printf '\r\n0\r\n\r\n'; } | wire blind >answers
-		want "blind chunked PUT $url" "$status" "$(statuses)"
+	local url status size framing
+	while read -r status url size; do
+		printf '%*s\r\n0\r\n\r\n' "$size" '' >body
+		for framing in "Content-Length: $(wc -c <body)\r\n" \
+			"Transfer-Encoding: chunked\r\n\r\n$(printf %x "$size")"; do
+			{ printf '%b' "PUT $url HTTP/1.1\r\nHost: localhost\r\n$framing\r\n"
+				cat body; } | wire all >answers
+			want "PUT $url, $framing" "$status" "$(statuses)"
+		done
 		expect "$status" PUT "$url" @body
-		has answer .
 	done <<'END'
-413 /x
-423 /locked
-409 /y?ID=gone
-400 /..
-405 /
+413 /x 40000000
+423 /locked 39000000
+400 /.. 39000000
 END
 }
 
 # ---- HTTP: clients that mean no good --------------------------------------
 
 # hold N [BYTES]: N more connections, BYTES (as printf's %b) sent on each,
-# kept open in HELD; an answer is never read. let_go: ends them all.
-HELD=()
+# kept open in FDS; an answer is never read. let_go: ends them all.
 hold() {
 	local i fd
+	ulimit -S -n "$(ulimit -H -n)"
 	trap '' PIPE
 	for ((i = 0; i < $1; i++)); do
 		exec {fd}<>"/dev/tcp/127.0.0.1/$PORT"
-		HELD+=("$fd")
-		[ -z "${2-}" ] || printf '%b' "$2" >&"$fd" || :
+		FDS+=("$fd")
+		printf '%b' "${2-}" >&"$fd" || :
 	done
 }
 
 let_go() {
-	local fd
-	for fd in ${HELD+"${HELD[@]}"}; do
-		exec {fd}>&-
-	done
-	HELD=()
+	hang_up
+	until_true connected 0
 }
 
-# room N: the test needs descriptors for N connections on either side.
-room() {
-	local most
-	most=$(ulimit -H -n)
-	[ "$most" = unlimited ] || [ "$most" -ge $(($1 + 200)) ] ||
-		skip "only $most descriptors here"
-	ulimit -S -n $(($1 + 200))
-}
-
-# memory: what the server has resident, in KiB; sanitizers keep what is freed
-# and have no say in it. ticks: its processor time so far.
-memory() {
-	awk '/^VmRSS/ { print $2 }' "/proc/$PID/status"
-}
-
-sanitized() {
-	grep -q __asan_init "$STATESRV"
-}
-
+# grew KIB FROM: memory grew by so much at most; sanitizers have no say in it.
 grew() {
-	local now
-	now=$(memory)
-	sanitized || [ $((now - $1)) -le "$2" ] ||
-		fail "memory grew from $1 to $now KiB, not by $2 at most"
+	grep -q __asan_init "$STATESRV" || [ "$(kib VmRSS)" -le $(($1 + $2)) ] ||
+		fail "memory grew from $2 to $(kib VmRSS) KiB, not by $1 at most"
 }
 
-ticks() {
-	awk '{ print $14 + $15 }' "/proc/$PID/stat"
+# calm SECONDS PERCENT: it uses less than that of a processor meanwhile.
+calm() {
+	local ticks
+	ticks=$(awk '{ print $14 + $15 }' "/proc/$PID/stat")
+	sleep "$1"
+	ticks=$(($(awk '{ print $14 + $15 }' "/proc/$PID/stat") - ticks))
+	[ $ticks -le $(($1 * $2 * $(getconf CLK_TCK) / 100)) ] || fail "$ticks ticks, and all idle"
 }
 
-# big MIB: a state of that size, in ./body.
+# big MIB: a state of that size, in ./body and as /big.
 big() {
-	{ printf '{"a":"'; head -c $(($1 * 1048576)) /dev/zero | tr '\0' a
-		printf '"}'; } >body
-}
-
-# DESIGN: an idle connection holds no buffer, is looked at seldom, and costs
-# nothing: five percent of a processor for a thousand would be too much.
-# Afterwards memory and descriptors are what they were.
-test_a_thousand_idle_connections_cost_nothing() {
-	room 1100
-	served
-	local before kib from
-	hold 100 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n'
-	expect 200 GET /x
-	let_go
-	until_true connected 0
-	before=$(descriptors) kib=$(memory)
-	hold 500
-	hold 500 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n'
-	until_true connected 1000
-	expect 200 GET /x
-	grew "$kib" 4096
-	from=$(ticks)
-	sleep 3		# the span that is measured
-	[ $(($(ticks) - from)) -le $((3 * $(getconf CLK_TCK) / 20)) ] ||
-		fail "$(($(ticks) - from)) ticks in 3 seconds, and all idle"
-	expect 200 PUT /x '{"serial":2}'
-	let_go
-	until_true connected 0
-	want descriptors "$before" "$(descriptors)"
-	grew "$kib" 1024
-}
-
-# RFC 9112 9.6: to close with bytes unread resets the connection, and takes
-# what is still on its way along. An empty line too many is enough for that.
-test_a_last_answer_is_whole_though_bytes_follow_the_request() {
-	served
-	local head
-	big 4
+	printf "{\"version\":4%$(($1 * 1048576 - 13))s}" '' >body
 	expect 200 PUT /big @body
-	for head in 'HTTP/1.0\r\n' \
-		'HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'; do
-		{
-			printf 'GET /big %b\r\n' "$head"
-			sleep 0.1
-			printf '\r\n'
-			sleep 0.1
-		} | raw >answers
-		tail -c "$(wc -c <body)" answers >rest
-		same body rest
-	done
-	# a refusal, too, whose body was read and whose next bytes were not
-	{
-		printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'
-		printf 'Content-Length: 100005\r\n\r\nwrong%0*d\r\n' 100000 0
-	} | raw >answers
-	want "the refusal" 400 "$(statuses)"
 }
 
-# What nobody reads waits in its file, not in the memory that all connections
-# of the machine share (promise 8).
-test_an_unread_answer_waits_in_its_file() {
-	served
-	local port
-	[ -r /proc/net/tcp ] || skip 'no /proc/net/tcp'
-	big 8
-	expect 200 PUT /big @body
-	hold 5 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n'
-	port=$(printf '0100007F:%04X' "$PORT")
-	queues() { # bytes of each answer that the kernel has; read at one go,
-		# for the table of all connections of the machine moves
-		local state queue
-		grep -F " $port " /proc/net/tcp >lines || :
-		while read -r _ _ _ state queue _; do
-			[ "$state" != 01 ] || echo $((16#${queue%%:*}))
-		done <lines | sort -n
-	}
-	waiting() { [ "$(queues | tail -1)" -gt 0 ]; }
-	until_true waiting
-	for _ in {1..50}; do
-		[ "$(queues | tail -1)" -lt 1000000 ] || fail "$(queues)"
-		sleep 0.02
-	done
-	let_go
-}
-
-# Half a head, half a body, answers that nobody reads: each holds a bounded
-# piece of memory, nobody else waits, and nothing stays behind.
-test_slow_clients_stall_nobody() {
-	room 400
-	served
-	local before kib i
-	big 8
-	expect 200 PUT /big @body
-	expect 200 GET /big
-	until_true connected 0
-	before=$(descriptors) kib=$(memory)
-	hold 100 'GET /x HTTP/1.1\r\nHost: loc'
-	hold 50 'PUT /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{'
-	hold 50 'PUT /x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n99\r\n{'
-	hold 50 'PUT /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n{'
-	hold 50 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n'
-	hold 50 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n\x00'
-	for i in {2..9}; do
-		expect 200 PUT /x "{\"serial\":$i}"
-		expect 200 GET /x
-		want body "{\"serial\":$i}" "$(cat answer)"
-	done
-	expect 200 GET /big
-	cmp body answer
-	expect 200 PUT /big '{}'
-	grew "$kib" 16384
-	# Who began to read the old state gets the old state, whole (promise 2).
-	i=${HELD[250]}
-	printf 'GET /none HTTP/1.0\r\n\r\n' >&"$i"
-	timeout "$PATIENCE" cat <&"$i" >answers
-	want "the slow reader" '200 404' "$(statuses)"
-	[ "$(stat -c %s answers)" -gt "$(stat -c %s body)" ] || fail "cut short"
-	let_go
-	until_true connected 0
-	until_true swept
-	want descriptors "$before" "$(descriptors)"
-	grew "$kib" 8192
-}
-
-# One client that asks without end, and one that never reads either, leave
-# the others their turn, and do not fill the memory.
-test_a_flood_of_requests_leaves_the_others_their_turn() {
-	served
-	local kib i
-	kib=$(memory)
-	for i in 1 2 3; do
-		exec 8<>"/dev/tcp/127.0.0.1/$PORT"
-		yes $'GET /x HTTP/1.1\r\nHost: localhost\r\n\r' >&8 2>/dev/null &
-		echo $! >>"$T/pids"
-		[ "$i" = 3 ] || cat <&8 >/dev/null &
-		echo $! >>"$T/pids"
-		exec 8>&-
-	done
-	for i in {1..20}; do
-		expect 200 PUT /x "{\"serial\":$i}"
-		expect 200 GET /x
-	done
-	grew "$kib" 4096
-}
-
-# hasty [-DNAME=VALUE...]: the next serve takes a build whose deadlines are a
-# second, or what is given.
+# hasty [-DNAME=VALUE...]: what is served has deadlines of a second, or these.
 hasty() {
 	need "${CC:-cc}"
 	"${CC:-cc}" -std=c11 -w -O1 -pthread -DIDLE_MS=1000 -DHEAD_MS=1000 \
-		-DBODY_MS=1000 -DREPLY_MS=1000 -DDRAIN_MS=1000 "$@" \
-		-o hasty "$here/statesrv.c"
+		-DBODY_MS=1000 -DDRAIN_MS=1000 "$@" -o hasty "$here/statesrv.c"
 	# shellcheck disable=SC2030,SC2031
 	STATESRV=./hasty
 }
 
 # trickle BYTES COUNT: that many bytes at a time, ten times a second.
 trickle() {
-	local i piece
-	printf -v piece '%*s' "$1" ''
+	local i
 	for ((i = 0; i < $2; i++)); do
-		printf '%s' "$piece" || return 0
+		printf '%*s' "$1" '' || return 0
 		sleep 0.1
 	done
 }
@@ -1539,291 +910,298 @@ slowly() {
 	exec 8>&-
 }
 
-# PEERS 20: every wait has an end, which single bytes do not push away: for a
-# head, a body, a reader, a refused client, and between requests. A body that
-# comes at 1 KiB/s may take its time.
+# An idle connection holds no buffer, is looked at seldom, and costs nothing:
+# five percent of a processor for a thousand would be too much. Afterwards
+# memory and descriptors are what they were.
+test_a_thousand_idle_connections_cost_nothing() {
+	served
+	local before kib
+	hold 100 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n'
+	let_go
+	before=$(descriptors) kib=$(kib VmRSS)
+	hold 500
+	hold 500 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n'
+	until_true connected 1000
+	expect 200 GET /x
+	grew 4096 "$kib"
+	calm 3 5
+	expect 200 PUT /x "$(state 2)"
+	let_go
+	until_true eval '[ "$(descriptors)" = "$before" ]'
+	grew 1024 "$kib"
+}
+
+# RFC 9112 9.6: to close with bytes unread resets the connection, and takes
+# what is still on its way along; an empty line too many is enough for that.
+# What nobody reads waits in its file, not in the kernel's memory (promise 8).
+test_a_last_answer_is_whole_and_an_unread_one_waits_in_its_file() {
+	[ -r /proc/net/tcp ] || skip 'no /proc/net/tcp'
+	served
+	local head
+	big 8
+	for head in 'HTTP/1.0\r\n' 'HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n'; do
+		{ printf 'GET /big %b\r\n' "$head"; sleep 0.1; printf '\r\n'; sleep 0.1; } |
+			raw >answers
+		tail -c "$(wc -c <body)" answers | cmp - body
+	done
+	# a refusal, too, whose body was read and whose next bytes were not
+	printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n%s\r\n%s\r\n\r\nwrong%0*d\r\n' \
+		'Connection: close' 'Content-Length: 100005' 100000 0 | raw >answers
+	want "the refusal" 400 "$(statuses)"
+	hold 5 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n'
+	queue() { # the most that the kernel has of an answer
+		echo $((16#$(awk -v "port=0100007F:$(printf %04X "$PORT")" '
+			$2 == port && $4 == "01" { print substr($5, 1, 8) }' /proc/net/tcp |
+			sort | tail -1)))
+	}
+	until_true eval '[ "$(queue)" -gt 0 ]'
+	for _ in {1..50}; do
+		[ "$(queue)" -lt 1000000 ] || fail "$(queue) bytes in the kernel"
+		sleep 0.02
+	done
+}
+
+# Half a head, half a body, answers that nobody reads: each holds a bounded
+# piece of memory, nobody else waits, and nothing stays behind. Who began to
+# read the old state gets the old state, whole (promise 2).
+test_slow_clients_stall_nobody() {
+	served
+	local before kib i head='PUT /x HTTP/1.1\r\nHost: localhost\r\n'
+	big 8
+	hold 1 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n'
+	expect 200 PUT /big "$(state 1)"
+	printf 'GET /none HTTP/1.0\r\n\r\n' >&"${FDS[0]}"
+	timeout "$PATIENCE" cat <&"${FDS[0]}" >answers
+	want "the slow reader" '200 404' "$(statuses)"
+	[ "$(wc -c <answers)" -gt "$(wc -c <body)" ] || fail "cut short"
+	expect 200 PUT /big @body
+	let_go
+	before=$(descriptors) kib=$(kib VmRSS)
+	for i in {2..6}; do
+		hold 20 'GET /x HTTP/1.1\r\nHost: loc'
+		hold 1 "${head}Content-Length: 99\r\n\r\n{"
+		hold 1 "${head}Transfer-Encoding: chunked\r\n\r\n99\r\n{"
+		hold 1 "${head}Content-Length: 999999\r\n\r\n{"
+		hold 1 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n\x00'
+		rows <<<$'200 - PUT /x state:'"$i"$'\n200 - GET /x -\t"serial": '"$i,"
+	done
+	expect 200 GET /big
+	cmp body answer
+	grew 16384 "$kib"
+	let_go
+	until_true no_uploads_left
+	until_true eval '[ "$(descriptors)" = "$before" ]'
+	grew 8192 "$kib"
+}
+
+# When every thread waits for a client, the one that has been silent longest
+# makes room: stalled uploads, lock infos and readers, more than threads, do
+# not keep a LOCK waiting. Who sends on, if slowly, is let be.
+test_silent_clients_do_not_use_up_the_threads() {
+	hasty -DTHREADS_MAX=4 -DSTALL_MS=500 -DBODY_MS=60000 -DHEAD_MS=60000
+	served
+	local bytes host='HTTP/1.1\r\nHost: localhost\r\n'
+	big 8
+	{ printf '%b{"version":4' "PUT /slow ${host}Content-Length: 75013\r\n\r\n"
+		trickle 2500 30
+		printf '}GET /none HTTP/1.0\r\n\r\n'; } | slowly >slow &
+	for bytes in "PUT /y ${host}Content-Length: 99\r\n\r\n{" \
+		"POST /y ${host}Transfer-Encoding: chunked\r\n\r\n9" \
+		"LOCK /y ${host}Content-Length: 99\r\n\r\n{" "GET /big $host\r\n"; do
+		hold 8 "$bytes"
+		rows <<<$'200 - LOCK /x info:me\n200 - UNLOCK /x info:me\n404 - GET /y -'
+	done
+	let_go
+	wait $!
+	mv slow answers
+	want 'the slow upload' '200 404' "$(statuses)"
+	until_true grep -q -- 'method=PUT name=y .*status=- .*why=' server.log
+}
+
+# One client that asks without end, and one that never reads either, leave
+# the others their turn, and do not fill the memory.
+test_a_flood_of_requests_leaves_the_others_their_turn() {
+	served
+	local kib i
+	kib=$(kib VmRSS)
+	for i in 1 2 3; do
+		exec 8<>"/dev/tcp/127.0.0.1/$PORT"
+		yes $'GET /x HTTP/1.1\r\nHost: localhost\r\n\r' >&8 2>/dev/null &
+		echo $! >>"$T/pids"
+		[ "$i" = 3 ] || cat <&8 >/dev/null &
+		echo $! >>"$T/pids"
+		exec 8>&-
+	done
+	for i in {1..20}; do
+		rows <<<$'200 - PUT /x state:'"$i"$'\n200 - GET /x -'
+	done
+	grew 4096 "$kib"
+}
+
+# Every wait for a client has an end, which single bytes do not push away. What
+# stalls is cut without an answer, for a client takes 408 for final and sends
+# again what was cut. A body that comes at 1 KiB/s may take its time.
 test_every_wait_for_a_client_has_an_end() {
 	hasty
 	served
-	local head='PUT /y HTTP/1.1\r\nHost: localhost\r\n'
-	printf 'GET /x HTT' | raw >answers
-	want 'half a head' 408 "$(statuses)"
-	{ printf 'GET /x HTTP/1.1\r\nX: y'; trickle 1 40; } | slowly >answers
-	want 'a trickled head' 408 "$(statuses)"
-	printf '%bContent-Length: 9\r\n\r\n{' "$head" | raw >answers
-	want 'half a body' 408 "$(statuses)"
-	printf '%bTransfer-Encoding: chunked\r\n\r\n9\r\n{' "$head" |
-		raw >answers
-	want 'half a chunk' 408 "$(statuses)"
-	{ printf '%bContent-Length: 999\r\n\r\n{' "$head"; trickle 1 40; } |
-		slowly >answers
-	want 'a trickled body' 408 "$(statuses)"
+	local times size bytes i=0 put='PUT /y HTTP/1.1\r\nHost: localhost\r\nContent-Length: '
+	told() { [ "$(grep -c 'status=- .*why=.*[a-z]' server.log)" = "$i" ]; }
+	while IFS=$'\t' read -r size times bytes; do
+		i=$((i + 1))
+		{ printf '%b' "${bytes//'~'/'\r\n'}"; trickle "$size" "$times"; } |
+			slowly >"cut.$i" &
+	done <<'END'
+0	0	GET /x HTT
+1	40	GET /x HTTP/1.1~X: y
+0	0	PUT /y HTTP/1.1~Host: localhost~Content-Length: 9~~{
+1	40	PUT /y HTTP/1.1~Host: localhost~Content-Length: 999~~{
+1000000	5	PUT /y HTTP/1.1~Host: localhost~Content-Length: 9999999~~{
+0	0	POST /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~9~{
+1	40	POST /y HTTP/1.1~Host: localhost~Transfer-Encoding: chunked~~9;
+0	0	LOCK /y HTTP/1.1~Host: localhost~Content-Length: 99~~{"ID":"a"}
+0	0	UNLOCK /y HTTP/1.1~Host: localhost~Content-Length: 99~~{"ID":"a"}
+END
+	until_true told
+	want 'what was cut was told' '' "$(cat cut.*)"
 	printf '' | raw >answers
-	want 'an idle connection' '' "$(cat answers)"
-	printf 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n' | raw >answers
-	want 'one that is idle again' 200 "$(statuses)"
-	{ printf '%bContent-Length: 50002\r\n\r\n{' "$head"; trickle 2500 20
+	request <<<'GET /x' | raw >>answers
+	want 'one that is idle, one that is idle again' 200 "$(statuses)"
+	{ printf '%b50013\r\n\r\n{"version":4' "$put"; trickle 2500 20
 		printf '}GET /none HTTP/1.0\r\n\r\n'; } | slowly >answers
 	want 'a body in its time' '200 404' "$(statuses)"
 	big 16
-	expect 200 PUT /big @body
 	hold 5 '\x16'
-	hold 5 'PUT /.. HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n'
-	hold 5 'PUT /y HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n'
-	until_true connected 0
-	until_true swept
-	# A good start is no credit for hours of silence.
-	{ printf '%bContent-Length: 9999999\r\n\r\n{' "$head"
-		trickle 1000000 5; } | slowly >answers
-	want 'a body that stalls' 408 "$(statuses)"
+	hold 5 "${put}9\r\n\r\n"
+	hold 5 "${put/y/..}9\r\n\r\n"
 	hold 5 'GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n'
 	until_true connected 0
-	let_go
+	until_true no_uploads_left
 }
 
-# When all slots are taken, the connection that is idle for longest makes
-# room; one that is in the middle of something does not.
+# When all slots are taken, the connection that is idle for longest makes room; one that is in the
+# middle of something does not. The last free slot is as good as any.
 test_when_all_slots_are_taken_the_idlest_makes_room() {
-	room 200
-	hasty -DSLOTS_MAX=16 -DIDLE_MS=60000 -DBODY_MS=60000
+	hasty -DSLOTS_MAX=16 -DIDLE_MS=60000 -DBODY_MS=60000 -DSTALL_MS=500
 	served
-	local busy idle last line
-	hold 1 'PUT /y HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{'
-	busy=${HELD[0]}
+	local line half='PUT /y HTTP/1.1\r\nHost: localhost\r\nContent-Length: 13\r\n\r\n{"version":4'
+	hold 1 "$half"
 	hold 1
-	idle=${HELD[1]}
 	hold 100 'GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n'
-	last=${HELD[101]}
 	expect 200 GET /x
-	timeout "$PATIENCE" cat <&"$idle" >answers ||
-		fail "the idlest lives on"
+	timeout "$PATIENCE" cat <&"${FDS[1]}" >answers || fail "the idlest lives on"
 	want 'what the idlest was told' '' "$(cat answers)"
-	printf '}' >&"$busy"
-	read -r -t "$PATIENCE" line <&"$busy"
+	printf '}' >&"${FDS[0]}"
+	read -r -t "$PATIENCE" line <&"${FDS[0]}"
 	want 'the busy one' $'HTTP/1.1 200 OK\r' "$line"
-	printf 'GET /none HTTP/1.0\r\n\r\n' >&"$last"
-	timeout "$PATIENCE" cat <&"$last" >answers
-	want 'the last to come' '200 404' "$(statuses)"
-	[ "$(descriptors)" -lt 80 ] || fail "$(descriptors) descriptors"
 	let_go
-	until_true connected 0
+	hold 15 "$half"
+	until_true connected 15
+	rows <<<$'200 - GET /x -\n200 - LOCK /x info:me\n200 - UNLOCK /x info:me'
 }
 
-# Out of descriptors: accepting rests instead of spinning, those who are
-# served stay served, and room is made for who comes.
+# Where the limit is low, the connections leave descriptors for the files. Out
+# of them altogether, accepting rests instead of spinning, and room is made.
 test_running_out_of_descriptors_does_not_spin() {
 	need prlimit
-	room 400
 	grumbles
-	served
-	local from limit before
-	until_true connected 0
-	before=$(descriptors)
-	limit=$((before + 12))
-	prlimit --pid "$PID" --nofile="$limit:$limit"
-	hold 100
-	expect 200 GET /-/healthy
-	from=$(ticks)
-	sleep 2		# the span that is measured
-	[ $(($(ticks) - from)) -le $((2 * $(getconf CLK_TCK) / 4)) ] ||
-		fail "$(($(ticks) - from)) ticks in 2 seconds, and all idle"
-	expect 200 GET /-/healthy
-	let_go
-	until_true connected 0
-	expect 200 PUT /x '{"serial":2}'
-	want descriptors "$before" "$(descriptors)"
-}
-
-# Where the limit is low from the start, the connections leave enough for the
-# files: what is asked on one of them can still be done.
-test_connections_leave_descriptors_for_the_files() {
-	room 400
-	printf '#!/bin/sh\nulimit -n 64\nexec "%s" "$@"\n' "$STATESRV" >limited
-	chmod +x limited
-	# shellcheck disable=SC2030,SC2031
-	STATESRV=./limited
+	through "ulimit -n 64; exec '$STATESRV'"
 	served
 	hold 200
-	expect 200 GET /x
-	expect 200 PUT /x '{"serial":2}'
-	expect 200 LOCK /x '{"ID":"me"}'
-	expect 200 GET /x/lock
+	rows <<'END'
+200 - PUT /x state:2
+200 - GET /x -
+200 - LOCK /x info:me
+200 - GET /x/lock -
+END
 	let_go
-	until_true connected 0
-	expect 200 UNLOCK /x '{"ID":"me"}'
+	prlimit --pid "$PID" --nofile=$(($(descriptors) + 12))
+	hold 40
+	expect 200 GET /-/healthy
+	calm 2 25
+	expect 200 GET /-/healthy
+	let_go
+	expect 200 PUT '/x?ID=me' "$(state 2)"
 }
 
 # ---- names: from a URL to a file, and to no other ------------------------
 
-# DESIGN, "On disk": what a name may be, and where it lies.
+# What a name may be, and where it lies. Each that is served is listed.
 test_a_name_is_a_path_below_the_directory() {
 	serve
-	local url file long seg200 n=0
-	printf -v seg200 'a%.0s' {1..200}
-	long=$seg200/$seg200/$seg200/$seg200/${seg200:0:196}
-	while read -r url file; do
-		n=$((n + 1))
-		expect 200 PUT "$url" "{\"at\":$n}"
-		want "the file of $url" "{\"at\":$n}" \
-			"$(cat "states/$file.tfstate")"
-		expect 200 GET "$url"
-		want "GET $url" "{\"at\":$n}" "$(cat answer)"
-		expect 200 LOCK "$url" '{"ID":"me"}'
-		want "the lock of $url" '{"ID":"me"}' "$(cat "states/$file.lock")"
-		expect 200 UNLOCK "$url" '{"ID":"me"}'
-	done <<END
-/a a
-/a.tfstate a
-/%61 a
-/a/b a/b
-/a%2Fc a/c
-/a%2fd.tfstate a/d
-/1/2/3/4/5/6/7/8 1/2/3/4/5/6/7/8
-/terraform_state/t t
-/terraform_state/t/u t/u
-/lock/x lock/x
-/locks locks
-/a.b.c a.b.c
-/a..b a..b
-/a. a.
-/a- a-
-/a~ a~
-/%7E ~
-/a%20b a b
-/a+b a+b
-/%2578 %78
-/%252e%252e%252fx %2e%2e%2fx
-/%C3%A9 é
-/%F0%9F%94%92 🔒
-/*%3F%22%27%24(x)%3B& *?"'\$(x);&
-/tfstate tfstate
-/log log
-/x.tfstate.bak x.tfstate.bak
-/$seg200 $seg200
-/$long $long
+	local words seg i deep
+	printf -v seg 'a%.0s' {1..200}
+	printf -v deep '/%s' {1..32}
+	IFS=$'\t\n' read -r -d '' -a words <<END || :
+/a	a	/a.tfstate	a	/%61	a	/a/b	a/b	/a%2Fc	a/c	/a%2fd.tfstate	a/d
+/terraform_state/t	t	/terraform_state/t/u	t/u	/lock/x	lock/x	/locks	locks	/log	log
+/a.b.c	a.b.c	/a..b	a..b	/a.	a.	/a-	a-	/a~	a~	/%7E	~	/tfstate	tfstate
+/a%20b	a b	/a+b	a+b	/%2541	%41	/%252e%252e%252fx	%2e%2e%2fx	/%C3%A9	é	/%F0%9F%94%92	🔒
+/*%3F%22%27%24(x)%3B&	*?"'\$(x);&	/x.tfstate.bak	x.tfstate.bak	/a:b@c,d;e=f	a:b@c,d;e=f
+/Lockfile.LOCK	Lockfile.LOCK	/terraform_states/x	terraform_states/x	$deep	${deep:1}
+/$seg	$seg	/$seg/$seg/$seg/$seg/${seg:4}	$seg/$seg/$seg/$seg/${seg:4}
 END
-}
-
-# PEERS 15, 16, 17: no spelling leads out of the directory, onto our own
-# files, or two names to one file; by no method, and in no dialect.
-test_a_bad_name_is_refused_before_anything_is_opened() {
-	serve
-	local url method long seg201
-	printf -v seg201 'a%.0s' {1..201}
-	printf -v long '/%s' "${seg201:1}"{,,,} "${seg201:0:197}"
-	mkdir outside
-	echo '{"out":"side"}' >outside/x.tfstate
-	echo '{"ID":"them"}' >outside/x.lock
-	: >before
-	find . ! -path './states/*' ! -name answer ! -name head | sort >before
-	while read -r url; do
-		for method in GET PUT DELETE LOCK UNLOCK; do
-			case $method in
-			GET) ask GET "$url" ;;
-			*LOCK) ask "$method" "$url" '{"ID":"them"}' ;;
-			*) ask "$method" "$url" '{"ID":"them"}' ;;
-			esac
-			want "$method $url" 400 "$STATUS"
-			[ "$(wc -l <answer)" = 1 ] || fail "one line, not $(cat answer)"
-		done
-	done <<END
-/..
-/.
-/../outside/x
-/./outside/x
-/a/../../outside/x
-/a/..
-/a/.
-/a/./b
-/%2e%2e/outside/x
-/%2E%2E%2Foutside%2Fx
-/.%2e/outside/x
-/..%2foutside/x
-/a%2f..%2f..%2foutside%2fx
-/..%5coutside%5cx
-/a%5cb
-/..%00/outside/x
-/x%00
-/x%00.tfstate
-/a%01b
-/a%0ab
-/a%0d
-/a%09b
-/a%1b%5b2J
-/a%7fb
-/%c0%ae%c0%ae/outside/x
-/%c0%af
-/%e0%80%ae%e0%80%ae/outside/x
-/%f0%80%80%ae
-/%c3
-/%c3%28
-/%e2%82
-/%ed%a0%80
-/%f4%90%80%80
-/%f8%88%80%80%80
-/%ff
-/%80
-/.x
-/.guard
-/.tmp/x
-/.history/x/y
-/a/.b
-/%2ehidden
-/-x
-/a/-x
-/%2dx
-/x.lock
-/x.log
-/x.lock.tfstate
-/x.log.tfstate
-/x.tfstate.tfstate
-/x.lock/y
-/x.log/y
-/x.tfstate/y
-/.tfstate
-/a/.tfstate
-//
-//a
-/a//b
-/a/
-/%2f
-/%2fa
-/a%2f
-/lock
-/lock/lock
-/a/lock/lock
-/../lock
-/terraform_state/
-/terraform_state/..
-/terraform_state/%2e%2e%2foutside%2fx
-/terraform_lock/../outside/x
-/terraform_lock/
-/1/2/3/4/5/6/7/8/9
-/$seg201
-/a/$seg201
-$long
-END
-	find . ! -path './states/*' ! -name answer ! -name head | sort | cmp - before
-	want "in the directory" "" "$(find states -type f ! -name .guard)"
-	want "outside" '{"out":"side"}' "$(cat outside/x.tfstate)"
-	for url in versions log changes; do
-		expect 400 GET "/-/$url/../outside/x"
-		expect 400 GET "/-/$url/%2e%2e%2foutside%2fx"
-		expect 400 GET "/-/$url/.tmp"
-		ask GET "/-/$url/x/..%2f..%2f..%2foutside%2fx"
-		[[ $STATUS =~ ^40[04]$ ]] || fail "an ID that climbs: $STATUS"
-		ask GET "/-/$url/x/../../../outside/x.tfstate"
-		[[ $STATUS =~ ^40[04]$ ]] || fail "an ID that climbs: $STATUS"
+	for ((i = 0; i < ${#words[@]}; i += 2)); do
+		expect 200 PUT "${words[i]}" '{"version":4,"serial":'"$i}"
+		want "the file of ${words[i]}" '{"version":4,"serial":'"$i}" \
+			"$(cat "states/${words[i + 1]}.tfstate")"
+		expect 200 LOCK "${words[i]}" '{"ID":"me"}'
+		[ -f "states/${words[i + 1]}.lock" ] || fail "no ${words[i + 1]}.lock"
+		rows <<<"200 - GET ${words[i]} -	\"serial\":$i}"
+		expect 200 UNLOCK "${words[i]}" '{"ID":"me"}'
+		ask GET / '' -H 'Accept: application/json'
+		grep -q -F "\"name\":\"${words[i + 1]//\"/\\\"}\"" answer || fail "not listed: ${words[i]}"
 	done
 }
 
+# No spelling leads out of the directory, onto our own files, or two names to
+# one file; by no method, and in no dialect.
+test_a_bad_name_is_refused_before_anything_is_opened() {
+	serve
+	local url urls long deep
+	printf -v long 'a%.0s' {1..201}
+	printf -v deep '/%s' {1..33}
+	mkdir outside
+	echo '{"out":"side"}' >outside/x.tfstate
+	echo '{"ID":"them"}' >outside/x.lock
+	touch answer head before
+	find . ! -path './states/*' | sort >before
+	read -r -d '' -a urls <<END || :
+/.. /. /../outside/x /./outside/x /a/../../outside/x /a/.. /a/. /a/./b
+/%2e%2e/outside/x /%2E%2E%2Foutside%2Fx /.%2e/outside/x /..%2foutside/x
+/a%2f..%2f..%2foutside%2fx /..%5coutside%5cx /a%5cb /..%00/outside/x
+/x%00 /x%00.tfstate /a%01b /a%0ab /a%0d /a%09b /a%1b%5b2J /a%7fb
+/%c2%80 /a%c2%85b /a%C2%9fb /%c0%ae%c0%ae/outside/x /%c0%af /%c3 /%c3%28
+/%e0%80%ae%e0%80%ae/outside/x /%f0%80%80%ae /%e2%82 /%ed%a0%80
+/%f4%90%80%80 /%f8%88%80%80%80 /%ff /%80 /.gitignore /terraform_state/.x
+/.x /.guard /.tmp/x /.history/x/y /a/.b /%2ehidden /-x /a/-x /%2dx
+/x.lock /x.log /x.lock.tfstate /x.log.tfstate /x.tfstate.tfstate
+/x.lock/y /x.log/y /x.tfstate/y /.tfstate /a/.tfstate
+// //a /a//b /a/ /%2f /%2fa /a%2f /lock /lock/lock /a/lock/lock /../lock
+/terraform_state/ /terraform_state/.. /terraform_state/%2e%2e%2foutside%2fx
+/terraform_lock/../outside/x /terraform_lock/ $deep
+/$long /a/$long /${long:1}/${long:1}/${long:1}/${long:1}/${long:4}
+END
+	for url in "${urls[@]}"; do
+		printf '400 - %s {"ID":"them"}\n' "GET $url" "PUT $url" "DELETE $url" \
+			"LOCK $url" "UNLOCK $url"
+	done | rows
+	for url in versions log; do
+		printf "4%s - GET /-/$url/%s -\n" 00 ../outside/x 00 %2e%2e%2foutside%2fx 00 .tmp \
+			'0[04]' x/..%2f..%2f..%2foutside%2fx '0[04]' x/../../../outside/x.tfstate
+	done | rows
+	find . ! -path './states/*' | sort | cmp - before
+	want "in the directory" "" "$(find states -type f ! -name '.g*')"
+	want "outside" '{"out":"side"}' "$(cat outside/x.tfstate)"
+}
+
 # No symbolic link is followed, neither at the end of a path nor on its way:
-# what it points to is neither read nor written, nor taken for "no state".
-test_no_symbolic_link_is_followed() {
+# what it points to is neither read nor written, nor taken for "no state". A
+# FIFO or a directory in the place of a file makes nothing hang.
+test_what_is_no_plain_file_is_no_state_and_no_lock() {
 	grumbles
 	serve
 	local name
-	mkdir -p outside/dir states/.history/hist outside/hist
+	mkdir -p outside/dir outside/hist states/.history
 	echo '{"out":"side"}' | tee outside/s.tfstate outside/dir/x.tfstate
 	echo '{"ID":"them"}' >outside/s.lock
 	ln -s "$PWD/outside/s.tfstate" states/file.tfstate
@@ -1834,1448 +1212,426 @@ test_no_symbolic_link_is_followed() {
 	ln -s "$PWD/outside/none" states/held.lock
 	ln -s "$PWD/outside/s.lock" states/theirs.lock
 	ln -s "$PWD/outside/log" states/logged.log
-	rmdir states/.history/hist
 	ln -s "$PWD/outside/hist" states/.history/hist
+	mkfifo states/fifo.tfstate states/fifolock.lock states/fifolog.log
+	mkdir states/sub.tfstate states/sublock.lock states/sublog.log
+	echo >states/plain
 	find outside -type f -exec md5sum {} + >before
-	for name in file dangling dir/x gone/x loop/x; do
-		ask GET "/$name"
-		[[ $STATUS =~ ^50[0-9]$ ]] || fail "GET $name: $STATUS"
-		hasnt answer side
-		ask LOCK "/$name" '{"ID":"me"}'
-		ask PUT "/$name?ID=me" '{"serial":1}'
-		ask UNLOCK "/$name" '{"ID":"me"}'
-		ask DELETE "/$name"
-	done
-	for name in held theirs; do
-		ask LOCK "/$name" '{"ID":"me"}'
-		[ "$STATUS" != 200 ] || fail "LOCK $name, whose lock is a link"
-		ask PUT "/$name" '{"serial":1}'
-		[ "$STATUS" != 200 ] || fail "PUT $name, whose lock is a link"
-		ask UNLOCK "/$name" '{"ID":"them"}'
-	done
-	for name in logged hist; do
-		ask PUT "/$name" '{"serial":1}'
-		ask PUT "/$name" '{"serial":2}'
-		ask GET "/-/log/$name"
-		ask GET "/-/versions/$name"
-	done
-	expect 200 GET /
-	hasnt answer 'side|them'
+	for name in file dangling dir/x gone/x loop/x fifo sub; do
+		printf "%s\n" "50. - GET /$name -	!side" "... - LOCK /$name info:me" \
+			"[45].. - PUT /$name?ID=me state:1" "... - UNLOCK /$name info:me" \
+			"... - GET /-/versions/$name -	!side" "[45].. - DELETE /$name -"
+	done | rows
+	for name in held theirs fifolock sublock; do
+		printf "%s\n" "[45].. - LOCK /$name info:me" "[45].. - PUT /$name state:1" \
+			"... - GET /$name/lock -	!them" "... - UNLOCK /$name info:them"
+	done | rows
+	for name in logged hist fifolog sublog; do
+		printf "%s\n" "... - PUT /$name state:1" "... - PUT /$name state:2" \
+			"... - GET /-/log/$name -	!side" "... - GET /-/versions/$name -	!side"
+	done | rows
+	rows <<'END'
+404|50. - GET /plain/x -
+[45].. - PUT /plain/x state:1
+200 - GET / -	!side|them
+200 - PUT /fine state:1
+END
 	find outside -type f -exec md5sum {} + | cmp - before
 	want "new files outside" "" "$(find outside -newer before -type f)"
-	expect 200 PUT /fine '{}'
-}
-
-# A FIFO, a directory, a socket where a file should be: nothing hangs, and
-# nothing is taken for "no state" or for "not locked".
-test_what_is_no_file_is_no_state_and_no_lock() {
-	grumbles
-	serve
-	local kind name
-	mkfifo states/fifo.tfstate states/fifo2.lock states/fifo3.log
-	mkdir states/dir.tfstate states/dir2.lock states/dir3.log
-	: >states/empty.tfstate
-	for name in fifo dir empty; do
-		expect 500 GET "/$name"
-		ask LOCK "/$name" '{"ID":"me"}'
-		ask PUT "/$name?ID=me" '{"serial":1}'
-		ask UNLOCK "/$name" '{"ID":"me"}'
-		ask GET "/-/versions/$name"
-		ask DELETE "/$name"
-	done
-	for kind in fifo dir; do
-		ask LOCK "/${kind}2" '{"ID":"me"}'
-		[ "$STATUS" != 200 ] || fail "LOCK, and the .lock is a $kind"
-		ask PUT "/${kind}2" '{"serial":1}'
-		[ "$STATUS" != 200 ] || fail "PUT, and the .lock is a $kind"
-		ask GET "/${kind}2/lock"
-		ask UNLOCK "/${kind}2" '{"ID":"me"}'
-		ask PUT "/${kind}3" '{"serial":1}'
-		ask GET "/-/log/${kind}3"
-	done
-	# A plain file in the place of a directory.
-	echo >states/plain
-	ask GET /plain/x
-	[[ $STATUS =~ ^(404|50[0-9])$ ]] || fail "GET below a file: $STATUS"
-	ask PUT /plain/x '{}'
-	[ "$STATUS" != 200 ] || fail "PUT below a file"
-	expect 200 GET / '' -H 'Accept: application/json'
-	expect 200 PUT /fine '{}'
-	expect 200 GET /fine
 }
 
 # ---- the pure parts: parser, chunks, JSON, names, digests ------------------
-#
-# A C program that includes the server's source. All input lies in blocks of
-# exactly its size, so that the sanitizers see a byte read too far.
 
-# with_source: C that includes the server, its main aside, and then stdin.
-with_source() {
-	printf '#define main statesrv_main\n#include "%s/statesrv.c"\n' "$here"
+# pure_source [FILE]: C that includes the server, its main aside, and lets each
+# of its pure parts say in words what it thinks of some bytes. These lie in
+# blocks of exactly their size, so that the sanitizers see one read too far.
+pure_source() {
+	printf '#define main statesrv_main\n#include "%s"\n' "${1-$here/statesrv.c}"
 	cat <<'END'
+#include <sys/mman.h>
 #undef main
 
-/* A copy in a block of its own that ends where the bytes do. */
 static char *
-exact(const void *data, size_t len)
+exact(const void *data, size_t n)
 {
-	char *copy = malloc(len);
+	char *copy = malloc(n);
 
-	if (len > 0)
-		memcpy(copy, data, len);
-	return copy;
-}
-END
-	cat
+	return n > 0 ? memcpy(copy, data, n) : copy;
 }
 
-units_source() {
-	with_source <<'END'
-
-static unsigned bad, checks;
-
-/* What failed, and on what bytes. */
+/* The byte where it is wrong, or "good" and ID, lineage, serial, and what it
+ * is, or which key is there twice. The same, whatever part of it is at hand,
+ * with the rest in a file. */
 static void
-must(bool ok, const char *what, const char *data, size_t len)
+say_json(const char *s, size_t n, char *out)
 {
-	checks++;
-	if (ok || bad++ >= 20)
-		return;
-	printf("%s: ", what);
-	for (; len > 0; len--, data++)
-		printf(*data >= ' ' && *data <= '~' ? "%c" : "\\x%02x",
-		    (unsigned char)*data);
-	printf("\n");
-}
-
-#define CASE(s) { s, sizeof(s) - 1 }
-struct bytes { const char *s; size_t n; };
-
-/* ---- JSON ---- */
-
-static void
-see_all(struct json *j, char what)
-{
-	lock_on(j, what);
-}
-
-static bool
-json_pieces(struct json *j, const char *s, size_t n, size_t cut, size_t step)
-{
-	size_t i, len;
-	char *piece;
-	bool ok = true;
-
-	for (i = 0; i < n && ok; i += len) {
-		len = i == 0 && cut > 0 ? cut : step;
-		len = len < n - i ? len : n - i;
-		piece = exact(s + i, len);
-		ok = json_feed(j, piece, len);
-		free(piece);
-	}
-	return json_done(j);
-}
-
-/* The same verdict, at the same byte, however the text is cut. */
-static void
-json_case(bool want, const char *s, size_t n)
-{
+	static struct json j, start;
 	static struct lock l;
-	struct json whole = { .on = see_all, .to = &l };
+	struct meta m;
+	char *block, said[2048];
+	int file = memfd_create("text", 0);
 	size_t cut;
 
-	must(json_pieces(&whole, s, n, 0, n + 1) == want,
-	    want ? "JSON refused" : "JSON taken", s, n);
-	for (cut = 0; cut < n; cut++) {
-		struct json j = { .on = see_all, .to = &l };
-
-		(void)json_pieces(&j, s, n, cut, cut == 0 ? 1 : n);
-		must(j.at == whole.at && j.why == whole.why,
-		    "JSON cut is another", s, n);
+	assert(pwrite(file, s, n, 0) == (ssize_t)n);
+	for (cut = n; cut <= n; cut = cut > 64 ? cut / 2 : cut - 1) {
+		block = exact(s, cut);
+		start = json_text(block, cut, NULL, 0);
+		start.fd = file;
+		start.pos = (off_t)cut;
+		start.max = (off_t)n;
+		memset(&l, 0, sizeof(l));
+		j = start;
+		if (!lock_info(&j, &l))
+			*l.id = '\0';
+		j = start;
+		if (meta_read(&j, &m))
+			sprintf(said, "good %s %s %llu %s.", l.id, m.lineage,
+			    (unsigned long long)(m.known ? m.serial : 0),
+			    m.doubled != NULL ? m.doubled : m.type == 's' ?
+			    "state" : m.type == 'l' ? "lock" : "");
+		else
+			sprintf(said, "at %llu: %s", (unsigned long long)j.at,
+			    j.why);
+		free(block);
+		assert(cut == n || strcmp(said, out) == 0);
+		strcpy(out, said);
 	}
+	(void)close(file);
 }
 
-/* As a value in an object, in an array, between spaces, as a first half. */
+/* Each prefix says "more", the whole its length; the spans lie in it. */
 static void
-json_values(bool want, const struct bytes *v)
+say_head(const char *s, size_t n, char *out)
 {
-	static const char *const around[] = { "{\"a\":%}", "{\"a\":[%]}",
-	    "{\"a\":[0,%,{}]}", "{\"a\" : % ,\"b\":0}\n", "{\"b\":{\"a\":%}}" };
-	char doc[4096];
-	size_t i, n, before;
+	struct head h, g;
+	size_t seen = 0, i;
+	int whole = http_parse(s, n, &seen, &h), part = 0;
+	char *grown;
 
-	for (; v->s != NULL; v++)
-		for (i = 0; i < sizeof(around) / sizeof(*around); i++) {
-			before = strcspn(around[i], "%");
-			n = strlen(around[i]) - before - 1;
-			memcpy(doc, around[i], before);
-			memcpy(doc + before, v->s, v->n);
-			memcpy(doc + before + v->n, around[i] + before + 1, n);
-			json_case(want, doc, before + v->n + n);
-		}
-}
-
-static const struct bytes json_good_values[] = {
-	CASE("0"), CASE("-0"), CASE("1"), CASE("-1"), CASE("10"), CASE("-123"),
-	CASE("0e+1"), CASE("0e1"), CASE("0E0"), CASE("1E22"), CASE("1E-2"),
-	CASE("1E+2"), CASE("123e45"), CASE("123.456e78"), CASE("123.456789"),
-	CASE("20e1"), CASE("1.0"), CASE("-1.5"), CASE("0.1"), CASE("1.10"),
-	CASE("-0.000000000000000000000000000000000000000000000000000000001"),
-	CASE("12345678901234567890"), CASE("123123e100000"), CASE("-1e+9999"),
-	CASE("0.4e00669999999999999999999999999999999999999999999999999999999"),
-	CASE("true"), CASE("false"), CASE("null"), CASE("[]"), CASE("{}"),
-	CASE("[[]]"), CASE("[{}]"), CASE("{\"\":0}"), CASE("[ ]"), CASE("{ }"),
-	CASE("[1\n]"), CASE(" [1]"), CASE("[1,null,null,null,2]"),
-	CASE("[1, 2 , 3]"), CASE("{\"a\":1,\"a\":1}"),
-	CASE("{\"x\":[{\"id\":\"x\"}], \"id\":\"y\"}"),
-	CASE("{\"min\": -1.0e+28, \"max\": 1.0e+28}"),
-	CASE("\"\""), CASE("\" \""), CASE("\"asd\""), CASE("\"a/*b*/c\""),
-	CASE("\"\\\"\\\\\\/\\b\\f\\n\\r\\t\""), CASE("\"\\\\\\\\\\\"\""),
-	CASE("\"\\u0060\\u012a\\u12AB\""), CASE("\"\\u0000\""),
-	CASE("\"\\u0022\""), CASE("\"\\u005C\""), CASE("\"\\uFFFF\""),
-	CASE("\"\\uD801\\udc37\""), CASE("\"\\ud83d\\ude39\\ud83d\\udc8d\""),
-	CASE("\"\\uDBFF\\uDFFE\""), CASE("\"\\u200B\\u2064\\uFDD0\\uFFFE\""),
-	CASE("\"\\uA66D\""), CASE("\"\\u0821\""), CASE("\"\\\\u0000\""),
-	CASE("\"\\\\a\""), CASE("\"\\\\n\""), CASE("\"new\\u000Aline\""),
-	CASE("\"\x7f\""), CASE("\"\xc2\x80\""), CASE("\"\xdf\xbf\""),
-	CASE("\"\xe0\xa0\x80\""), CASE("\"\xe2\x80\xa8\xe2\x80\xa9\""),
-	CASE("\"\xed\x9f\xbf\xee\x80\x80\""), CASE("\"\xef\xbf\xbf\""),
-	CASE("\"\xef\xbb\xbf\""), CASE("\"\xf0\x90\x80\x80\""),
-	CASE("\"\xf4\x8f\xbf\xbf\""), CASE("\"\xf0\x9f\x94\x92 \xcf\x80\""),
-	/* Half a pair is grammar all the same (RFC 8259, 8.2). */
-	CASE("\"\\uDADA\""), CASE("\"\\uD888\\u1234\""), CASE("\"\\uDd1ea\""),
-	CASE("\"\\uD800\\n\""), CASE("\"\\uD800\\uD800\\uDC00\""),
-	CASE("\"\\uDFAA\""), CASE("\"\\uD800abc\""),
-	{ NULL, 0 }
-};
-
-static const struct bytes json_bad_values[] = {
-	/* numbers */
-	CASE("-"), CASE("+1"), CASE("++1"), CASE("+Inf"), CASE("-01"),
-	CASE("-1.0."), CASE("-2."), CASE(".-1"), CASE(".2e-3"), CASE("0.1.2"),
-	CASE("0.3e"), CASE("0.3e+"), CASE("0.e1"), CASE("0e"), CASE("0e+"),
-	CASE("0E"), CASE("0E+"), CASE("1.0e"), CASE("1.0e+"), CASE("1.0e-"),
-	CASE("1eE2"), CASE("1 000.0"), CASE("2.e+3"), CASE("2.e-3"),
-	CASE("2.e3"), CASE("9.e+"), CASE("1+2"), CASE("0x1"), CASE("0x42"),
-	CASE("Inf"), CASE("Infinity"), CASE("-Infinity"), CASE("-foo"),
-	CASE("- 1"), CASE("-012"), CASE("012"), CASE("00"), CASE("-.123"),
-	CASE("1ea"), CASE("1."), CASE(".123"), CASE("1.2a-3"), CASE("-1x"),
-	CASE("1.8011670033376514H-308"), CASE("NaN"), CASE("-NaN"),
-	CASE("123\xe5"), CASE("1e1\xe5"), CASE("0\xe5"), CASE("1_0"),
-	CASE("1e1.5"), CASE("1/2"), CASE("\xef\xbc\x91"), CASE("1\x00"),
-	/* words */
-	CASE("tru"), CASE("fals"), CASE("nul"), CASE("True"), CASE("NULL"),
-	CASE("truee"), CASE("nulll"), CASE("true false"), CASE("undefined"),
-	CASE("t"), CASE("a\xe5"), CASE("*"), CASE("truth"), CASE("n"),
-	/* strings */
-	CASE("\""), CASE("\"\"\""), CASE("\"a"), CASE("\"\\\""), CASE("'a'"),
-	CASE("abc"), CASE("\"x\" 1"), CASE("\"a\nb\""), CASE("\"\t\""),
-	CASE("\"\x1f\""), CASE("\"a\x00" "a\""), CASE("\"\\x00\""),
-	CASE("\"\\a\""), CASE("\"\\'\""), CASE("\"\\0\""), CASE("\"\\ \""),
-	CASE("\"\\\t\""), CASE("\"\\\x00\""), CASE("\"\\\n\""),
-	CASE("\"\\u\""), CASE("\"\\u0\""), CASE("\"\\u00\""),
-	CASE("\"\\u00A\""), CASE("\"\\uqqqq\""), CASE("\"\\u00g0\""),
-	CASE("\"\\U0041\""), CASE("\"\\u 041\""), CASE("\"\\u+041\""),
-	CASE("\"\\uD834\\uDd\""), CASE("\"\\uD800\\u\""),
-	CASE("\"\\uD800\\u1\""), CASE("\"\\uD800\\u1x\""),
-	CASE("\"\\uD800\\\""), CASE("\"\\{[\\\""), CASE("\"\\\\\\\""),
-	CASE("\\u0020\"a\""), CASE("\"a\"b\""), CASE("\xe2\x80\x9c" "a\""),
-	/* UTF-8 (RFC 3629) */
-	CASE("\"\xff\""), CASE("\"\xe5\""), CASE("\"\x81\""), CASE("\"\x80\""),
-	CASE("\"\xc0\xaf\""), CASE("\"\xc1\xbf\""), CASE("\"\xc3\""),
-	CASE("\"\xc3(\""), CASE("\"\xe0\xff\""), CASE("\"\xe0\x80\xaf\""),
-	CASE("\"\xe0\x9f\xbf\""), CASE("\"\xe2\x82\""), CASE("\"\xe2(\xac\""),
-	CASE("\"\xed\xa0\x80\""), CASE("\"\xed\xbf\xbf\""),
-	CASE("\"\xf0\x80\x80\xaf\""), CASE("\"\xf0\x8f\xbf\xbf\""),
-	CASE("\"\xf0\x9f\x98\""), CASE("\"\xf0\x9f(\x80\""),
-	CASE("\"\xf4\x90\x80\x80\""), CASE("\"\xf4\xbf\xbf\xbf\""),
-	CASE("\"\xf5\x80\x80\x80\""), CASE("\"\xf8\x88\x80\x80\x80\""),
-	CASE("\"\xfc\x83\xbf\xbf\xbf\xbf\""), CASE("\"\\\xe5\""),
-	CASE("\"\\u\xe5\""), CASE("\"\\\xf0\x9f\x8c\x80\""),
-	/* arrays */
-	CASE("["), CASE("]"), CASE("[1"), CASE("[1,"), CASE("[1,]"),
-	CASE("[1,,]"), CASE("[1,,2]"), CASE("[,1]"), CASE("[,]"), CASE("[1 2]"),
-	CASE("[1:2]"), CASE("[1]]"), CASE("[[1]"), CASE("[3[4]]"),
-	CASE("[1}"), CASE("[x"), CASE("[\"\": 1]"), CASE("[*]"), CASE("[-]"),
-	CASE("[\"\",]"), CASE("[1\n,1\n,1"), CASE("[\"a\",\n4\n,1,"),
-	CASE("[{]"), CASE("[{}"), CASE("[\x0c]"), CASE("[\xe2\x81\xa0]"),
-	CASE("[<null>]"), CASE("[\\n]"), CASE("['"), CASE("[\"a\"x"),
-	CASE("[1,\n1\n,1,]"), CASE("[\"a\\f\"]]"), CASE("[\v\"a\"]"),
-	/* objects */
-	CASE("{"), CASE("}"), CASE("{]"), CASE("{[: \"x\"}"), CASE("{\"x\"}"),
-	CASE("{\"x\", null}"), CASE("{\"x\"::1}"), CASE("{\"a\" b}"),
-	CASE("{\"a\":"), CASE("{:1}"), CASE("{1:1}"), CASE("{null:null}"),
-	CASE("{9999E9999:1}"), CASE("{'a':0}"), CASE("{a:1}"),
-	CASE("{\"a\":0,}"), CASE("{\"a\":0,,}"), CASE("{,\"a\":0}"),
-	CASE("{\"a\":1,,\"b\":2}"), CASE("{\"a\":1 \"b\":2}"),
-	CASE("{\"a\":1;\"b\":2}"), CASE("{\"a\":1:2}"), CASE("{\"a\" 1}"),
-	CASE("{\"a\":\"b\"/**/}"), CASE("{\"a\":\"b\"}//"), CASE("{\"a\":a}"),
-	CASE("{\"a\":\"a"), CASE("{\"a\""), CASE("{\"a"), CASE("{\"a\":1]"),
-	CASE("{\"\\uD800\\\":1}"), CASE("{\"\xe5\":1}"), CASE("{[]:1}"),
-	CASE("{\"a\":{\"b\":1}"), CASE("{ \"a\" : \"b\" } #"), CASE("{*}"),
-	CASE("{\xf0\x9f\x87\xa8}"), CASE("{{}}"), CASE("{\"a\"}:1"),
-	/* nothing, and what is no white space */
-	CASE("/**/0"), CASE("\xc2\xa0" "0"),
-	CASE("\xef\xbb\xbf" "0"), CASE("\x0b" "0"), CASE("0\x0c"),
-	CASE("0\xe2\x80\xa8"), CASE("\x00" "0"), CASE("#0"),
-	{ NULL, 0 }
-};
-
-/* Whole texts: an object, and nothing else. */
-static const struct bytes json_good_texts[] = {
-	CASE("{}"), CASE(" {}"), CASE("{} "), CASE("\r\n\t {}\r\n\t "),
-	CASE("{\"a\":0}"), CASE("{ \"a\"\n:\r0\t}"), { NULL, 0 }
-};
-
-static const struct bytes json_bad_texts[] = {
-	CASE("{\"a\":}"), CASE("{\"a\": }"), CASE("{\"a\":[0,]}"),
-	CASE(""), CASE(" "), CASE("\n"), CASE("[]"), CASE("[{}]"), CASE("0"),
-	CASE("\"{}\""), CASE("null"), CASE("true"), CASE("{"), CASE("}"),
-	CASE("{}}"), CASE("{}{}"), CASE("{} {}"), CASE("{},{}"), CASE("{}0"),
-	CASE("{}#"), CASE("{}//"), CASE("{};"), CASE("{}\x00"), CASE("\x00{}"),
-	CASE("{\x00}"), CASE("\xef\xbb\xbf{}"), CASE("\xef\xbb{}"),
-	CASE("\xff\xfe{\x00}\x00"), CASE("\xfe\xff\x00{\x00}"),
-	CASE("{\x00}\x00"), CASE("\x0c{}"), CASE("{}\x0b"), CASE("(){}"),
-	CASE("5985\r\n{"), CASE("<html></html>"), CASE("a: b"), { NULL, 0 }
-};
-
-static void
-json_depth(void)
-{
-	static const char *const open[] = { "[", "{\"a\":" };
-	char *text = malloc(100000), close[2];
-	size_t i, n, depth;
-
-	for (i = 0; i < 2; i++)
-		for (depth = 1; depth <= 10001; depth *= 10) {
-			close[i] = i == 0 ? ']' : '}';
-			n = (size_t)sprintf(text, "{\"a\":");
-			for (size_t d = 1; d < depth; d++)
-				n += (size_t)sprintf(text + n, "%s", open[i]);
-			n += (size_t)sprintf(text + n, "%s", i ? "{}" : "[]");
-			for (size_t d = 1; d < depth; d++)
-				text[n++] = close[i];
-			text[n++] = '}';
-			struct json j = { 0 };
-			must(json_pieces(&j, text, n, 0, n) ==
-			    (depth < JSON_DEPTH - 2), "depth", text, 9);
-		}
-	free(text);
-}
-
-/* Every byte in a string, and at every distance from its ends: strings are
- * read by eight bytes at a time. */
-static void
-json_bytes(void)
-{
-	char doc[64];
-	size_t at, len, n;
-	int b;
-
-	for (b = 0; b < 256; b++)
-		for (len = 1; len < 20; len++)
-			for (at = 0; at < len; at++) {
-				n = (size_t)sprintf(doc, "{\"");
-				memset(doc + n, 'x', len);
-				doc[n + at] = (char)b;
-				n += len;
-				n += (size_t)sprintf(doc + n, "\":0}");
-				struct json j = { 0 };
-				must(json_pieces(&j, doc, n, 0, n) ==
-				    (b >= 0x20 && b < 0x80 && b != '"' &&
-				    b != '\\'), "byte in a string", doc, n);
-			}
-}
-
-/* What is found in a text, wherever it stands and however it is cut. */
-static void
-json_finds(void)
-{
-	static const struct {
-		const char *text, *id, *lineage;
-		bool known;
-		uint64_t serial;
-	} cases[] = {
-		{ "{\"serial\":7,\"lineage\":\"x\"}", "", "x", true, 7 },
-		{ "{\"lineage\":\"x\",\"serial\":7}", "", "x", true, 7 },
-		{ "{ \"serial\" :\n7 , \"ID\" : \"i\" }", "i", "", true, 7 },
-		{ "{\"serial\":0}", "", "", true, 0 },
-		{ "{\"serial\":18446744073709551615}", "", "", true,
-		    18446744073709551615u },
-		{ "{\"serial\":18446744073709551616}", "", "", false, 0 },
-		{ "{\"serial\":-1}", "", "", false, 0 },
-		{ "{\"serial\":1.5}", "", "", false, 0 },
-		{ "{\"serial\":\"7\"}", "", "", false, 0 },
-		{ "{\"serial\":null,\"lineage\":null}", "", "", false, 0 },
-		{ "{\"serial\":[7],\"lineage\":[\"x\"]}", "", "", false, 0 },
-		{ "{\"a\":{\"serial\":7,\"ID\":\"i\"}}", "", "", false, 0 },
-		{ "{\"a\":[{\"serial\":7}],\"serial\":8}", "", "", true, 8 },
-		{ "{\"a\":{\"ID\":\"no\"},\"ID\":\"i\"}", "i", "", false, 0 },
-		{ "{\"a\":\"ID\",\"b\":\"serial\"}", "", "", false, 0 },
-		{ "{\"ID\":\"a\\u0062\\n\\\"\"}", "ab\n\"", "", false, 0 },
-		{ "{\"ID\":\"\\ud83d\\ude39\"}", "\xf0\x9f\x98\xb9", "", false, 0 },
-		{ "{\"\\u0049D\":\"i\"}", "i", "", false, 0 },
-		{ "{\"ID\":\"\"}", "", "", false, 0 },
-		{ "{\"ID\":1}", "", "", false, 0 },
-		{ "{\"ID\":\"a\\u0000b\"}", "", "", false, 0 },
-		{ "{\"IDx\":\"i\",\"xID\":\"i\"}", "", "", false, 0 },
-	};
-	const char *text;
-	size_t i, cut, n;
-
-	for (i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-		text = cases[i].text;
-		n = strlen(text);
-		for (cut = 0; cut < n; cut++) {
-			struct lock l = { .held = false };
-			struct meta m = { .known = false };
-			struct json j = { .on = lock_on, .to = &l };
-			struct json k = { .on = meta_on, .to = &m };
-
-			must(json_pieces(&j, text, n, cut, cut ? n : 1) &&
-			    strcmp(l.id, cases[i].id) == 0, "ID", text, n);
-			must(json_pieces(&k, text, n, cut, cut ? n : 1) &&
-			    m.known == cases[i].known &&
-			    (!m.known || m.serial == cases[i].serial) &&
-			    strcmp(m.lineage, cases[i].lineage) == 0,
-			    "serial or lineage", text, n);
-		}
+	assert(whole <= (int)n && (whole >= 0 || whole <= -400));
+	assert(whole <= 0 || h.host.len == 0 || (h.host.ptr >= s &&
+	    h.host.ptr + h.host.len <= s + n));
+	assert(whole <= 0 || (h.length >= -1 && !(h.chunked && h.length != -1) &&
+	    memcmp(s + whole - 4, "\r\n\r\n", 4) == 0));
+	for (seen = 0, i = 1; i <= n && part == 0; i++) {
+		grown = exact(s, i);
+		part = http_parse(grown, i, &seen, &g);
+		free(grown);
 	}
+	/* With a limit in its way it may be refused for another reason. */
+	assert((part > 0) == (whole > 0) && (part <= 0 || part == whole));
+	sprintf(out, "%d", whole > 0 && whole == (int)n ? 200 : -whole);
 }
 
 static void
-table_json(void)
+say_chunk(const char *s, size_t n, char *out)
 {
-	const struct bytes *t;
+	uint64_t size = 0;
+	int status = chunk_size((struct span){ s, n }, &size);
 
-	json_values(true, json_good_values);
-	json_values(false, json_bad_values);
-	for (t = json_good_texts; t->s != NULL; t++)
-		json_case(true, t->s, t->n);
-	for (t = json_bad_texts; t->s != NULL; t++)
-		json_case(false, t->s, t->n);
-	json_depth();
-	json_bytes();
-	json_finds();
+	assert(status == 0 || status == -400 || status == -413);
+	sprintf(out, "%lld", status != 0 ? -status : (long long)size);
 }
 
-/* ---- heads ---- */
-
-/* Its answer to the first n bytes of a text in a block of just that size. */
-static int
-parse(const char *s, size_t n, struct head *h)
-{
-	size_t seen = 0;
-	char *copy = exact(s, n);
-	int status = http_parse(copy, n, &seen, h);
-
-	free(copy);
-	return status;
-}
-
-/* Each prefix says "more", the whole its length, whatever follows; bytes that
- * come one by one are the same. want < 0: minus a status, in the end. */
+/* A letter for the kind, and a name that is safe to open. */
 static void
-parse_case(int want, const char *s, size_t n)
+say_route(const char *s, size_t n, char *out)
 {
-	char *longer = malloc(n + 8), *grown = malloc(HEAD_MAX + 9);
-	size_t i, seen = 0;
-	struct head h;
-	int status = 0;
-
-	memcpy(longer, s, n);
-	memcpy(longer + n, "GET / HT", 8);
-	must(parse(s, n, &h) == want, "head", s, n);
-	if (want > 0)
-		must(parse(longer, n + 8, &h) == want, "head and more", s, n);
-	for (i = 1; i < n && n < 1000; i++) {
-		status = parse(s, i, &h);
-		must(status == 0 || (want < 0 && status < 0), "prefix", s, i);
-	}
-	for (i = 1; i <= n && n < 1000 && status == 0; i++) {
-		memcpy(grown, s, i);
-		status = http_parse(grown, i, &seen, &h);
-	}
-	must(n >= 1000 || status == want, "byte by byte", s, n);
-	free(longer);
-	free(grown);
-}
-
-#define HOST "Host: localhost\r\n"
-
-static void
-table_heads(void)
-{
-	static const struct bytes good[] = {
-		CASE("GET / HTTP/1.1\r\n" HOST "\r\n"),
-		CASE("GET / HTTP/1.0\r\n\r\n"),
-		CASE("LOCK /a/b?ID=c HTTP/1.1\r\nHost:[::1]:1\r\nA:\r\nB: \t\r\n\r\n"),
-		CASE("OPTIONS * HTTP/1.1\r\n" HOST "\r\n"),
-		CASE("GET http://a.b/c HTTP/1.1\r\n" HOST "\r\n"),
-		CASE("PUT / HTTP/1.1\r\n" HOST "Content-Length: 9223372036854775807\r\n\r\n"),
-		CASE("PUT / HTTP/1.1\r\n" HOST "Transfer-Encoding: chunked\r\n\r\n"),
-	};
-	static const struct { int status; struct bytes b; } wrong[] = {
-		{ -400, CASE("GET / HTTP/1.1\n" HOST "\r\n") },
-		{ -400, CASE("\nGET / HTTP/1.1\r\n" HOST "\r\n") },
-		{ -400, CASE(" GET / HTTP/1.1\r\n" HOST "\r\n") },
-		{ -400, CASE("GET / HTTP/1.1\r\n" HOST "A: b\r\n c\r\n\r\n") },
-		{ -400, CASE("GET / HTTP/1.1\r\n\r\n") },
-		{ -400, CASE("\r\n\r\n") },
-		{ -400, CASE("GET\r\n\r\n") },
-		{ -400, CASE("G\r\n\r\n") },
-		{ -505, CASE("GET / HTTP/2.0\r\n" HOST "\r\n") },
-		{ -501, CASE("get / HTTP/1.1\r\n" HOST "\r\n") },
-		{ -417, CASE("GET / HTTP/1.1\r\n" HOST "Expect: x\r\n\r\n") },
-		{ -400, CASE("GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n") },
-	};
-	static char big[HEAD_MAX + 64];
-	struct head h;
-	size_t i, n;
-	int b;
-
-	for (i = 0; i < sizeof(good) / sizeof(*good); i++)
-		parse_case((int)good[i].n, good[i].s, good[i].n);
-	for (i = 0; i < sizeof(wrong) / sizeof(*wrong); i++)
-		parse_case(wrong[i].status, wrong[i].b.s, wrong[i].b.n);
-	/* Every byte in every place: method, target, name, value. */
-	for (b = 0; b < 256; b++) {
-		bool token = b != 0 && strchr("!#$%&'*+-.^_`|~0123456789abcdef"
-		    "ghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", b) != NULL;
-
-		n = (size_t)sprintf(big, "G%cT / HTTP/1.1\r\n" HOST "\r\n", b);
-		must(parse(big, n, &h) == (b == 'E' ? (int)n :
-		    token ? -501 : -400), "method", big, n);
-		n = (size_t)sprintf(big, "GET /%c HTTP/1.1\r\n" HOST "\r\n", b);
-		must((parse(big, n, &h) == (int)n) ==
-		    (b > 0x20 && b < 0x7f && b != '#'), "target", big, n);
-		n = (size_t)sprintf(big, "GET / HTTP/1.1\r\n" HOST "A%cB: c\r\n\r\n",
-		    b);
-		must((parse(big, n, &h) == (int)n) == (token || b == ':'),
-		    "field name", big, n);
-		n = (size_t)sprintf(big, "GET / HTTP/1.1\r\n" HOST "A: b%cc\r\n\r\n",
-		    b);
-		must((parse(big, n, &h) == (int)n) ==
-		    (b == '\t' || (b >= ' ' && b != 0x7f)), "value", big, n);
-	}
-	/* The bounds, to the byte. */
-	for (i = HEAD_MAX - 1; i <= HEAD_MAX + 1; i++) {
-		n = (size_t)sprintf(big, "GET / HTTP/1.1\r\n" HOST "A: ");
-		memset(big + n, 'b', i - n);
-		memcpy(big + i - 4, "\r\n\r\n", 4);
-		must(parse(big, i, &h) == (i <= HEAD_MAX ? (int)i : -431),
-		    "length of the head", big, 20);
-	}
-	for (i = TARGET_MAX - 1; i <= TARGET_MAX + 1; i++) {
-		n = (size_t)sprintf(big, "GET /");
-		memset(big + n, 'b', i - 1);
-		n += i - 1;
-		n += (size_t)sprintf(big + n, " HTTP/1.1\r\n" HOST "\r\n");
-		must(parse(big, n, &h) == (i <= TARGET_MAX ? (int)n : -414),
-		    "length of the target", big, 20);
-	}
-	for (i = FIELDS_MAX - 1; i <= FIELDS_MAX + 1; i++) {
-		n = (size_t)sprintf(big, "GET / HTTP/1.1\r\n" HOST);
-		for (size_t f = 1; f < i; f++)
-			n += (size_t)sprintf(big + n, "A: b\r\n");
-		n += (size_t)sprintf(big + n, "\r\n");
-		must(parse(big, n, &h) == (i <= FIELDS_MAX ? (int)n : -431),
-		    "number of fields", big, 20);
-	}
-	/* Lengths around 2^63 and 2^64 are huge, never small or negative. */
-	for (i = 0; i < 20; i++) {
-		n = (size_t)sprintf(big, "PUT / HTTP/1.1\r\n" HOST
-		    "Content-Length: %s%zu\r\n\r\n", i < 10 ?
-		    "922337203685477580" : "1844674407370955161", i % 10);
-		b = parse(big, n, &h);
-		must(b == -400 || b == -413 || (b == (int)n &&
-		    h.length >= INT64_MAX / 1000), "huge length", big, n);
-	}
-}
-
-/* ---- chunks ---- */
-
-/* Decodes with the input cut at cut and out filled cap bytes at a time; the
- * data is appended to *data. A status, or 0; *used is what was taken. */
-static int
-decode(const char *s, size_t n, size_t cut, size_t cap, char *data,
-    size_t *len, size_t *used)
-{
-	struct chunks c = { .room = UINT64_MAX };
-	size_t end = cut > 0 ? cut : n, took, got;
-	char *in, *out;
-	int status = 0;
-
-	*used = *len = 0;
-	while (status == 0 && c.state != CH_DONE && *used < n) {
-		in = exact(s + *used, end - *used);
-		out = malloc(cap);
-		got = 0;
-		status = chunk_decode(&c, (struct span){ in, end - *used },
-		    &took, out, &got, cap);
-		memcpy(data + *len, out, got);
-		*len += got;
-		*used += took;
-		free(in);
-		free(out);
-		if (*used == end)
-			end = cut == 0 ? n : *used < n ? end + 1 : n;
-		else if (took == 0 && got == 0 && status == 0)
-			return 1;	/* it would never end */
-	}
-	return c.state == CH_DONE || status != 0 ? status : 2;
-}
-
-static void
-table_chunks(void)
-{
-	static const struct { int status; struct bytes in, out; } cases[] = {
-		{ 0, CASE("0\r\n\r\n"), CASE("") },
-		{ 0, CASE("3\r\nabc\r\n0\r\n\r\n"), CASE("abc") },
-		{ 0, CASE("03\r\nabc\r\n2\r\nde\r\n000\r\n\r\n"), CASE("abcde") },
-		{ 0, CASE("a\r\n0123456789\r\n0\r\n\r\n"), CASE("0123456789") },
-		{ 0, CASE("A\r\n0\r\n\r\n56789\r\n0\r\n\r\n"), CASE("0\r\n\r\n56789") },
-		{ 0, CASE("1;a\r\nx\r\n1;b=c;d=\"\\\"\r\n;\"\r\ny\r\n0\r\n\r\n"), CASE("") },
-		{ 0, CASE("1;a=\"\\\"q\\\\\";b\r\nx\r\n0;e\r\n\r\n"), CASE("x") },
-		{ 0, CASE("1\r\nx\r\n0\r\nA: b\r\nC:\r\n\r\n"), CASE("x") },
-		{ 2, CASE("3\r\nabc\r\n0\r\n"), CASE("abc") },
-		{ 2, CASE("3\r\nab"), CASE("ab") },
-		{ 2, CASE("3"), CASE("") },
-		{ -400, CASE("3\r\nabc0\r\n\r\n"), CASE("abc") },
-		{ -400, CASE("3\r\nabc\n0\r\n\r\n"), CASE("abc") },
-		{ -400, CASE("3\nabc\r\n0\r\n\r\n"), CASE("") },
-		{ -400, CASE("0\r\nA : b\r\n\r\n"), CASE("") },
-		{ -400, CASE("\r\n"), CASE("") },
-		{ -400, CASE("x\r\n"), CASE("") },
-	};
-	static char data[4096];
-	size_t i, cut, cap, len, used, n;
-	struct bytes in;
-	int b, status;
-
-	for (i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-		in = cases[i].in;
-		for (cut = 0; cut <= in.n; cut++)
-			for (cap = 1; cap < 16; cap++) {
-				status = decode(in.s, in.n, cut, cap, data,
-				    &len, &used);
-				if (i == 5) {	/* CR LF in quotes: no */
-					must(status == -400, "quoted CR LF",
-					    in.s, in.n);
-					continue;
-				}
-				must(status == cases[i].status &&
-				    len == cases[i].out.n && memcmp(data,
-				    cases[i].out.s, len) == 0, "chunks",
-				    in.s, in.n);
-				must(status != 0 || used == in.n,
-				    "end of the chunks", in.s, in.n);
-			}
-		/* What follows is the next request's. */
-		n = in.n;
-		memcpy(data + 2048, in.s, n);
-		memcpy(data + 2048 + n, "GET /", 5);
-		if (cases[i].status == 0 && i != 5)
-			must(decode(data + 2048, n + 5, 0, 64, data, &len,
-			    &used) == 0 && used == n, "what follows", in.s, n);
-	}
-	/* Every byte in every place. */
-	for (b = 0; b < 256; b++) {
-		bool digit = b != 0 &&
-		    strchr("0123456789abcdefABCDEF", b) != NULL;
-
-		n = (size_t)sprintf(data + 2048, "0%cb\r\n", b);
-		status = decode(data + 2048, n, 0, 64, data, &len, &used);
-		must((status >= 0) == (digit || b == ';'), "size",
-		    data + 2048, n);
-		n = (size_t)sprintf(data + 2048, "1;a%cb\r\n", b);
-		status = decode(data + 2048, n, 0, 64, data, &len, &used);
-		must((status >= 0) == (b == '\t' || (b >= ' ' && b != 0x7f &&
-		    b != '"')), "extension", data + 2048, n);
-		n = (size_t)sprintf(data + 2048, "0\r\nA: b%cc\r\n\r\n", b);
-		status = decode(data + 2048, n, 0, 64, data, &len, &used);
-		must((status == 0) == (b == '\t' || (b >= ' ' && b != 0x7f)),
-		    "trailer", data + 2048, n);
-	}
-	/* Lines that never end, and sizes that do not fit. */
-	n = CHUNK_LINE_MAX + 2;
-	for (i = 0; i < 3; i++) {
-		char *flood = malloc(2 * HEAD_MAX);
-
-		memset(flood, i == 2 ? 'a' : i == 1 ? '0' : 'f', 2 * HEAD_MAX);
-		if (i == 2)
-			memcpy(flood, "0\r\n", 3);
-		status = decode(flood, 2 * HEAD_MAX, 0, 64, data, &len, &used);
-		must(status < 0, "flood", flood, 16);
-		free(flood);
-	}
-}
-
-/* ---- names ---- */
-
-/* RFC 3629, written down once more, in another way. */
-static bool
-utf8_valid(const unsigned char *p, size_t n)
-{
-	static const uint32_t least[] = { 0, 0, 0x80, 0x800, 0x10000 };
-	uint32_t c;
-	size_t len, i;
-
-	for (; n > 0; p += len, n -= len) {
-		len = *p < 0x80 ? 1 : *p >= 0xf8 ? 0 : *p >= 0xf0 ? 4 :
-		    *p >= 0xe0 ? 3 : *p >= 0xc0 ? 2 : 0;
-		if (len == 0 || len > n)
-			return false;
-		c = len == 1 ? *p : *p & (0xffu >> (len + 1));
-		for (i = 1; i < len; i++) {
-			if ((p[i] & 0xc0) != 0x80)
-				return false;
-			c = c << 6 | (p[i] & 0x3f);
-		}
-		if (c < least[len] || c > 0x10ffff ||
-		    (c >= 0xd800 && c <= 0xdfff) || c < 0x20 ||
-		    (c >= 0x7f && c < 0xa0))
-			return false;	/* control characters, too */
-	}
-	return true;
-}
-
-/* Where a target leads: its kind, and the name in *r; -1, it is refused. */
-static int
-route(const char *target, size_t n, struct request *r)
-{
-	char *copy = exact(target, n);
-	bool found;
-	const char *wrong;
-
-	memset(r, 0, sizeof(*r));
-	wrong = name_route((struct span){ copy, n }, r, &found);
-	free(copy);
-	return wrong != NULL ? -1 : found ? (int)r->kind : -2;
-}
-
-static void
-table_names(void)
-{
-	static const struct { const char *target; int kind; const char *name; }
-	cases[] = {
-		{ "/", K_ROOT, NULL }, { "*", K_STAR, NULL },
-		{ "/a", K_STATE, "a" }, { "/a/b", K_STATE, "a/b" },
-		{ "/a%2fb", K_STATE, "a/b" }, { "/a.tfstate", K_STATE, "a" },
-		{ "/%61%2Etfstate", K_STATE, "a" }, { "/a+b", K_STATE, "a+b" },
-		{ "/a/lock", K_LOCK, "a" }, { "/a/b/lock", K_LOCK, "a/b" },
-		{ "/a%2flock", K_LOCK, "a" }, { "/a.tfstate/lock", K_LOCK, "a" },
-		{ "/lock/a", K_STATE, "lock/a" }, { "/a/locks", K_STATE, "a/locks" },
-		{ "/terraform_state/a/b", K_STATE, "a/b" },
-		{ "/terraform_lock/a/b", K_LOCK, "a/b" },
-		{ "/api/v4/projects/4/terraform/state/p/lock", K_LOCK,
-		    "api/v4/projects/4/terraform/state/p" },
-		{ "/-/versions/a/b", K_VERSIONS, "a/b" },
-		{ "/-/versions/a/20260102T030405.006Z-7", K_VERSION, "a" },
-		{ "/-/versions/a/20260102T030405.006Z-7.tfstate", K_VERSION, "a" },
-		{ "/-/versions/a/20260102T030405.006Z-", K_VERSIONS,
-		    "a/20260102T030405.006Z-" },
-		{ "/-/log/a/b", K_LOG, "a/b" }, { "/-/changes/a", K_CHANGES, "a" },
-		{ "/-/healthy", K_HEALTHY, NULL }, { "/-/ready", K_READY, NULL },
-		{ "/-/metrics", K_METRICS, NULL },
-		{ "/-/none", -2, NULL }, { "/-/versions", -2, NULL },
-		{ "/-", -1, NULL }, { "//", -1, NULL }, { "/a/", -1, NULL },
-		{ "/a/lock/lock", -1, NULL }, { "/lock", -1, NULL },
-		{ "/terraform_lock/lock", -1, NULL }, { "/..", -1, NULL },
-		{ "/-/log/..", -1, NULL }, { "/-/log/", -1, NULL },
-		{ "/-/versions/20260102T030405.006Z-7", K_VERSIONS,
-		    "20260102T030405.006Z-7" },
-		{ "/a%", -1, NULL }, { "/a%2", -1, NULL }, { "/a%2g", -1, NULL },
-		{ "/a%00", -1, NULL }, { "/a%00b/c", -1, NULL },
-	};
+	static const char kinds[] = { [K_STAR] = '*', [K_ROOT] = '/',
+	    [K_STATE] = 's', [K_LOCK] = 'l', [K_VERSIONS] = 'v', [K_VERSION] = 'e',
+	    [K_LOG] = 'g', [K_HEALTHY] = 'h', [K_READY] = 'r', [K_METRICS] = 'm' };
 	static struct request r;
-	char target[16384];
-	unsigned char raw[4];
-	size_t i, n;
-	int a, b, kind;
+	bool found;
 
-	for (i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-		n = strlen(cases[i].target);
-		kind = route(cases[i].target, n, &r);
-		must(kind == cases[i].kind, "route", cases[i].target, n);
-		must(cases[i].name == NULL || strcmp(r.name, cases[i].name) == 0,
-		    "name", cases[i].target, n);
-	}
-	/* Every pair of bytes, escaped: UTF-8, and no control characters. */
-	for (a = 0; a < 256; a++)
-		for (b = 0; b < 256; b++) {
-			raw[0] = 'x';
-			raw[1] = (unsigned char)a;
-			raw[2] = (unsigned char)b;
-			raw[3] = 'x';
-			n = (size_t)sprintf(target, "/x%%%02x%%%02Xx", a, b);
-			kind = route(target, n, &r);
-			if (a == '/' || b == '/')
-				continue;
-			must((kind == K_STATE) == (utf8_valid(raw, 4) &&
-			    a != '\\' && b != '\\'), "escapes", target, n);
-			must(kind != K_STATE || memcmp(r.name, raw, 4) == 0,
-			    "decoded", target, n);
-		}
-	/* Lengths: of a segment, of all, and far beyond, plain and escaped. */
-	for (n = 199; n <= 202; n++) {
-		memset(target, 'a', n);
-		target[0] = '/';
-		must((route(target, n, &r) == K_STATE) == (n <= 201),
-		    "length of a segment", target, 5);
-	}
-	for (n = 999; n <= 1003; n++) {
-		memset(target, 'a', n);
-		for (i = 0; i < n; i += 190)
-			target[i] = '/';
-		must((route(target, n, &r) == K_STATE) == (n <= 1001),
-		    "length of a name", target, 5);
-	}
-	for (n = 1003; n < 8190; n += 3) {
-		memset(target, 'a', n);
-		target[0] = '/';
-		must(route(target, n, &r) == -1, "far too long", target, 5);
-		for (i = 1; i + 2 < n; i += 3)
-			memcpy(target + i, "%61", 3);
-		(void)route(target, n, &r);
-	}
-	n = 0;
-	for (i = 1; i <= 9; i++) {
-		n += (size_t)sprintf(target + n, "/s");
-		must((route(target, n, &r) == K_STATE) == (i <= 8),
-		    "segments", target, n);
-	}
-}
-
-/* ---- digests ---- */
-
-static void
-table_digests(void)
-{
-	/* RFC 1321, A.5; FIPS 180-4 examples; RFC 4648, 10. */
-	static const char *const md5s[][2] = {
-		{ "", "d41d8cd98f00b204e9800998ecf8427e" },
-		{ "a", "0cc175b9c0f1b6a831c399e269772661" },
-		{ "abc", "900150983cd24fb0d6963f7d28e17f72" },
-		{ "message digest", "f96b697d7cb7938d525a2f31aaf161d0" },
-		{ "abcdefghijklmnopqrstuvwxyz", "c3fcd3d76192e4007dfb496cca67e13b" },
-		{ "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789",
-		    "d174ab98d277d9f5a5611c2c9f419d9f" },
-		{ "1234567890123456789012345678901234567890123456789012345678901234"
-		    "5678901234567890", "57edf4a22be3c955ac49da2e2107b67a" },
-	}, *const shas[][2] = {
-		{ "", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855" },
-		{ "abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" },
-		{ "abcdbcdecdefdefgefghfghighijhijkijkljklmklmnlmnomnopnopq",
-		    "248d6a61d20638b8e5c026930c3e6039a33ce45964ff2167f6ecedd419db06c1" },
-		{ "abcdefghbcdefghicdefghijdefghijkefghijklfghijklmghijklmnhijklmno"
-		    "ijklmnopjklmnopqklmnopqrlmnopqrsmnopqrstnopqrstu",
-		    "cf5b16a778af8380036ce59e7b0492370b249b11e8f07a51afac45037afee9d1" },
-	}, *const base64s[][2] = { { "", "" }, { "f", "Zg==" }, { "fo", "Zm8=" },
-	    { "foo", "Zm9v" }, { "foob", "Zm9vYg==" }, { "fooba", "Zm9vYmE=" },
-	    { "foobar", "Zm9vYmFy" }, { "\xfb\xff\xbf", "+/+/" },
-	}, *const no_base64[] = { "Z", "Zg", "Zg=", "=", "==", "====", "Z===",
-	    "Zh==", "Zm9=", "Zm8=Zm8=", "Zm 9v", " Zg==", "Zg==\n", "-_-_",
-	    "Zg=a", "Zm9v=", "Zm9vYg=\x80" };
-	unsigned char out[32];
-	char text[128], *copy;
-	struct md5 m;
-	size_t i, n, cut;
-
-	for (i = 0; i < sizeof(md5s) / sizeof(*md5s); i++)
-		for (n = strlen(md5s[i][0]), cut = 0; cut <= n; cut++) {
-			m = md5_start;
-			copy = exact(md5s[i][0], cut);
-			md5_add(&m, copy, cut);
-			free(copy);
-			copy = exact(md5s[i][0] + cut, n - cut);
-			md5_add(&m, copy, n - cut);
-			free(copy);
-			md5_end(&m, out);
-			hex(out, 16, text);
-			must(strcmp(text, md5s[i][1]) == 0, "MD5",
-			    md5s[i][0], n);
-		}
-	for (i = 0; i < sizeof(shas) / sizeof(*shas); i++) {
-		n = strlen(shas[i][0]);
-		copy = exact(shas[i][0], n);
-		sha256(copy, n, out);
-		free(copy);
-		hex(out, 32, text);
-		must(strcmp(text, shas[i][1]) == 0, "SHA-256", shas[i][0], n);
-	}
-	for (i = 0; i < sizeof(base64s) / sizeof(*base64s); i++) {
-		n = strlen(base64s[i][0]);
-		copy = exact(base64s[i][1], strlen(base64s[i][1]));
-		must(base64_decode((struct span){ copy, strlen(base64s[i][1]) },
-		    out, n) == (ssize_t)n &&
-		    memcmp(out, base64s[i][0], n) == 0, "base64",
-		    base64s[i][1], strlen(base64s[i][1]));
-		must(n == 0 || base64_decode((struct span){ copy,
-		    strlen(base64s[i][1]) }, out, n - 1) == -1,
-		    "base64 that does not fit", base64s[i][1], 4);
-		free(copy);
-		base64_encode((const unsigned char *)base64s[i][0], n, text);
-		must(strcmp(text, base64s[i][1]) == 0, "to base64",
-		    base64s[i][0], n);
-	}
-	for (i = 0; i < sizeof(no_base64) / sizeof(*no_base64); i++)
-		must(base64_decode(span(no_base64[i]), out, sizeof(out)) == -1,
-		    "no base64", no_base64[i], strlen(no_base64[i]));
-}
-
-/* ---- turns ---- */
-
-/* However much one client has asked, in one turn everybody gets his. */
-static void
-table_turns(void)
-{
-	static const char ask[] = "GET /-/healthy HTTP/1.1\r\n" HOST "\r\n";
-	static struct conn *ready[64];
-	static char *quiet[] = { NULL }, answers[1 << 20];
-	struct sockaddr_storage nobody = { .ss_family = AF_UNSPEC };
-	struct listener l = { .local = false };
-	static char many[2000 * sizeof(ask)];
-	int a[2], b[2], size = 1 << 20, i;
-	ssize_t n;
-
-	conf.command = quiet;		/* no request log */
-	limits_set();
-	signals_set();
-	set.n = set.hot = set.base;
-	if (socketpair(AF_UNIX, SOCK_STREAM, 0, a) == -1 ||
-	    socketpair(AF_UNIX, SOCK_STREAM, 0, b) == -1)
-		abort();
-	for (i = 0; i < 2; i++) {
-		(void)setsockopt(a[i], SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
-		(void)fcntl(a[i], F_SETFL, O_NONBLOCK);
-		(void)fcntl(b[i], F_SETFL, O_NONBLOCK);
-	}
-	conn_open(a[0], &l, &nobody);
-	conn_open(b[0], &l, &nobody);
-	for (i = 0; i < 2000; i++)
-		memcpy(many + i * (sizeof(ask) - 1), ask, sizeof(ask) - 1);
-	n = send(a[1], many, 2000 * (sizeof(ask) - 1), 0);
-	n = send(b[1], ask, sizeof(ask) - 1, 0);
-	loop_turn(ready);
-	n = recv(b[1], answers, sizeof(answers), 0);
-	must(n > 0, "the other was served", "", 0);
-	i = (int)(n > 0 ? recv(a[1], answers, sizeof(answers), 0) / n : 0);
-	must(i >= 1 && i <= 512, "one client, in one turn", ask, 16);
-	if (i > 512)
+	memset(&r, 0, sizeof(r));
+	strcpy(out, "refused");
+	if (name_route((struct span){ s, n }, &r, &found) != NULL)
 		return;
-	loop_turn(ready);
-	must(recv(a[1], answers, sizeof(answers), 0) > 0,
-	    "and in the next", ask, 16);
+	sprintf(out, "%c %s", found ? kinds[r.kind] : '-', r.name);
+	assert(strchr("slveg", *out) == NULL || (name_wrong(r.name) == NULL &&
+	    *r.name != '/' && *r.name != '.' && strstr(r.name, "/.") == NULL));
+	assert(r.kind != K_VERSION || strchr(r.version, '/') == NULL);
 }
 
-int
-main(void)
+static void
+say_digests(const char *s, size_t n, char *out)
 {
-	table_json();
-	table_heads();
-	table_chunks();
-	table_names();
-	table_digests();
-	table_turns();
-	printf("%u of %u checks failed\n", bad, checks);
-	return bad > 0;
+	unsigned char digest[32];
+	struct hash h = md5_start;
+
+	for (size_t i = 0; i < n; i += 3)
+		hash_add(&h, s + i, n - i < 3 ? n - i : 3);
+	hash_end(&h, digest);
+	hex(digest, 16, out);
+	out[32] = ' ';
+	sha256(s, n, digest);
+	hex(digest, 32, out + 33);
+}
+
+static void
+say_base64(const char *s, size_t n, char *out)
+{
+	ssize_t got = base64_decode((struct span){ s, n }, out, 64);
+
+	strcpy(out + (got == -1 ? 0 : got), got == -1 ? "refused" : "");
+}
+
+static const struct {
+	const char *name;
+	void (*say)(const char *, size_t, char *);
+} parts[] = { { "json", say_json }, { "head", say_head },
+    { "chunk", say_chunk }, { "route", say_route },
+    { "digests", say_digests }, { "base64", say_base64 } };
+END
+}
+
+# units_source: a program that is told a part, reads bytes, and prints what the part says of them.
+units_source() {
+	pure_source
+	cat <<'END'
+int
+main(int argc, char **argv)
+{
+	static char s[65536], out[16384];
+	size_t n = fread(s, 1, sizeof(s), stdin), i = 0;
+	char *copy = exact(s, n);
+
+	(void)argc;
+	while (strcmp(parts[i].name, argv[1]) != 0)
+		i++;
+	parts[i].say(copy, n, out);
+	printf("%s", out);
+	free(copy);
+	return 0;
 }
 END
 }
 
-# RFC 8259, 9112, 3629, 1321, 4648, FIPS 180-4: the tables above, the kinds of
-# JSONTestSuite among them, each text also cut at every byte.
-test_the_pure_parts_pass_their_tables() {
+# A table: a part, a pattern of what it says, and values: %XX is a byte, ~ is CR LF, but for a
+# route; <> is nothing; a "value" stands in an object. RFC 8259 and the kinds of JSONTestSuite,
+# RFC 9112, 3629, 4648; digests as others reckon them, where their padding changes.
+units_table() {
+	local n
+	for n in 0 1 55 56 57 63 64 65 119 120 128 1000; do
+		seq -s ' ' 1000 | head -c $n >text
+		printf 'digests\t%s %s\t%s\n' "$(md5sum <text | cut -c -32)" \
+			"$(sha256sum <text | cut -c -64)" "$(grep . text || echo '<>')"
+	done
+	cat <<'END'
+value	good*	0	-0	1	-1	10	-123	0e+1	0e1	0E0	1E22	1E-2	1E+2	123e45	1.0	-1.5	0.1
+value	good*	1.10	123.456e78	123.456789	20e1	12345678901234567890	123123e100000	-1e+9999
+value	good*	-0.000000000000000000000000000000000000000000000000000000000000000001	0.4e00669999
+value	good*	true	false	null	[]	{}	[[]]	[{}]	{"":0}	[ ]	{ }	[1%0a]	 [1]	[1,null,null,2]
+value	good*	[1, 2 , 3]	{"a":1,"a":1}	{"x":[{"id":"x"}], "id":"y"}	{"min": -1.0e+28, "max": 1}
+value	good*	""	" "	"asd"	"a/*b*/c"	"\"\\\/\b\f\n\r\t"	"\\\\\""	"\u0060\u012a\u12AB"	"\u0000"
+value	good*	"\u0022"	"\u005C"	"\uFFFF"	"\uD801\udc37"	"\ud83d\ude39\ud83d\udc8d"	"\uDBFF\uDFFE"
+value	good*	"\\u0000"	"\\a"	"\\n"	"new\u000Aline"	"%7f"	"%c2%80"	"%df%bf"	"%e0%a0%80"	"%ef%bf%bf"
+value	good*	"%e2%80%a8%e2%80%a9"	"%ed%9f%bf%ee%80%80"	"%ef%bb%bf"	"%f0%90%80%80"	"%f4%8f%bf%bf"
+value	good*	"\uDADA"	"\uD888\u1234"	"\uDd1ea"	"\uD800\n"	"\uD800\uD800\uDC00"	"\uDFAA"	"\uD800abc"
+value	at *	-	+1	++1	+Inf	-01	-1.0.	-2.	.-1	.2e-3	0.1.2	0.3e	0.3e+	0.e1	0e	0e+	0E	0E+	1.0e
+value	at *	1.0e+	1.0e-	1eE2	1 000.0	2.e+3	2.e-3	2.e3	9.e+	1+2	0x1	0x42	Inf	Infinity	-Infinity
+value	at *	0%e5	1_0	1e1.5	1/2	%ef%bc%91	1%00	tru	fals	nul	True	NULL	truee	nulll	true false
+value	at *	undefined	t	a%e5	*	truth	n	"	"""	"a	"\"	'a'	abc	"x" 1	"a%0ab"	"%09"	"%1f"	"a%00a"
+value	at *	"\x00"	"\a"	"\'"	"\0"	"\ "	"\%09"	"\%00"	"\%0a"	"\u"	"\u0"	"\u00"	"\u00A"	"\uqqqq"	"\u00g0"
+value	at *	"\U0041"	"\u 041"	"\u+041"	"\uD834\uDd"	"\uD800\u"	"\uD800\u1"	"\uD800\u1x"	"\uD800\"	"\{[\"
+value	at *	"\\\"	\u0020"a"	"a"b"	%e2%80%9ca"	"%ff"	"%e5"	"%81"	"%80"	"%c0%af"	"%c1%bf"	"%c3"	"%c3("
+value	at *	"%e0%ff"	"%e0%80%af"	"%e0%9f%bf"	"%e2%82"	"%e2(%ac"	"%ed%a0%80"	"%ed%bf%bf"	"%f0%80%80%af"
+value	at *	"%f0%8f%bf%bf"	"%f0%9f%98"	"%f0%9f(%80"	"%f4%90%80%80"	"%f4%bf%bf%bf"	"%f5%80%80%80"	"\%e5"
+value	at *	"%f8%88%80%80%80"	"\u%e5"	"\%f0%9f%8c%80"	[	]	[1	[1,	[1,]	[1,,]	[1,,2]	[,1]	[,]	[1 2]	[1:2]
+value	at *	[1]]	[[1]	[3[4]]	[1}	[x	["": 1]	[*]	[-]	["",]	[1%0a,1%0a,1	[{]	[{}	[%0c]	[%e2%81%a0]	[<null>]
+value	at *	[\n]	['	["a"x	["a\f"]]	[%0b"a"]	{	}	{]	{[: "x"}	{"x"}	{"x", null}	{"x"::1}	{"a" b}	{"a":
+value	at *	{:1}	{1:1}	{null:null}	{9999E9999:1}	{'a':0}	{a:1}	{"a":0,}	{"a":0,,}	{,"a":0}	{"a":1,,"b":2}
+value	at *	/**/0	%c2%a00	%ef%bb%bf0	%0b0	0%0c	0%e2%80%a8	%000	#0
+json	good   0 .	{}	 {}	{} 	~%09 {}~%09 	{"a":0}	{ "a"%0a:~0%09}
+json	at 0:*	<>	[]	[{}]	0	"{}"	null	true	}	%00{}	%ef%bb%bf{}	%ef%bb{}	%ff%fe{%00}%00	%0c{}	(){}	5985~{	<html>	a: b
+json	at 1:*	 	%0a	{	{,}	{%00}
+json	at 2:*	{}}	{}{}	{},{}	{}0	{}#	{};	{}%00	{}%0b
+json	at 6:*	{"a": }	{"a":01}	{"a":1	{"a":"%ff"}	{"a":"%01"}
+json	at 7:*	{"a":1,}	{"a":1,	{"a":"\x"}
+json	good  x 7 .	{"serial":7,"lineage":"x"}	{"lineage":"x","serial":7}	{"SERIAL":7,"LineAge":"x"}
+json	good i  7 lock.	{ "serial" :%0a7 , "ID" : "i" }	{"id":"i","a":{"serial":9},"serial":7}
+json	good   0 .	{"serial":0}	{"serial":18446744073709551616}	{"serial":-1}	{"serial":1.5}	{"serial":"7"}
+json	good   0 .	{"serial":null,"lineage":null}	{"serial":[7],"lineage":["x"]}	{"a":{"serial":7,"ID":"i"}}
+json	good   0 .	{"a":"ID","b":"serial"}	{"IDx":"i","xID":"i"}	{"serial\u0000":7}	{"ID\u0000":"i"}	{"versions":4}
+json	good   18446744073709551615 .	{"serial":18446744073709551615}
+json	good   8 state.	{"a":[{"serial":7}],"serial":8,"version":4}	{"\u0073erial":8,"Version":3}
+json	good   0 state.	{"version":4}	{"encrypted_data":"x"}	{"version":0}	{"ver\u017fion":4}
+json	good   0 lock.	{"version":"4"}	{"ID":""}	{"ID":"a\u0000b"}
+json	good   0 .	{"ID":1}	{"version":null}	{"encrypted_data":5}	{"version":[4]}
+json	good 😹  0 lock.	{"ID":"\ud83d\ude39"}	{"\u0049D":"😹"}
+json	good   2 serial.	{"serial":1,"serial":2}	{"serial":1,"SERIAL":2}
+json	good   0 version.	{"version":4,"Version":"1.11.4"}	{"version":4,"version":4}
+json	good  b 0 lineage.	{"lineage":"a","lineage":"b"}
+head	200	GET / HTTP/1.0~~	OPTIONS * HTTP/1.1~Host: a~~	GET http://a.b/c HTTP/1.1~Host: a~~
+head	200	LOCK /a/b?ID=c HTTP/1.1~Host:[::1]:1~A:~B: %09~~	PUT / HTTP/1.1~Host: a~Content-Length: 9223372036854775807~~
+head	200	PUT / HTTP/1.1~Host: a~Transfer-Encoding: chunked~~
+route	v a/b	/-/versions/a/b
+route	v a/20260102T030405.006Z-	/-/versions/a/20260102T030405.006Z-
+route	e a	/-/versions/a/20260102T030405.006Z-7	/-/versions/a/20260102T030405.006Z-7.tfstate
+route	- *	/-/none	/-/versions	/-/healthy/x	/-/changes/a
+base64	refused	Z	Zg	Zg=	=	==	====	Z===	Zh==	Zm9=	Zm8=Zm8=	Zm 9v	 Zg==	Zg==%0a	-_-_	Zg=a	Zm9v=	Zm9vYg=%80
+base64	foobar	Zm9vYmFy
+base64	foob	Zm9vYg==
+END
+}
+
+# units_pass COMMAND...: whether what units_source makes, run by it, does.
+units_pass() {
+	local part want line value said bad=0
+	while IFS=$'\t' read -r part want line; do
+		IFS=$'\t' read -r -a line <<<"$line"
+		for value in "${line[@]}"; do
+			value=${value/#<>/}
+			[ "$part" = route ] || { value=${value//\\/\\\\} &&
+				value=${value//%/\\x} && value=${value//'~'/'\r\n'}; }
+			[ "$part" != value ] || value="{\"a\":[0,$value,{}]}"
+			said=$(printf '%b' "$value" | "$@" "${part/value/json}")
+			# shellcheck disable=SC2053 # a pattern
+			[[ $said == $want ]] ||
+				{ echo "$part $value: not $want but $said" && bad=$((bad + 1)); }
+		done
+	done < <(units_table)
+	[ "$bad" = 0 ] || fail "$bad of the table"
+}
+
+test_source_the_pure_parts_pass_their_tables() {
 	need "${CC:-cc}"
-	local how=(-std=c11 -w -g -O1 -pthread
-		"-fsanitize=address,undefined" -fno-sanitize-recover=undefined)
-	echo "int main(void) { return 0; }" >none.c
-	"${CC:-cc}" "${how[@]}" -o none none.c || skip "no sanitizers here"
 	units_source >units.c
-	"${CC:-cc}" "${how[@]}" -o units units.c
-	./units || fail "the tables"
+	"${CC:-cc}" -std=gnu11 -w -g -O1 -pthread -fsanitize=address,undefined \
+		-fno-sanitize-recover=undefined -o units units.c
+	units_pass ./units
 }
 
 # ---- fuzzing ---------------------------------------------------------------
 #
 # ./test.sh fuzz SECONDS: each harness for that long, with limits so small
-# that they are reached; what is said twice must agree. Kept are only crashes.
-
+# that they are reached. PURE asks one of the pure parts, by the first byte.
+# WIRE sends its input, in pieces as long as the first byte says, to a whole
+# server in a thread: what comes back must be whole answers, and an end.
 fuzz_source() {
-	with_source <<'END'
-
-/* A byte to choose from, off the end of the input. */
-static unsigned
-choose(const uint8_t **data, size_t *n)
+	sed 's/^\(#define HEAD_MAX\) .*/\1 1024/; s/^\(#define TARGET_MAX\) .*/\1 256/
+		s/^\(#define FIELDS_MAX\) .*/\1 8/; s/^\(#define CHUNK_LINE_MAX\) .*/\1 64/
+		s/^\(#define LOCK_INFO_MAX\) .*/\1 256/; s/^\(#define JSON_DEPTH\) .*/\1 12/' \
+		"$here/statesrv.c" >near.c
+	pure_source near.c
+	cat <<'END'
+#ifdef PURE
+int
+LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
-	return *n > 0 ? (*data)[--*n] : 0;
+	static char out[16384];
+	size_t part = n > 0 ? *data % (sizeof(parts) / sizeof(*parts)) : 0;
+	char *copy = exact(data + 1, n > 0 ? n - 1 : 0);
+
+	parts[part].say(copy, n > 0 ? n - 1 : 0, out);
+	free(copy);
+	return 0;
 }
-
-#if defined(FUZZ_HEAD)
-/* The parser: whole, and grown byte by byte, it must say the same; its spans
- * lie in the input. */
-static void
-inside(struct span s, const char *data, size_t n)
+#else
+static void *
+serve(void *nothing)
 {
-	assert(s.len == 0 || strncmp(s.ptr, "/", s.len) == 0 ||
-	    (s.ptr >= data && s.ptr + s.len <= data + n));
+	char *argv[] = { "statesrv", "-d", "states", "-k", "2", "-m", "1",
+	    "-l", "unix:socket", NULL };
+
+	(void)nothing;
+	exit(statesrv_main(9, argv));
 }
 
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
-	char *whole = exact(data, n), *piece;
-	struct head h, g;
-	size_t seen = 0, i;
-	int status, part = 0;
+	static const char last[] = "GET /-/healthy HTTP/1.0\r\n\r\n";
+	static char answers[1 << 20], *s, *end, *length;
+	static unsigned long runs;
+	struct sockaddr_un to = { .sun_family = AF_UNIX, .sun_path = "socket" };
+	struct pollfd p = { .events = POLLIN };
+	int patience = 20;		/* milliseconds */
+	size_t i, len, got = 0;
+	ssize_t more = 1;
+	pthread_t t;
 
-	status = http_parse(whole, n, &seen, &h);
-	assert(status <= (int)n && (status >= 0 || status <= -400));
-	if (status > 0) {
-		inside(h.target, whole, n);
-		inside(h.host, whole, n);
-		assert(h.length >= -1 && !(h.chunked && h.length != -1));
-		assert(memcmp(whole + status - 4, "\r\n\r\n", 4) == 0);
+	if (runs == 0)
+		(void)pthread_create(&t, NULL, serve, NULL);
+	if (runs++ % 1000 == 0)
+		(void)!system("rm -rf states/* states/.history/*");
+	p.fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	while (connect(p.fd, (struct sockaddr *)&to, sizeof(to)) == -1)
+		(void)usleep(1000);
+	for (i = 1; i < n; i += len) {
+		len = *data == 0 || *data > n - i ? n - i : *data;
+		(void)send(p.fd, data + i, len, MSG_NOSIGNAL);
 	}
-	for (seen = 0, i = 1; i <= n && part == 0; i++) {
-		piece = exact(data, i);
-		part = http_parse(piece, i, &seen, &g);
-		free(piece);
-	}
-	/* Cut short by its limits it may be refused for another reason. */
-	assert((part > 0) == (status > 0) && (part <= 0 || part == status));
-	free(whole);
-	return 0;
-}
-
-#elif defined(FUZZ_CHUNKS)
-/* The decoder: in one piece, and in pieces into small buffers, the same. */
-static int
-decode(const uint8_t *data, size_t n, size_t step, size_t cap, char *out,
-    size_t *len, size_t *used)
-{
-	struct chunks c = { .room = UINT64_MAX };
-	char *in, *some;
-	size_t took, got, size;
-	int status = 0;
-
-	*len = *used = 0;
-	while (status == 0 && c.state != CH_DONE && *used < n) {
-		size = step < n - *used ? step : n - *used;
-		in = exact(data + *used, size);
-		some = exact(data, cap < n ? cap : n);
-		got = 0;
-		status = chunk_decode(&c, (struct span){ in, size }, &took,
-		    some, &got, cap < n ? cap : n);
-		assert(took <= size && (took > 0 || got > 0 || status != 0));
-		memcpy(out + *len, some, got);
-		*len += got;
-		*used += took;
-		free(in);
-		free(some);
-	}
-	return status != 0 ? status : c.state == CH_DONE;
-}
-
-int
-LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
-{
-	unsigned step = choose(&data, &n) % 32 + 1;
-	unsigned cap = choose(&data, &n) % 32 + 1;
-	char *a = malloc(n), *b = malloc(n);
-	size_t alen, blen, aused, bused;
-	int whole = decode(data, n, n, n, a, &alen, &aused);
-
-	assert(whole == decode(data, n, step, cap, b, &blen, &bused));
-	assert(alen == blen && aused == bused && memcmp(a, b, alen) == 0);
-	free(a);
-	free(b);
-	return 0;
-}
-
-#elif defined(FUZZ_JSON)
-/* The check: cut anywhere, it says the same and finds the same. */
-static bool
-feed(struct json *j, const uint8_t *data, size_t n, size_t step)
-{
-	size_t i, size;
-	bool ok = true;
-	char *piece;
-
-	for (i = 0; i < n && ok; i += size) {
-		size = step < n - i ? step : n - i;
-		piece = exact(data + i, size);
-		ok = json_feed(j, piece, size);
-		free(piece);
-	}
-	return json_done(j);
-}
-
-int
-LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
-{
-	unsigned step = choose(&data, &n) % 16 + 1;
-	struct lock l = { .held = false }, k = { .held = false };
-	struct meta m = { .known = false }, o = { .known = false };
-	struct json a = { .on = lock_on, .to = &l };
-	struct json b = { .on = lock_on, .to = &k };
-	struct json c = { .on = meta_on, .to = &m };
-	struct json d = { .on = meta_on, .to = &o }, e = { .on = NULL };
-	bool ok = feed(&a, data, n, n);
-
-	assert(ok == feed(&b, data, n, step) && a.at == b.at &&
-	    a.why == b.why && memcmp(&l, &k, sizeof(l)) == 0);
-	assert(ok == feed(&c, data, n, n) && ok == feed(&d, data, n, step));
-	assert(memcmp(&m, &o, sizeof(m)) == 0 && c.at == a.at);
-	assert(ok == feed(&e, data, n, step) && e.at == a.at);
-	return 0;
-}
-
-#elif defined(FUZZ_URL)
-/* From URL to name: what comes out is a name, and safe to open. */
-int
-LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
-{
-	static struct request r;
-	char *target = exact(data, n), *query = memchr(target, '?', n);
-	size_t path = query != NULL ? (size_t)(query - target) : n;
-	bool found;
-	const char *wrong;
-
-	memset(&r, 0, sizeof(r));
-	wrong = name_route((struct span){ target, path }, &r, &found);
-	if (wrong == NULL && found && r.kind != K_ROOT && r.kind != K_STAR &&
-	    r.kind < K_HEALTHY) {
-		assert(name_wrong(r.name) == NULL && r.name[0] != '/');
-		assert(strstr(r.name, "..") != r.name &&
-		    strstr(r.name, "/.") == NULL && strstr(r.name, "//") == NULL);
-		assert(r.kind != K_VERSION || is_version(r.version, ""));
-	}
-	if (query != NULL)
-		(void)name_query((struct span){ query + 1, n - path - 1 }, &r);
-	assert(strlen(r.id) <= ID_MAX);
-	free(target);
-	return 0;
-}
-
-#elif defined(FUZZ_BASIC)
-/* Authorization, and the users file. */
-int
-LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
-{
-	static struct request r;
-	char *value = exact(data, n), *text = calloc(1, n + 1);
-	unsigned char out[96];
-	char back[160];
-	struct users *u;
-	ssize_t got;
-
-	memset(&r, 0, sizeof(r));
-	if (user_shows(&r, (struct span){ value, n }))
-		assert(strlen(r.user) < sizeof(r.user));
-	got = base64_decode((struct span){ value, n }, out, sizeof(out));
-	if (got >= 0) {			/* one text, one meaning */
-		base64_encode(out, (size_t)got, back);
-		assert(strlen(back) == n && memcmp(back, value, n) == 0);
-	}
-	memcpy(text, data, n);
-	if ((u = users_parse(text, "fuzz")) != NULL) {
-		r.users = u;
-		(void)user_right(&r, "a/b");
-		user_name(&r);
-		users_drop(u);
-	}
-	free(value);
-	return 0;
-}
-
-#elif defined(FUZZ_WIRE)
-/*
- * A whole connection: the input goes over a socket pair to the real state
- * machine and the real commit threads, on a directory of its own; once in one
- * piece, once in pieces. What comes back must be whole answers, the same.
- */
-#include <ftw.h>
-#include <sys/ioctl.h>
-
-static int
-remove_one(const char *path, const struct stat *st, int type, struct FTW *f)
-{
-	(void)st;
-	(void)type;
-	if (f->level > 0 && strcmp(path, "states/.guard") != 0 &&
-	    strcmp(path, "states/.tmp") != 0 &&
-	    strcmp(path, "states/.history") != 0)
-		(void)remove(path);
-	return 0;
-}
-
-int
-LLVMFuzzerInitialize(int *argc, char ***argv)
-{
-	(void)argc;
-	(void)argv;
-	conf.dir = "states";
-	conf.body_max = 4096;
-	limits_set();
-	signals_set();
-	store_open();
-	set.n = set.hot = set.base;
-	loop.now = clock_us(CLOCK_MONOTONIC) / 1000;
-	return 0;
-}
-
-/* What has come back so far. */
-static void
-gather(int fd, struct buf *b)
-{
-	char some[65536];
-	ssize_t n;
-
-	while ((n = recv(fd, some, sizeof(some), MSG_DONTWAIT)) > 0)
-		buf_add(b, some, (size_t)n);
-}
-
-/* Turns the loop until the connection waits for us, or is gone. */
-static void
-turns(int fd, struct buf *answers)
-{
-	static struct conn *ready[64];
-	struct conn *c;
-	int unread = 1;
-
-	while (set.n > set.base) {
-		c = set.at[set.base];
-		(void)ioctl(c->fd, FIONREAD, &unread);
-		if (c->state != C_JOB && c->state != C_REPLY && unread == 0)
-			break;
-		loop_turn(ready);
-		gather(fd, answers);
-	}
-	gather(fd, answers);
-}
-
-/* One connection's life; its answers are appended to *answers. */
-static void
-talk(const uint8_t *data, size_t n, unsigned step, unsigned how,
-    struct buf *answers)
-{
-	struct sockaddr_storage nobody = { .ss_family = AF_UNSPEC };
-	struct listener l = { .local = how & 1, .path = how & 2 };
-	int fd[2];
-	size_t i, size;
-
-	if (socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == -1)
-		abort();
-	(void)fcntl(fd[0], F_SETFL, O_NONBLOCK);
-	conn_open(fd[0], &l, &nobody);
-	for (i = 0; i < n; i += size) {
-		size = step < n - i ? step : n - i;
-		if (send(fd[1], data + i, size, MSG_NOSIGNAL) == -1)
-			break;
-		turns(fd[1], answers);
-		step = step * 1103515245 + 12345;
-		step = step % 97 + 1;
-	}
-	(void)shutdown(fd[1], SHUT_WR);
-	while (set.n > set.base) {	/* the end is news, too */
-		static struct conn *ready[64];
-
-		loop_turn(ready);
-		gather(fd[1], answers);
-	}
-	gather(fd[1], answers);
-	(void)close(fd[1]);
-	loop.log.len = 0;
-}
-
-/* Checks that there are whole answers, and writes down their statuses. */
-static void
-statuses_of(struct buf *answers, char *out, size_t size)
-{
-	char *p, *end, *body, *length;
-	long n;
-
-	*out = '\0';
-	if (answers->len == 0)
-		return;
-	p = answers->data;
-	end = p + answers->len;
-	while (p < end) {
-		assert(strncmp(p, "HTTP/1.", 7) == 0);
-		body = strstr(p, "\r\n\r\n");
-		assert(body != NULL);
-		if (strlen(out) + 5 < size)
-			(void)snprintf(out + strlen(out), 5, "%.4s", p + 9);
-		body[2] = '\0';
-		length = strstr(p, "Content-Length: ");
-		n = length == NULL ? 0 : atol(length + 16);
-		assert(length != NULL || strncmp(p + 9, "204", 3) == 0 ||
-		    strncmp(p + 9, "100", 3) == 0);
-		p = body + 4;
-		/* HEAD has none: the next answer begins, or that was all. */
-		if (n > 0 && p < end && strncmp(p, "HTTP/1.", 7) != 0) {
-			assert(end - p >= n);
-			p += n;
+	(void)send(p.fd, last, sizeof(last) - 1, MSG_NOSIGNAL);
+	while (more > 0)
+		if (poll(&p, 1, patience) == 1) {
+			more = recv(p.fd, answers + got,
+			    sizeof(answers) - 1 - got, 0);
+			got += more > 0 ? (size_t)more : 0;
+		} else {		/* it waits for more: that was all */
+			assert(patience < 10000 || !"an answer without end");
+			(void)shutdown(p.fd, SHUT_WR);
+			patience = 10000;
 		}
+	/* Each answer says where the next begins, but for HEAD's. */
+	answers[got] = '\0';
+	for (s = answers; s < answers + got; s = end) {
+		end = strstr(s, "\r\n\r\n");
+		assert(strncmp(s, "HTTP/1.", 7) == 0 && end != NULL);
+		length = strstr(s, "Content-Length: ");
+		end += 4;
+		if (*end != '\0' && strncmp(end, "HTTP/1.", 7) != 0 && length != NULL)
+			end += strtoul(length + 16, NULL, 10);
+		assert(end <= answers + got);
 	}
-}
-
-static bool
-was_cut(const struct buf *b)
-{
-	return b->len > 0 &&
-	    memmem(b->data, b->len, "body is not complete", 20) != NULL;
-}
-
-int
-LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
-{
-	static uint64_t commits;
-	struct buf whole = { 0 }, parts = { 0 };
-	unsigned how = choose(&data, &n), step = choose(&data, &n) + 1;
-	char a[4096], b[4096];
-	int times;
-	bool cut;
-
-	for (times = 0; times < 2; times++) {
-		if (jobs.batch_sum != commits)
-			(void)nftw("states", remove_one, 8, FTW_DEPTH | FTW_PHYS);
-		commits = jobs.batch_sum;
-		talk(data, n, times == 0 ? (unsigned)n + 1 : step, how,
-		    times == 0 ? &whole : &parts);
-	}
-	/* Whose body is cut off may have been refused before that. */
-	cut = was_cut(&whole) || was_cut(&parts);
-	statuses_of(&whole, a, sizeof(a));
-	statuses_of(&parts, b, sizeof(b));
-	/* Who waits is told to continue, who does not is not. A write that is
-	 * refused ends the connection if its body had not begun to come. */
-	n = strlen(a) < strlen(b) ? strlen(a) : strlen(b);
-	if (cut && n >= 4)
-		n -= 4;
-	if (strstr(a, "100") == NULL && strstr(b, "100") == NULL &&
-	    (memcmp(a, b, n) != 0 || (strlen(a) != strlen(b) && !cut &&
-	    (n == 0 || a[n - 4] != '4')))) {
-		fprintf(stderr, "whole:%s\nparts:%s\n", a, b);
-		abort();
-	}
-	assert(set.n == set.base);
-	buf_free(&whole);
-	buf_free(&parts);
-	return 0;
+	return close(p.fd);
 }
 #endif
 END
 }
 
-# fuzz_seeds: what to start from, and the words to try, in ./seeds and ./words.
-fuzz_seeds() {
-	local name _status bytes word
-	mkdir -p seeds
-	requests
-	rm -f requests/*.status
-	mv requests/* seeds
-	rmdir requests
-	while IFS=$'\t' read -r name _status bytes; do
-		printf '%b' "${bytes//'~'/'\r\n'}" >"seeds/$name"
-	done <<'END'
-chunks	-	3;a="b"~abc~0~D: e~~
-json	-	{"serial":1,"ID":"\\u00e9","lineage":"x","a":[1.5e-3,true,null,"\\ud83d\\ude39"]}
-url	-	/a/b%2fc.tfstate?ID=x%20y&q=z
-version	-	/-/versions/a/20260102T030405.006Z-7
-basic	-	Basic YTpi
-users	-	a b read x*\nc sha256:00 write # d\n
-proxy	-	PROXY TCP4 1.2.3.4 5.6.7.8 9 10~GET /x HTTP/1.1~Host: a~~
-apply	-	LOCK /a HTTP/1.1~Host: a~Content-Length: 10~~{"ID":"i"}PUT /a?ID=i HTTP/1.1~Host: a~Content-Length: 12~~{"serial":1}GET /a HTTP/1.1~Host: a~~UNLOCK /a HTTP/1.1~Host: a~Transfer-Encoding: chunked~~0~~DELETE /a HTTP/1.1~Host: a~~
-END
-	for word in 'GET ' 'HEAD ' 'PUT /a' 'POST /a?ID=i' 'LOCK ' 'UNLOCK ' \
-		'DELETE ' 'OPTIONS * ' ' HTTP/1.1\x0d\x0a' ' HTTP/1.0\x0d\x0a' \
-		'Host: a\x0d\x0a' 'Content-Length: 2\x0d\x0a\x0d\x0a{}' '\x0d\x0a\x0d\x0a' \
-		'Transfer-Encoding: chunked\x0d\x0a' 'Connection: close\x0d\x0a' \
-		'Connection: keep-alive\x0d\x0a' 'Expect: 100-continue\x0d\x0a' \
-		'Content-MD5: mZFLkyvTelC5g8XnyQrpOw==\x0d\x0a' 'Origin: a\x0d\x0a' \
-		'Accept: text/html\x0d\x0a' 'Accept: application/json\x0d\x0a' \
-		'/-/versions/a' '/-/metrics' '/-/ready' '/-/log/a' '/-/changes/a' \
-		'/terraform_state/' '/terraform_lock/' '/lock' '.tfstate' '%2f' \
-		'{\"ID\":\"i\"}' '{\"serial\":1}' '0\x0d\x0a\x0d\x0a' 'Bearer ' 'sha256:'; do
-		printf '"%s"\n' "$word"
-	done >words
-}
-
-# fuzz_all SECONDS: builds each harness, runs it that long, says how often it
-# was called and how much of the code that it aims at it has been through.
-# 1 if any found something; what crashed it is then kept, and named.
+# fuzz_all SECONDS: builds each harness, runs it that long, and says how often
+# it was called. 1 if one found something; what crashed it is then kept.
 fuzz_all() {
-	local seconds=${1:-60} top name of found=0 flags total part
-	command -v clang >/dev/null || { echo "fuzz: SKIP, no clang here"; return; }
-	top=$(mktemp -d -p /dev/shm fuzz.XXXXXX 2>/dev/null || mktemp -d)
-	cd "$top" || return
+	local name rest status=0
 	fuzz_source >fuzz.c
-	fuzz_seeds
-	printf '%-8s %12s %9s  %s\n' harness calls edges 'lines of its target'
-	while read -r name of; do
-		flags=(-std=c11 -w -g -O1 -pthread "-DFUZZ_${name^^}" -DSLOTS_MAX=16
-			-DHEAD_MAX=1024 -DTARGET_MAX=256 -DFIELDS_MAX=8 -DBODY_MEM=64
-			-DSPOOL=128 -DHASH_MAX=96 -DLOCK_INFO_MAX=256 -DJSON_DEPTH=12
-			-DCHUNK_LINE_MAX=64 -DCACHE_FILE=32 -DRESERVE=0 -DTHREADS_MAX=2
-			-DNO_SANDBOX)
-		mkdir -p "$name" "$name.d"
-		clang "${flags[@]}" -fno-sanitize-recover=undefined \
-			-fsanitize=fuzzer,address,undefined -o "$name.fuzz" fuzz.c &&
-			clang "${flags[@]}" -fprofile-instr-generate -fcoverage-mapping \
-				-fsanitize=fuzzer -o "$name.lines" fuzz.c || return
-		(cd "$name.d" && exec "../$name.fuzz" -max_total_time="$seconds" \
-			-max_len=4096 -dict=../words -print_final_stats=1 -timeout=20 \
-			-artifact_prefix="$top/" "../$name" ../seeds) >"$name.log" 2>&1 || {
-			found=1
-			echo "$name: FAILED, see $top/$name.log"
-			grep -a -m 3 -E 'ERROR|Assertion|runtime error|Test unit' "$name.log"
-		}
-		(cd "$name.d" && LLVM_PROFILE_FILE=../$name.raw exec "../$name.lines" \
-			-runs=0 -timeout=60 "../$name") >/dev/null 2>&1
-		llvm-profdata merge -o "$name.prof" "$name.raw" 2>/dev/null &&
-			llvm-cov report "$name.lines" -instr-profile="$name.prof" \
-				-show-functions "$here/statesrv.c" >"$name.cov" 2>/dev/null
-		read -r total part < <(awk -v of="^(.*:)?($of)" '$1 ~ of {
-			all += $5; missed += $6 } END { print all + 0, all - missed }' \
-			"$name.cov")
-		printf '%-8s %12s %9s  %s of %s\n' "$name" \
-			"$(sed -n 's/^stat::number_of_executed_units: *//p' "$name.log")" \
-			"$(grep -a -o 'cov: [0-9]*' "$name.log" | tail -1 | cut -c 6-)" \
-			"$part" "$total"
-	done <<'END'
-head http_|on_[a-z]|is_token|is_value|span_
-chunks chunk_
-json json_|meta_on|lock_on
-url name_|url_|segment_|page_kind|utf8_|is_version|cut_
-basic user_|users_parse|secret_|base64_|glob
-wire conn_|body_|reply_|request_|admit|name_|http_|chunk_
-END
-	cd "$here" || return
-	[ "$found" = 1 ] || rm -rf "$top"
-	return "$found"
+	mkdir seeds
+	requests | while read -r name rest; do
+		{ printf '\1' && cat "requests/$name"; } >"seeds/$name"
+	done
+	printf '\0{"serial":1,"ID":"\\u00e9","lineage":"x","a":[1.5e-3,true,null]}' >seeds/json
+	printf '\3/-/versions/a%%2fb/20260102T030405.006Z-7' >seeds/url
+	for name in 'LOCK /a {"ID":"i"}' 'POST /a?ID=i {"version":4}' 'UNLOCK /a {"ID":"i"}' \
+		'GET /-/versions/a' 'GET /?q=A' 'DELETE /a' 'GET /-/log/a' 'GET /-/metrics'; do
+		echo "$name"
+	done | { printf '\0' && request; } >seeds/apply
+	for name in PURE WIRE; do
+		mkdir "$name"
+		clang -std=gnu11 -w -g -O1 -pthread -D$name -DSLOTS_MAX=16 -DTHREADS_MAX=4 \
+			-DSMALL=32 -DPIECE=64 -DRESERVE=0 -DNO_SANDBOX -fsanitize=fuzzer,address,undefined \
+			-fno-sanitize-recover=undefined -fno-sanitize=pointer-overflow \
+			-o $name.fuzz fuzz.c || return
+		./$name.fuzz -max_total_time="$1" -max_len=4096 -len_control=0 -timeout=20 \
+			-close_fd_mask=3 -print_final_stats=1 -artifact_prefix=/tmp/statesrv-$name- \
+			$name seeds >$name.log 2>&1 || { status=1 && tail -n 40 $name.log; }
+		echo "$name: called $(sed -n 's/.*executed_units: *//p' $name.log) times"
+	done
+	return $status
 }
 
+# What longer runs have found is not found again by a short one.
+test_source_a_short_fuzzing_finds_nothing() {
+	need clang
+	fuzz_all 5
+}
 # ---- files, URLs, answers, promises: by curl -----------------------------
 #
-# What DESIGN's tables say, row by row. "PEERS bug N" marks the test against
-# a fault that other servers of this kind have.
+# "A common bug" marks a fault that other servers of this kind have.
 
 # body_md5 FILE: its Content-MD5, base64 of the sixteen bytes.
 body_md5() {
 	# shellcheck disable=SC2059
 	printf "$(md5sum <"$1" | cut -c 1-32 | sed 's/../\\x&/g')" | base64
-}
-
-# same FILE FILE...: all the same bytes.
-same() {
-	local one=$1 other
-	shift
-	for other; do
-		cmp "$one" "$other" || fail "$other differs from $one"
-	done
 }
 
 # holds FILE TEXT: that text, newlines at its end aside.
@@ -3290,25 +1646,29 @@ json() {
 	[ $# -lt 3 ] || want "$1: $2" "$3" "$(jq -rc "$2" "$1")"
 }
 
+# every ROW WORD...: the row once for each word, which stands where @@ is.
+every() {
+	local row=$1 word
+	shift
+	for word; do
+		rows <<<"${row//@@/"$word"}"
+	done
+}
+
+# lines_match FILE PREFIX: its lines match those on stdin, one each, in order.
+lines_match() {
+	local n=0 pattern
+	while IFS= read -r pattern; do
+		n=$((n + 1))
+		sed -n "${n}p" "$1" >line
+		has line "$2$pattern"
+	done
+	want "lines of $1" "$n" "$(wc -l <"$1")"
+}
+
 # events NAME: what its log tells happened, in one line.
 events() {
 	sed -n 's/.*"event":"\([a-z-]*\)".*/\1/p' "states/$1.log" | xargs
-}
-
-# together FILE...: sends curl's config files at the same moment, each one
-# request. Their statuses (and what else they write out) go to stdout.
-together() {
-	local f
-	for f; do
-		[ "$f" = "$1" ] || echo next
-		cat "$f" && echo silent
-	done >together.cfg
-	curl -s -Z --parallel-immediate --parallel-max $# -K together.cfg
-}
-
-# head_of METHOD PATH FIELD...: a request's head, for raw to send.
-head_of() {
-	printf '%s\r\n' "$1 $2 HTTP/1.1" 'Host: localhost' "${@:3}" ''
 }
 
 # versions NAME: the files of its history, oldest first.
@@ -3317,1353 +1677,772 @@ versions() {
 		sort
 }
 
-has_versions() {
-	[ "$(versions "$1" | wc -l)" = "$2" ]
+# kept NAME SERIALS: these are the serials in its history, oldest first.
+kept() {
+	[ "$(versions "$1" | sed 's/.*-\(.*\)\.tfstate/\1/' | xargs)" = "$2" ]
 }
 
-# Issue 2.2: the demo's dialect, GitLab's, Terraform's own, and what lies
-# between; each takes the lock, is met by it, writes under it, lets it go.
+# refuses STATUS PATTERN OPTION...: does not start, exits so, and says that.
+refuses() {
+	local status=$1 pattern=$2 got=0
+	shift 2
+	timeout "$PATIENCE" "$STATESRV" "$@" >out 2>err </dev/null || got=$?
+	want "statesrv $*: exit" "$status" "$got"
+	has err "$pattern"
+	want "statesrv $*: on stdout" "" "$(cat out)"
+}
+
+# The demo's dialect, GitLab's, Terraform's own, and what lies between; each
+# takes the lock, is met by it, writes under it, releases it.
 test_every_dialect_works() {
 	local n=0 lock lurl write surl unlock uurl file
-	local p=/api/v4/projects/42/terraform/state
+	local p=/api/v4/projects/grp%2Fsub%2Fproj/terraform/state
 	serve
 	while read -r lock lurl write surl unlock uurl file <&3; do
 		n=$((n + 1))
-		state "$n" >sent
-		expect 404 GET "$surl"
-		expect 200 "$lock" "$lurl" "$(info "run $n")"
-		expect 423 "$lock" "$lurl" "$(info other)"
-		same answer "states/$file.lock"
-		expect 200 GET "${surl%.tfstate}/lock"
-		same answer "states/$file.lock"
-		expect 423 "$write" "$surl" @sent
-		expect 200 "$write" "$surl?ID=run+$n" @sent
-		same sent "states/$file.tfstate"
-		expect 409 "$unlock" "$uurl" "$(info other)"
-		same answer "states/$file.lock"
-		expect 200 "$unlock" "$uurl" "$(info "run $n")"
-		[ ! -e "states/$file.lock" ] || fail "$file is still locked"
-		expect 200 GET "$surl"
-		same sent answer
+		rows <<-EOF
+			404 - GET $surl -
+			200 - $lock $lurl info:run-$n	!.
+			423 - $lock $lurl info:other	"run-$n"
+			200 - GET ${surl%.tfstate}/lock -	"run-$n"
+			423 - $write $surl state:$n	"run-$n"
+			200 - $write $surl?ID=run-$n state:$n	!.
+			409 - $unlock $uurl info:other	"run-$n"
+			200 - $unlock $uurl info:run-$n	!.
+			404 - GET ${surl%.tfstate}/lock -
+			200 - GET $surl -	"serial": $n,
+		EOF
+		holds "states/$file.tfstate" "$(state "$n")"
 	done 3<<-EOF
 		LOCK /a POST /a UNLOCK /a a
-		LOCK /b PUT /b UNLOCK /b b
 		PUT /terraform_lock/c POST /terraform_state/c DELETE /terraform_lock/c c
-		POST $p/prod/lock POST $p/prod DELETE $p/prod/lock ${p#/}/prod
+		POST $p/x/lock POST $p/x DELETE $p/x/lock api/v4/projects/grp/sub/proj/terraform/state/x
 		PUT /e/lock PUT /e DELETE /e/lock e
 		LOCK /f/lock POST /f UNLOCK /f/lock f
-		LOCK /terraform_lock/g/h PUT /terraform_state/g/h UNLOCK /terraform_lock/g/h g/h
-		LOCK /i POST /i DELETE /i i
 		LOCK /j%2Fk POST /j%2fk UNLOCK /j%2Fk j/k
 		LOCK /l.tfstate POST /l.tfstate UNLOCK /l.tfstate l
-		LOCK /terraform_state/m POST /terraform_state/m UNLOCK /terraform_state/m m
 		POST /n%2flock POST /n DELETE /n%2Flock n
+		LOCK /terraform_state/g/h PUT /terraform_state/g/h UNLOCK /terraform_lock/g/h g/h
 	EOF
+	# and all of them mean one state, with one lock
+	rows <<<'200 - PUT /terraform_lock/g/h info:one'
+	for surl in /g/h /g%2Fh /g/h.tfstate /%67/h /terraform_state/g/h '/g/h?'; do
+		rows <<-EOF
+			200 - GET $surl -	"serial": $n,
+			423 - LOCK $surl info:two	"one"
+		EOF
+	done
 }
 
-# All the URLs of one state are that state, with one lock between them.
-test_the_dialects_share_one_state_and_one_lock() {
-	local url
+# With ?env=prod and ?env=dev two environments would be one state: any query
+# key but ID is refused, but for an UNLOCK of a run from before an upgrade.
+test_a_query_other_than_the_id_is_refused() {
 	serve
-	state 1 >sent
-	expect 200 POST /team/prod @sent
-	expect 200 PUT /terraform_lock/team/prod "$(info one)"
-	for url in /team/prod /team%2Fprod /team/prod.tfstate /te%61m/prod \
-		/terraform_state/team/prod '/team/prod?x=1&y='; do
-		expect 200 GET "$url"
-		same sent answer
-		expect 423 LOCK "$url" "$(info two)"
-	done
-	expect 200 DELETE /team/prod/lock "$(info one)"
-	expect 404 GET /terraform_lock/team/prod
+	rows <<-'EOF'
+		200 - POST /demo state:1
+		200 - LOCK /demo info:me
+		400 - GET /demo?env=prod -	path
+		400 - HEAD /demo?env=prod -
+		400 - LOCK /demo?env=prod info:me	path
+		400 - PUT /demo/lock?env=prod info:me	path
+		400 - DELETE /demo?env=prod&ID=me -	path
+	EOF
+	every $'400 - GET @@?x=1 -\tpath' /demo/lock /terraform_state/demo /terraform_lock/demo
+	every '400 - POST /demo?@@ state:2' x id=me XID=me x=ID=me ID%3Dme 'ID=me&x=1' 'x=1&ID=me'
+	rows <<-'EOF'
+		200 - GET /demo -	"serial": 1,
+		200 - POST /demo?ID=me state:1
+		200 - UNLOCK /demo?env=prod&project=shop info:me
+		404 - GET /demo/lock -
+	EOF
+	every '200 - GET @@?anything=goes -' / /-/versions/demo /-/healthy
 }
 
-# PROTOCOL 2: the client sorts its query, so ID stands anywhere in it;
-# unknown keys, and keys that look like it, are nothing to us.
-test_the_id_is_found_anywhere_in_the_query() {
-	local query
-	serve
-	expect 200 LOCK /demo "$(info me)"
-	for query in 'ID=me' 'A=2&ID=me&x=1' '&ID=me&' 'x&y=&ID=me'; do
-		expect 200 POST "/demo?$query" "$(state 1)"
-	done
-	for query in 'id=me' 'XID=me' 'IDX=me' 'x=ID=me' 'ID%3Dme' 'ID' 'ID=' \
-		'ID=m' 'ID=mee' 'ID=ME' 'ID=me+' 'ID=%20me'; do
-		expect 423 POST "/demo?$query" "$(state 2)"
-	done
-	holds states/demo.tfstate "$(state 1)"
-	# two of them, or a bad escape, could be read in two ways
-	for query in 'ID=me&ID=you' 'ID=you&ID=me' 'ID=me%' 'ID=me%4' \
-		'ID=me%00'; do
-		ask POST "/demo?$query" "$(state 2)"
-		[ "$STATUS" != 200 ] || fail "?$query was taken"
-	done
-	holds states/demo.tfstate "$(state 1)"
-}
-
-# An ID is opaque text: what JSON spells and what the query spells must meet
-# after decoding, and only then (url.Values.Encode writes a blank as plus).
+# An ID is opaque text: JSON's and the query's meet after decoding, only then.
 test_odd_ids_match_only_themselves() {
 	local id query wrong
 	serve
 	while read -r id query wrong <&3; do
-		expect 200 LOCK /demo "{\"Who\":\"ID\",\"ID\":\"$id\"}"
-		expect 423 POST "/demo?ID=$wrong" "$(state 1)"
-		expect 200 POST "/demo?ID=$query" "$(state 1)"
-		expect 200 UNLOCK /demo "{\"ID\":\"$id\"}"
+		rows <<-EOF
+			200 - LOCK /demo {"Who":"ID","ID":"$id"}
+			423 - POST /demo?ID=$wrong state:2
+			200 - POST /demo?ID=$query state:1
+			200 - UNLOCK /demo {"ID":"$id"}
+		EOF
 	done 3<<-'EOF'
 		a\u0020b a+b a%2Bb
-		a\u0020b a%20b a%2520b
 		a+b a%2Bb a+b
-		a&b=c;d a%26b%3Dc%3Bd a&b=c;d
-		100% 100%25 100%2525
+		a&b=c;d a%26b%3Dc%3Bd a
 		%41 %2541 %41
-		\"quoted\" %22quoted%22 quoted
-		back\\slash back%5Cslash back%5C%5Cslash
-		\/a\/b /a/b %5C/a/b
+		\"q\" %22q%22 q
 		e:@!$'()*,/? e:@!$'()*,/? e
-		caf\u00e9 caf%C3%A9 cafe
-		café caf%c3%a9 caf%E9
+		caf\u00e9 caf%c3%a9 caf%E9
 		\ud800 %EF%BF%BD ?
 		\ud83d\ude00 %F0%9F%98%80 %F0%9F%98%81
-		-- -- -
 	EOF
-	# a NUL inside must not cut the comparison short
-	ask LOCK /demo '{"ID":"a\u0000b"}'
-	[ "$STATUS" = 400 ] || expect 423 POST '/demo?ID=a' "$(state 1)"
+	# in part, twice, or with a bad escape
+	rows <<<'200 - LOCK /demo info:me'
+	every '4(00|23) - POST /demo?ID@@ state:2' '' = =m =ME =mee =%20me =me%00 =me%4 =me% \
+		'=me&ID=you' '=you&ID=me' '=me&ID=me'
+	rows <<<$'200 - GET /demo -\t"serial": 1,'
 }
 
-# PEERS bug 1, promise 3: of 200 clients that LOCK at once, one is told 200;
-# PEERS bug 6, 9 and 28: the others get the winner's info, whole.
-test_of_200_simultaneous_locks_one_wins() {
-	local i name won
+# Promise 6, common bugs: every repeat of a lost request says 200; a LOCK that
+# fails leaves the holder's as it was; the lock is kept as it was sent.
+test_repeats_do_no_harm() {
 	serve
-	for name in red green team/blue; do
-		for i in $(seq 200); do
-			info "$name-$i" >"body.$i"
-			printf '%s\n' "url=$URL/$name" request=LOCK "output=got.$i" \
-				"data-binary=@body.$i" "write-out=\"%{http_code} $i\\n\"" \
-				>"cfg.$i"
-		done
-		together cfg.* >statuses
-		want "$name: winners" 1 "$(grep -c '^200 ' statuses)"
-		want "$name: losers" 199 "$(grep -c '^423 ' statuses)"
-		won=$(sed -n 's/^200 //p' statuses)
-		same "body.$won" "states/$name.lock"
-		rm -f "got.$won"
-		same "body.$won" got.*
-		rm -f got.*
-	done
-}
-
-# PEERS bug 14, promise 6: the LOCK whose answer was lost is sent again.
-# PEERS bug 28: a LOCK that fails leaves the holder's as it was.
-test_the_same_lock_again_is_granted() {
-	serve
-	info mine holder@far >mine
-	expect 200 LOCK /demo @mine
-	want "length of the answer" 0 "$(wc -c <answer)"
-	expect 200 LOCK /demo @mine
-	expect 423 LOCK /demo "$(info yours)"
-	same mine answer states/demo.lock
+	printf '\r\n { "Who" : "a\\\\b@c", "x":{"ID":"no"},\n%s"ID"\t: "w\\u00e9" } \n' \
+		'"y":[1.10,"ID"], ' >mine
+	rows <<-'EOF'
+		200 - LOCK /demo @mine	!.
+		200 - LOCK /demo @mine	!.
+		423 - LOCK /demo info:yours	a..b@c
+		200 - LOCK /demo @mine	!.
+		200 - POST /demo?ID=w%C3%A9 state:4	!.
+		200 - POST /demo?ID=w%C3%A9 state:4	!.
+		423 - POST /demo?ID=yours state:5	a..b@c
+	EOF
 	has head '[Cc]ontent-[Tt]ype: application/json'
-	expect 200 LOCK /demo @mine
-	same mine states/demo.lock
+	cmp mine answer
+	cmp mine states/demo.lock
+	rows <<-'EOF'
+		200 - UNLOCK /demo @mine	!.
+		200 - UNLOCK /demo @mine	!.
+		200 - UNLOCK /never info:mine
+		200 - GET /demo -	"serial": 4,
+	EOF
+	want "files that an UNLOCK made" "" "$(find states -name 'never.[tl]*[ek]')"
 }
 
-# The lock is kept as it was sent, spaces, order, unknown keys and all.
-test_the_lock_info_is_kept_byte_for_byte() {
+# Promise 3, and common bugs: of 200 clients that LOCK at once, one is told
+# 200; the others get the winner's info, whole, and so does who only looks.
+test_of_200_simultaneous_locks_one_wins() {
+	local i won long
+	long=$(head -c 50000 /dev/zero | tr '\0' w)
 	serve
-	{
-		printf '\r\n { "Who" : "a\\\\b@c", "x":{"ID":"no"},'
-		printf '"y":[1.10,"ID"],\n "ID"\t: "w\\u00e9" } \n'
-	} >sent
-	expect 200 LOCK /demo @sent
-	same sent states/demo.lock
-	expect 200 GET /demo/lock
-	same sent answer
-	expect 423 POST /demo "$(state 1)"
-	same sent answer
-	expect 409 UNLOCK /demo "$(info other)"
-	same sent answer
-	expect 200 POST '/demo?ID=w%C3%A9' "$(state 1)"
-	same sent states/demo.lock
+	for i in $(seq 200); do
+		info "run-$i" "$long" >"body.$i"
+		printf '%s\n' "url=$URL/t/red" request=LOCK "output=got.$i" silent \
+			"data-binary=@body.$i" "write-out=\"%{http_code} $i\\n\"" next
+		printf '%s\n' "url=$URL/t/red/lock" "output=got.x$i" silent \
+			"write-out=\"look %{http_code} x$i\\n\"" next
+	done | sed '$d' >all
+	curl -s -Z --parallel-immediate --parallel-max 300 -K all >statuses
+	want winners 1 "$(grep -c '^200 ' statuses)"
+	want losers 199 "$(grep -c -E '^(423|503) ' statuses)"
+	want lookers 200 "$(grep -c -E '^look (200|404) ' statuses)"
+	won=$(sed -n 's/^200 //p' statuses)
+	sed -n 's/^423 /got./p; s/^look 200 /got./p' statuses | xargs \
+		-n 1 cmp "body.$won"
+	rows <<<'423 - LOCK /t/red info:late'
+	cmp "body.$won" states/t/red.lock
+	cmp "body.$won" answer
 }
 
-# What LOCK takes: a JSON object with a string ID of 1 to 256 bytes, at most
-# 64 KiB of it. Anything else is 400, with the reason, and locks nothing.
+# What LOCK takes: a JSON object with a string ID of 1 to 256 bytes, once and
+# without a NUL, in at most 64 KiB. Anything else is 400 and locks nothing.
 test_a_lock_needs_an_id() {
-	local body
+	local x256
+	x256=$(printf 'x%.0s' {1..256})
 	serve
-	while IFS= read -r body <&3; do
-		expect 400 LOCK /demo "$body"
-		want "lines for $body" 1 "$(wc -l <answer)"
-		[ ! -e states/demo.lock ] || fail "locked by $body"
-	done 3<<-'EOF'
-		x
-		{
-		{"ID":"a"
-		{"ID":"a"}x
-		[{"ID":"a"}]
-		"ID"
-		null
-		{}
-		{"ID":""}
-		{"ID":5}
-		{"ID":null}
-		{"ID":["a"]}
-		{"ID":{"ID":"a"}}
-		{"Info":{"ID":"a"}}
-		{'ID':'a'}
-		{"ID":"a",}
-	EOF
-	expect 400 LOCK /demo
-	expect 400 LOCK /demo @/dev/null
-	expect 400 LOCK /demo "$(info "$(printf 'x%.0s' {1..257})")"
 	printf '{"ID":"a","Info":"%*s"}' 65516 '' >big
-	want "size of the largest info" 65536 "$(wc -c <big)"
 	printf ' ' | cat big - >bigger
-	expect 400 LOCK /demo @bigger
-	expect 400 LOCK /demo @bigger -H 'Transfer-Encoding: chunked'
-	[ ! -e states/demo.lock ] || fail "one of them locked"
-	expect 200 LOCK /demo @big
-	expect 423 LOCK /demo "$(info b)"
-	same big answer
-	expect 200 UNLOCK /demo @big
-	expect 200 LOCK /demo "$(info "$(printf 'x%.0s' {1..256})")"
-	expect 200 POST "/demo?ID=$(printf 'x%.0s' {1..256})" "$(state 1)"
+	every $'400 - LOCK /demo @@\tID' '{}' '{"ID":""}' '{"ID":5}' '{"Info":{"ID":"a"}}'
+	every '400 - LOCK /demo @@' x '{"ID":"a"' '{"ID":"a"}x' '[{"ID":"a"}]' null \
+		'{"ID":["a"]}' '{"ID":"a","ID":"b"}' '{"ID":"a","id":"a"}' \
+		'{"ID":"a\u0000b"}' - @/dev/null "info:${x256}x" @bigger
+	rows -H 'Transfer-Encoding: chunked' <<<'400 - LOCK /demo @bigger'
+	rows <<-EOF
+		404 - GET /demo/lock -
+		200 - LOCK /demo @big
+		423 - LOCK /demo info:b	"ID":"a"
+		200 - UNLOCK /demo @big
+		200 - LOCK /demo info:$x256
+		200 - POST /demo?ID=$x256 state:1
+		200 - UNLOCK /demo {"id":"$x256"}
+	EOF
 }
 
-# PEERS bug 4 and 5, promise 6: who releases a lock, and with which body.
-# Terraform's force-unlock is an empty chunked body, old OpenTofu's none at
-# all, new OpenTofu's an object with only the ID.
+# Promise 6, common bugs: what releases a lock. force-unlock is an empty
+# chunked body (Terraform), none at all, or just the ID (OpenTofu).
 test_what_releases_a_lock() {
-	local status left method body
+	local method body
 	serve
-	while IFS='|' read -r status left method body <&3; do
-		rm -f states/demo.lock
-		expect 200 LOCK /demo "$(info mine)"
-		case $body in
-		chunked) set -- '' -H 'Transfer-Encoding: chunked' \
-			-H 'Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg==' -d '' ;;
-		zero) set -- @/dev/null ;;
-		*) set -- "$body" ;;
-		esac
-		expect "$status" "$method" /demo/lock "$@"
-		[ "$status" != 409 ] || same answer states/demo.lock
-		want "$method $body: locks left" "$left" \
-			"$(find states -name demo.lock | wc -l)"
-		[ "$left" = 1 ] ||
-			expect 200 "$method" /demo/lock "$@" # again
-	done 3<<-EOF
-		200|0|UNLOCK|$(info mine)
-		200|0|DELETE|$(info mine)
-		200|0|UNLOCK|{"ID":"mine"}
-		200|0|UNLOCK|{"ID":"mine","Operation":"","Info":"","Who":"","Version":"","Created":"0001-01-01T00:00:00Z","Path":""}
-		200|0|UNLOCK|chunked
-		200|0|UNLOCK|zero
-		200|0|UNLOCK|
-		200|0|DELETE|chunked
-		200|0|DELETE|
-		409|1|UNLOCK|$(info other)
-		409|1|UNLOCK|{"ID":"min"}
-		409|1|DELETE|{"ID":"MINE"}
-		400|1|UNLOCK|{}
-		400|1|UNLOCK|{"ID":""}
-		400|1|UNLOCK|mine
-		400|1|UNLOCK|{"ID":"mine"
-		400|1|DELETE|[]
-	EOF
-	# on what was never there, and it makes nothing
-	expect 200 UNLOCK /never "$(info mine)"
-	expect 200 UNLOCK /never
-	[ -z "$(find states -name 'never.[lt][of][cs]*')" ] ||
-		fail "an UNLOCK made a file"
-}
-
-# PROTOCOL 12: unlock_method = DELETE with the state's own URL is an UNLOCK:
-# lock info in the body, or (force-unlock) the MD5 of nothing in the head.
-test_delete_with_lock_info_is_an_unlock() {
-	local body
-	serve
-	expect 200 POST /demo "$(state 1)"
-	expect 200 LOCK /demo "$(info mine)"
-	expect 409 DELETE /demo "$(info other)"
-	expect 200 DELETE /demo "$(info mine)"
-	expect 200 LOCK /demo "$(info mine)"
-	expect 200 DELETE /demo '' -H 'Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg=='
-	for body in '{}' '{"serial":1}' x ' '; do
-		expect 400 DELETE /demo "$body"
-	done
-	expect 200 GET /demo
-	want events "write lock refused unlock lock force-unlock refused refused refused refused" \
-		"$(events demo)"
-}
-
-# PEERS bug 13 and 25, promise 1: a lock outlives the server, and ages never.
-test_locks_survive_a_restart() {
-	serve
-	info mine >mine
-	expect 200 LOCK /team/prod @mine
-	expect 200 POST '/team/prod?ID=mine' "$(state 1)"
-	halt
-	want "exit status" 0 "$STATUS"
-	touch -d '400 days ago' states/team/prod.lock
-	serve
-	expect 423 LOCK /team/prod "$(info other)"
-	same mine answer
-	expect 423 POST /team/prod "$(state 2)"
-	expect 200 POST '/team/prod?ID=mine' "$(state 2)"
-	expect 200 LOCK /team/prod @mine
-	expect 200 UNLOCK /team/prod @mine
-	expect 200 LOCK /team/prod "$(info other)"
-}
-
-# DESIGN "On disk": an empty .lock found at start is a LOCK that nobody was
-# told of: removed, and reported. Leftovers of uploads are swept.
-test_the_start_repairs_what_a_crash_left() {
-	grumbles
-	mkdir -p states/.tmp states/team
-	: >states/team/prod.lock
-	info kept >states/kept.lock
-	echo half >states/.tmp/upload
-	serve
-	until_true grep -q team/prod server.err
-	hasnt server.err kept
-	[ ! -e states/team/prod.lock ] || fail "the empty lock is still there"
-	want "left in .tmp" "" "$(find states/.tmp -type f)"
-	expect 200 LOCK /team/prod "$(info mine)"
-	expect 423 LOCK /kept "$(info mine)"
-}
-
-# A .lock made by hand freezes the state: LOCK and every write get made-up
-# lock info that all clients can read (an ID, no Created); only force-unlock
-# or rm ends it, -b never does.
-test_a_lock_file_made_by_hand_freezes_the_state() {
-	local line id
-	serve -b 1
-	while IFS= read -r line <&3; do
-		rm -f states/demo.*
-		state 1 >states/demo.tfstate
-		# shellcheck disable=SC2059
-		printf "$line" >states/demo.lock
-		touch -d '5 hours ago' states/demo.lock
-		expect 423 LOCK /demo "$(info mine)"
-		json answer 'has("Created")' false
-		has answer '"ID": *"[^"]'
-		hasnt answer Created
-		id=$(sed 's/.*"ID": *"\([^"]*\)".*/\1/' answer | head -1)
-		expect 423 POST /demo "$(state 2)"
-		expect 423 POST "/demo?ID=mine" "$(state 2)"
-		expect 423 POST "/demo?ID=$id" "$(state 2)"
-		expect 423 DELETE /demo
-		expect 423 LOCK /demo "$(info "$id")"
-		expect 409 UNLOCK /demo "$(info mine)"
-		json answer 'has("Created")' false
-		holds states/demo.tfstate "$(state 1)"
-		expect 200 GET /demo
-		expect 200 UNLOCK /demo
-		expect 200 POST /demo "$(state 2)"
-	done 3<<-'EOF'
-		frozen for the audit\n
-
-		say \\"no\\"\\\\ <b>&\tnow\nsecond line
-		\xff\xfe\x01binary\x00x
-		{"ID":5}
-		{"ID":"torn","Who":"a@b
-		[]
-	EOF
-	echo 'frozen for the audit' >states/demo.lock
-	expect 423 LOCK /demo "$(info mine)"
-	has answer '"Info": *"frozen for the audit"'
-	rm states/demo.lock
-	expect 200 LOCK /demo "$(info mine)"
-}
-
-# Issue 4.10: -b lets a LOCK break an old lock. The broken run can do no
-# harm: its writes meet the new lock (423), or none at all (409), promise 4.
-test_b_breaks_only_old_locks() {
-	serve -b 2
-	expect 200 POST /demo "$(state 1)"
-	expect 200 LOCK /demo "$(info slow slow@far)"
-	expect 423 LOCK /demo "$(info fresh)"
-	touch -d '90 minutes ago' states/demo.lock
-	expect 423 LOCK /demo "$(info fresh)"
-	touch -d '3 hours ago' states/demo.lock
-	expect 200 LOCK /demo "$(info slow slow@far)" # its own: not broken
-	touch -d '3 hours ago' states/demo.lock
-	expect 200 POST '/demo?ID=slow' "$(state 2)"
-	expect 200 LOCK /demo "$(info fresh)"
-	holds states/demo.lock "$(info fresh)"
-	expect 423 POST '/demo?ID=slow' "$(state 3)"
-	expect 409 UNLOCK /demo "$(info slow)"
-	expect 200 UNLOCK /demo "$(info fresh)"
-	expect 409 POST '/demo?ID=slow' "$(state 3)"
-	holds states/demo.tfstate "$(state 2)"
-	has states/demo.log '"event":"break".*"broken":\{"id":"slow","who":"slow@far","operation":"OperationTypeApply","created":"2026-11-22T13:21:24.079813084Z"\}'
-	halt
-	serve # the default is never
-	expect 200 LOCK /demo "$(info old)"
-	touch -d '3000 days ago' states/demo.lock
-	expect 423 LOCK /demo "$(info fresh)"
-}
-
-# PEERS bug 2, 3 and 24, promise 4: which write lands. PEERS bug 12: what
-# was answered 200 was stored, what was not was not.
-test_a_write_lands_only_under_its_own_lock() {
-	local held query status method url
-	serve
-	state 1 >old
-	state 2 >new
-	while read -r held query status <&3; do
-		for method in 'POST /t/demo' 'PUT /terraform_state/t/demo'; do
-			url=${method#* }
-			rm -f states/t/demo.lock
-			expect 200 POST "$url" @old
-			[ "$held" = - ] || expect 200 LOCK "$url" "$(info "$held")"
-			expect "$status" "${method% *}" "$url${query#-}" @new
-			case $status in
-			200) same new states/t/demo.tfstate ;;
-			423) same answer states/t/demo.lock ;;&
-			*) same old states/t/demo.tfstate ;;
-			esac
-			expect 200 GET "$url"
-			same answer states/t/demo.tfstate
-		done
-	done 3<<-'EOF'
-		- - 200
-		- ?x=1 200
-		- ?ID=gone 409
-		- ?ID= 409
-		- ?ID 409
-		mine ?ID=mine 200
-		mine - 423
-		mine ?ID= 423
-		mine ?ID=other 423
-		mine ?ID=mine%20 423
-	EOF
-	rm states/t/demo.lock
-	ask POST /t/demo?ID=gone @new
-	[ "$(wc -l <answer)" = 1 ] || fail "no reason: $(cat answer)"
-}
-
-# A write that its head already condemns is refused before its body is read
-# (PEERS bug 20): these heads promise a megabyte and send none.
-test_a_refusal_does_not_wait_for_the_body() {
-	local status method url length
-	serve -m 1
-	expect 200 LOCK /held "$(info mine)"
-	while read -r status method url length <&3; do
-		want "$method $url" "$status" "$(head_of "$method" "$url" \
-			"Content-Length: $length" | raw_status)"
-	done 3<<-'EOF'
-		423 POST /held 1000000
-		423 PUT /held?ID=other 1000000
-		409 POST /free?ID=gone 1000000
-		413 POST /free 1048577
-		400 LOCK /free 65537
-		400 POST /.x 1000000
-		405 POST / 1000000
-	EOF
-}
-
-# Promise 4, PEERS bug 18: DELETE obeys the lock, deletes one state only, and
-# that into the history.
-test_delete_moves_one_state_into_the_history() {
-	serve
-	state 1 >sent
-	expect 404 DELETE /team
-	expect 200 POST /team/prod @sent
-	expect 200 POST /team/prod/eu @sent
-	expect 404 DELETE /team
-	expect 200 LOCK /team/prod "$(info mine)"
-	expect 423 DELETE /team/prod
-	same answer states/team/prod.lock
-	expect 423 DELETE '/team/prod?ID=other'
-	expect 200 GET /team/prod
-	expect 200 DELETE '/team/prod?ID=mine'
-	expect 404 GET /team/prod
-	expect 404 DELETE '/team/prod?ID=mine'
-	expect 200 UNLOCK /team/prod "$(info mine)"
-	same sent "$(versions team/prod)"
-	expect 200 GET /team/prod/eu
-	expect 200 POST /team/prod @sent # and back
-	ask DELETE '/team/prod?ID=gone'
-	[ "$STATUS" != 200 ] || fail "deleted under a broken lock"
-	expect 200 DELETE /terraform_state/team/prod
-	want versions 2 "$(versions team/prod | wc -l)"
-}
-
-# Promise 5, PEERS bug 10: no byte is touched, whichever way it came. The
-# last two stream through a file.
-test_what_was_sent_is_what_is_served() {
-	local f
-	serve
-	printf '{"b":1.10,"a":12345678901234567890,"e":1E+400,"z":-0.0,"a":2}' >s1
-	printf ' {\r\n\t"k": "\\u00e9\\/\xc3\xa9\\ud83d\\ude00",\r\n"":[ ] }\r\n\n' >s2
-	printf '{}' >s3
-	printf '{"serial":7,"lineage":"x","meta":{"k":"v"},"encrypted_data":"QUJD","encryption_version":"v0"}' >s4
-	{ printf '{"x":"' && head -c 49152 /dev/urandom | base64 -w 0 &&
-		printf '"}'; } >s5
-	{ printf '{"x":"' && head -c 3000000 /dev/urandom | base64 -w 0 &&
-		printf '"}\n\n'; } >s6
-	for f in s1 s2 s3 s4 s5 s6; do
-		expect 200 POST "/s/$f" @"$f" -H "Content-MD5: $(body_md5 "$f")"
-		expect 200 GET "/s/$f"
-		same "$f" answer "states/s/$f.tfstate"
-		has head "^[Cc]ontent-[Ll]ength: $(stat -c %s "$f")"
-		expect 200 HEAD "/s/$f"
-		has head "^[Cc]ontent-[Ll]ength: $(stat -c %s "$f")"
-		expect 200 PUT "/c/$f" @"$f" -H 'Transfer-Encoding: chunked' \
-			-H "Content-MD5: $(body_md5 "$f")"
-		same "$f" "states/c/$f.tfstate"
-	done
-}
-
-# Promise 5: a large body never lives in memory whole.
-test_memory_does_not_grow_with_the_state() {
-	local before
-	serve
-	{ printf '{"x":"' && head -c 64M /dev/zero | tr '\0' x &&
-		printf '"}'; } >big
-	expect 200 POST /small "$(state 1)"
-	expect 200 GET /small
-	before=$(awk '/VmHWM/ { print $2 }' "/proc/$PID/status")
-	expect 200 POST /big @big
-	expect 200 GET /big
-	same big answer
-	expect 200 DELETE /big
-	[ "$(awk '/VmHWM/ { print $2 }' "/proc/$PID/status")" -lt \
-		$((before + 12000)) ] || fail "memory grew by more than 12 MB"
-}
-
-# Content-MD5 is verified on state and lock, small and large, framed either
-# way; wrong or unreadable is 400 and changes nothing.
-test_content_md5_is_checked() {
-	local size md5 framing
-	serve
-	state 1 >s1
-	state 2 >s2
-	{ state 3 && printf '%*s' 200000 ''; } >s3
-	expect 200 POST /demo @s1
-	for size in s2 s3; do
-		for framing in X-None:x 'Transfer-Encoding: chunked'; do
-			while IFS= read -r md5 <&3; do
-				expect 400 POST /demo @"$size" -H "$framing" \
-					-H "Content-MD5: $md5"
-				has answer MD5
-				same s1 states/demo.tfstate
-			done 3<<-EOF
-				$(body_md5 s1)
-				1B2M2Y8AsgTpgAmY7PhCfg==
-				$(md5sum <"$size" | cut -c 1-32)
-				$(body_md5 "$size")=
-				$(body_md5 "$size" | cut -c 1-20)
-				$(body_md5 "$size" | tr -d =)
-				!$(body_md5 "$size" | cut -c 2-)
+	rows <<<'200 - LOCK /demo info:mine'
+	every $'409 - @@\t"mine"' 'UNLOCK /demo {"ID":"min"}' 'DELETE /demo/lock {"ID":"MINE"}'
+	every '400 - @@' 'UNLOCK /demo {}' 'UNLOCK /demo {"ID":""}' 'UNLOCK /demo mine' \
+		'UNLOCK /demo {"ID":"mine"' 'DELETE /demo/lock []'
+	rows <<<$'200 - GET /demo/lock -\t"mine"'
+	for method in UNLOCK DELETE; do
+		for body in info:mine '{"ID":"mine"}' - @/dev/null \
+			'{"ID":"mine","Who":"","Created":"0001-01-01T00:00:00Z"}'; do
+			rows <<-EOF
+				200 - LOCK /demo info:mine
+				200 - $method /demo/lock $body	!.
+				404 - GET /demo/lock -
 			EOF
 		done
+		rows <<<'200 - LOCK /demo info:mine'
+		rows -H 'Transfer-Encoding: chunked' -d '' <<<"200 - $method /demo/lock md5"
+		rows <<<'404 - GET /demo/lock -'
 	done
-	expect 200 POST /demo @s3 -H "content-md5: $(body_md5 s3)"
-	same s3 states/demo.tfstate
-	info mine >mine
-	expect 400 LOCK /demo @mine -H "Content-MD5: $(body_md5 s1)"
-	[ ! -e states/demo.lock ] || fail "locked in spite of the MD5"
-	expect 200 LOCK /demo @mine -H "Content-MD5: $(body_md5 mine)"
-	expect 400 UNLOCK /demo @mine -H "Content-MD5: $(body_md5 s1)"
-	same mine states/demo.lock
-	expect 200 UNLOCK /demo @mine -H "Content-MD5: $(body_md5 mine)"
 }
 
-# Promise 8, PEERS bug 7 and 19: a body that is not one JSON object is 400,
-# says at which byte, and the old state stays, in a small body or a large.
-test_a_body_that_is_no_json_object_is_refused() {
-	local at body padded
+# unlock_method = DELETE on the state's own URL is an UNLOCK: lock info in the
+# body, the MD5 of nothing, or Go's User-Agent (OpenTofu 1.8 and 1.9).
+test_delete_by_a_client_is_an_unlock() {
 	serve
-	state 1 >old
-	expect 200 POST /demo @old
-	while IFS='|' read -r at body <&3; do
+	rows <<-'EOF'
+		200 - POST /demo state:1
+		200 - LOCK /demo info:mine
+		409 - DELETE /demo info:other	"mine"
+		200 - DELETE /demo info:mine
+		200 - LOCK /demo info:mine
+		200 - DELETE /demo md5
+		400 - DELETE /demo {"version":4,"serial":1}
+		200 - LOCK /demo info:mine
+	EOF
+	rows -A Go-http-client/1.1 <<-'EOF'
+		409 - DELETE /demo info:other
+		200 - DELETE /demo -
+		404 - GET /demo/lock -
+		200 - DELETE /terraform_state/demo -
+		200 - GET /demo -	"serial": 1,
+	EOF
+	rows <<-'EOF'
+		200 - DELETE /demo -
+		404 - GET /demo -
+	EOF
+	events demo >told
+	has told '^write lock (refused )?unlock lock force-unlock refused lock (refused )?force-unlock delete$'
+}
+
+# A .lock made by hand freezes the state. Its first line is the ID that all
+# clients show, and matches an UNLOCK only; -b never breaks it.
+test_a_lock_file_made_by_hand_freezes_the_state() {
+	local line id got
+	serve -b 1
+	while IFS='|' read -r id line <&3; do
+		rm -f states/demo.* states/.f
+		rows <<<'200 - POST /demo state:1'
 		# shellcheck disable=SC2059
-		printf "$body" >body
-		expect 400 POST /demo @body
-		has answer "byte $at([^0-9]|\$)"
-		want "lines for $body" 1 "$(wc -l <answer)"
-		# the same, far into a body that goes through a file
-		{ printf '%*s' 100000 '' && cat body; } >padded
-		padded=$((at + 100000))
-		expect 400 POST /demo @padded
-		has answer "byte $padded([^0-9]|\$)"
-		same old states/demo.tfstate
+		printf "$line" >states/.f
+		touch -d '5 hours ago' states/.f
+		ln states/.f states/demo.lock
+		every $'423 - @@\t!Created' 'POST /demo state:2' 'POST /demo?ID=mine state:2' \
+			'DELETE /demo -' 'LOCK /demo info:mine'
+		got=$(sed 's/.*"ID": *"\(\([^"\\]*\|\\.\)*\)".*/\1/' answer | head -1)
+		[[ $got =~ ^($id)$ ]] || fail "$line: the ID is $got"
+		rows <<-EOF
+			409 - UNLOCK /demo info:mine	!Created
+			423 - LOCK /demo {"ID":"$got"}
+			200 - GET /demo -	"serial": 1,
+			200 - UNLOCK /demo -
+			200 - POST /demo state:2
+		EOF
 	done 3<<-'EOF'
-		0|
-		0|[]
-		0|null
-		0|"x"
-		0|17
-		0|hello
-		0|\xef\xbb\xbf{}
-		1|{
-		1|{,}
-		6|{"a":1
-		7|{"a":1,
-		2|{}x
-		3|{} {}
-		7|{"a":1,}
-		6|{"a":01}
-		5|{"a":.5}
-		8|{"a":truE}
-		6|{"a":"\x01"}
-		6|{"a":"\xff"}
-		7|{"a":"\\x"}
+		frozen for the audit|frozen for the audit\n
+		frozen|frozen\r\nsecond line\r\n
+		gel.* bis M.*|gel\xc3\xa9 bis M\xc3\xa4rz
+		made-by-hand|\nsecond line
+		say .*no.* <b>.+|say \\"no\\"\\\\ <b>&\tnow\nsecond line
+		.+|\xff\xfe\x01binary\x00x
+		.+|{"ID":"torn","Who":"a@b
 	EOF
-	expect 400 POST /demo @/dev/null
-	same old states/demo.tfstate
-	want "files left behind" "" "$(find states/.tmp -type f)"
-}
-
-# PEERS bug 7: a client that goes away in the middle of its body leaves the
-# old state, and no upload, behind.
-test_an_upload_that_breaks_off_changes_nothing() {
-	local size
-	serve
-	state 1 >old
-	expect 200 POST /demo @old
-	for size in 60 70000 5000000; do
-		{
-			head_of POST /demo "Content-Length: $size"
-			printf '{"x":"'
-			head -c $((size / 2)) /dev/zero | tr '\0' x
-		} >half
-		exec 8<>"/dev/tcp/127.0.0.1/$PORT"
-		cat half >&8
-		exec 8>&-
-		{
-			head_of POST /demo 'Transfer-Encoding: chunked'
-			printf '8\r\n{"x":1}\n\r\n'
-		} >half
-		exec 8<>"/dev/tcp/127.0.0.1/$PORT"
-		cat half >&8
-		exec 8>&-
-	done
-	until_true no_uploads
-	expect 200 GET /demo
-	same old answer states/demo.tfstate
-	hasnt server.log 'method=(POST|PUT).*status=200.*method=POST'
-}
-
-no_uploads() {
-	[ -z "$(find states/.tmp -type f)" ]
-}
-
-# 411 without a length, 413 over -m: told, and the old state stays.
-test_sizes_are_limited_and_the_limit_is_told() {
-	serve -m 1
-	state 1 >old
-	expect 200 POST /demo @old
-	expect 411 POST /demo
-	expect 411 PUT /demo
-	{ printf '{"x":"' && head -c 1048568 /dev/zero | tr '\0' x &&
-		printf '"}'; } >fits
-	want "size" 1048576 "$(wc -c <fits)"
-	expect 200 POST /fits @fits
-	expect 200 POST /fits @fits -H 'Transfer-Encoding: chunked'
-	echo >>fits
-	expect 413 POST /demo @fits
-	has answer '1 MiB|1048576'
-	expect 413 POST /demo @fits -H 'Transfer-Encoding: chunked'
-	same old states/demo.tfstate
-	want "files left behind" "" "$(find states/.tmp -type f)"
-}
-
-# Promise 2, PEERS bug 11: 404 means that there is no such file, and nothing
-# else; terraform would take it for "no state yet". A GET makes nothing.
-test_only_an_absent_file_is_404() {
-	grumbles
-	mkdir -p states elsewhere
-	state 1 >elsewhere/state.tfstate
-	: >states/empty.tfstate
-	mkdir states/folder.tfstate
-	mkfifo states/fifo.tfstate
-	ln -s ../elsewhere/state.tfstate states/link.tfstate
-	ln -s nowhere states/dangling.tfstate
-	ln -s loop.tfstate states/loop.tfstate
-	ln -s ../elsewhere states/out
-	serve
-	for name in empty folder fifo link dangling loop out/state; do
-		expect 500 GET "/$name"
-		want "lines for $name" 1 "$(wc -l <answer)"
-		hasnt answer lineage
-	done
-	ask POST /out/state "$(state 2)"
-	ask POST /link "$(state 2)"
-	ask LOCK /out/new "$(info x)"
-	ask DELETE /out/state
-	want "outside" state.tfstate "$(ls -A elsewhere)"
-	holds elsewhere/state.tfstate "$(state 1)"
-	find states >before
-	expect 404 GET /no/such/state
-	expect 404 GET /no
-	expect 404 HEAD /no/such/state
-	expect 404 GET /no/lock
-	expect 404 GET /-/versions/no/20260101T000000.000Z-1
-	expect 404 DELETE /no/such/state
-	find states >after
-	same before after
-}
-
-# The directory may be edited by hand: what is there is what is served.
-test_a_state_copied_in_is_served_at_once() {
-	serve
-	mkdir -p states/team
-	state 5 >states/team/prod.tfstate
-	expect 200 GET /team/prod
-	same states/team/prod.tfstate answer
-	state 6 >new
-	cp new states/team/prod.tfstate
-	expect 200 GET /team/prod
-	same new answer
-	expect 200 POST /team/prod "$(state 7)"
-	same new "$(versions team/prod)"
-	rm states/team/prod.tfstate
-	expect 404 GET /team/prod
-	echo 'not json' >states/odd.tfstate
-	expect 200 GET /odd
-	same states/odd.tfstate answer
-}
-
-# Promise 6: lost answers are asked for again: every repeat says 200.
-test_repeats_do_no_harm() {
-	local i
-	serve
-	for i in 1 2 3; do
-		expect 200 LOCK /demo "$(info mine)"
-	done
-	for i in 1 2 3; do
-		expect 200 POST '/demo?ID=mine' "$(state 4)"
-	done
-	for i in 1 2 3; do
-		expect 200 UNLOCK /demo "$(info mine)"
-	done
-	holds states/demo.tfstate "$(state 4)"
-	has states/demo.log '"event":"lock"'
-}
-
-# PEERS bug 29 and 30: twenty names at once mix nothing up, and a write does
-# not sweep away a lock taken meanwhile.
-test_requests_at_once_do_not_mix() {
-	local i
-	serve
-	for i in $(seq 20); do
-		state "$i" "lineage-$i" >"body.$i"
-		info "run-$i" >"lock.$i"
-		expect 200 LOCK "/t/$i" @"lock.$i"
-		printf '%s\n' "url=$URL/t/$i?ID=run-$i" request=POST \
-			"data-binary=@body.$i" "write-out=\"%{http_code} $i\\n\"" \
-			>"cfg.$i"
-		printf '%s\n' "url=$URL/t/$i" request=LOCK "data-binary=@lock.$i" \
-			output=/dev/null "write-out=\"%{http_code} $i\\n\"" >"cfg.$i.b"
-		printf '%s\n' "url=$URL/t/$i" request=POST "data-binary=@body.1" \
-			output=/dev/null "write-out=\"%{http_code} x\\n\"" >"cfg.$i.c"
-	done
-	together cfg.* >statuses
-	want "writes and locks done" 40 "$(grep -c '^200 [0-9]' statuses)"
-	want "foreign writes refused" 20 "$(grep -c '^423 x' statuses)"
-	for i in $(seq 20); do
-		same "body.$i" "states/t/$i.tfstate"
-		same "lock.$i" "states/t/$i.lock"
-		expect 200 GET "/t/$i"
-		same "body.$i" answer
-	done
-}
-
-# PEERS bug 9: under a stream of locks and unlocks, whoever looks sees no
-# lock or a whole one. (In a build whose commit threads write slowly.)
-test_nobody_sees_half_a_lock() {
-	local i busy
-	need "${CC:-cc}"
-	cat >slow.c <<-'EOF'
-		#define _GNU_SOURCE
-		#include <sys/syscall.h>
-		#include <unistd.h>
-		ssize_t slow_write(int fd, const void *p, size_t n)
-		{
-			if (getpid() != syscall(SYS_gettid))
-				usleep(5000);
-			return write(fd, p, n);
-		}
+	# as the README says; and who may write may release it by its ID
+	echo 'frozen for the audit' >states/.f && ln states/.f states/demo.lock
+	rows <<-'EOF'
+		423 - POST /demo?ID=frozen%20for%20the%20audit state:3	"Info": *"frozen for the audit"
+		423 - POST /demo?ID=made-by-hand state:3
+		200 - UNLOCK /demo {"ID":"frozen for the audit"}
 	EOF
-	"${CC:-cc}" -std=c11 -Dwrite=slow_write -c "$here/statesrv.c"
-	"${CC:-cc}" -std=c11 -pthread -o slow slow.c statesrv.o
-	STATESRV=./slow serve
-	for i in 1 2 3 4; do
-		info "run-$i" >"body.$i"
+}
+
+# -b lets a LOCK break an old lock; the broken run can do no harm, promise 4.
+# Without -b a lock ages never (a common bug); promise 1: it outlives the server.
+test_b_breaks_only_old_locks() {
+	serve -b 2
+	rows <<<'200 - LOCK /demo info:slow'
+	touch -d '90 minutes ago' states/demo.lock
+	rows <<<'423 - LOCK /demo info:fresh'
+	touch -d '3 hours ago' states/demo.lock
+	rows <<-'EOF'
+		200 - POST /demo?ID=slow state:2
+		200 - LOCK /demo info:fresh
+		423 - POST /demo?ID=slow state:3	"fresh"
+		200 - UNLOCK /demo info:fresh
+		409 - POST /demo?ID=slow state:3
+		200 - GET /demo -	"serial": 2,
+		200 - LOCK /demo info:slow
+	EOF
+	has states/demo.log '"event":"break".*"broken":\{"id":"slow","who":"test@here","operation":"OperationTypeApply","created":"2026-11-22T13:21:24.079813084Z"'
+	halt
+	touch -d '3000 days ago' states/demo.lock
+	serve # the default is never
+	rows <<-'EOF'
+		423 - LOCK /demo info:fresh	"slow"
+		200 - POST /demo?ID=slow state:3
+	EOF
+}
+
+# Promise 4, common bugs: which write lands, by either method and dialect.
+test_a_write_lands_only_under_its_own_lock() {
+	serve
+	every '200 - POST /t/demo@@ state:1' '' '?'
+	every '409 - @@ state:2' 'POST /t/demo?ID=gone' 'PUT /t/demo?ID' \
+		'POST /terraform_state/t/demo?ID='
+	rows <<<'200 - LOCK /t/demo info:mine'
+	every $'423 - @@ state:2\t"mine"' 'POST /t/demo' 'PUT /terraform_state/t/demo' \
+		'PUT /t/demo?ID=' 'POST /t/demo?ID=other'
+	rows <<-'EOF'
+		200 - GET /t/demo -	"serial": 1,
+		200 - POST /t/demo?ID=mine state:2
+		200 - PUT /terraform_state/t/demo?ID=mine state:3
+		200 - UNLOCK /t/demo info:mine
+		409 - POST /t/demo?ID=mine state:4
+		200 - GET /t/demo -	"serial": 3,
+	EOF
+}
+
+# Promise 4: DELETE obeys the lock, deletes one state only, and that into the
+# history (common bugs: it takes a folder, or a locked state).
+test_delete_moves_one_state_into_the_history() {
+	serve
+	rows <<-'EOF'
+		200 - POST /team/prod state:1
+		200 - POST /team/prod/eu state:1
+		404 - DELETE /team -
+		200 - LOCK /team/prod info:mine
+		423 - DELETE /team/prod -	"mine"
+		423 - DELETE /team/prod?ID=other -	"mine"
+		200 - DELETE /team/prod?ID=mine -
+		404 - GET /team/prod -
+		404 - DELETE /team/prod?ID=mine -
+		200 - UNLOCK /team/prod info:mine
+		200 - GET /team/prod/eu -
+		200 - POST /team/prod state:2
+		409 - DELETE /team/prod?ID=gone -
+		200 - DELETE /terraform_state/team/prod -
+	EOF
+	kept team/prod '1 2' || fail "versions: $(versions team/prod)"
+	holds "$(versions team/prod | tail -1)" "$(state 2)"
+}
+
+# Promise 5, a common bug: no byte is touched, whichever way it came.
+test_what_was_sent_is_what_is_served() {
+	local f v
+	v='"version":4,'
+	serve
+	printf '{%s"b":1.10,"a":12345678901234567890,"e":1E+400,"z":-0.0,"a":2}' "$v" >s1
+	printf ' {\r\n\t"k": "\\u00e9\\/\xc3\xa9\\ud83d\\ude00",\r\n"":[ ],%s"":7 }\n\n' "$v" >s2
+	printf '{"meta":{"k":"v"},"encrypted_data":"QUJD","encryption_version":"v0"}' >s3
+	{ printf '{%s"x":"' "$v" && head -c 3000000 /dev/urandom | base64 -w 0 &&
+		printf '"}\n\n'; } >s4
+	for f in s1 s2 s3 s4; do
+		expect 200 POST "/s/$f" @$f -H "Content-MD5: $(body_md5 $f)"
+		expect 200 GET "/s/$f"
+		cmp $f answer
+		cmp $f "states/s/$f.tfstate"
+		has head "^[Cc]ontent-[Ll]ength: $(stat -c %s $f)"
+		expect 200 PUT "/c/$f" @$f -H 'Transfer-Encoding: chunked' \
+			-H "Content-MD5: $(body_md5 $f)"
+		cmp $f "states/c/$f.tfstate"
 	done
-	(
-		for _ in 1 2 3 4 5; do
-			for i in 1 2 3 4; do
-				for how in LOCK UNLOCK LOCK UNLOCK; do
-					printf '%s\n' "url=$URL/demo" "request=$how" \
-						"data-binary=@body.$i" output=/dev/null next
-				done
+}
+
+# Content-MD5 is verified on state and lock, small and large, chunked or not.
+test_content_md5_is_checked() {
+	local f md5 framing
+	serve
+	state 2 >s2
+	{ state 3 && printf '%*s' 200000 ''; } >s3
+	info mine >lock
+	rows <<<'200 - POST /demo state:1'
+	for f in s2 s3; do
+		for md5 in "$(body_md5 lock)" x "$(md5sum <$f | cut -c 1-32)" \
+			"$(body_md5 $f)=" "!$(body_md5 $f | cut -c 2-)"; do
+			for framing in X-None:x 'Transfer-Encoding: chunked'; do
+				rows -H "$framing" -H "Content-MD5: $md5" \
+					<<<"400 - POST /demo @$f"$'\tMD5'
 			done
-			printf 'url=%s/-/healthy\noutput=/dev/null\n' "$URL"
-			echo next
-		done | sed '$d' >storm
-		curl -s -K storm
-	) &
-	busy=$!
-	echo "$busy" >>"$T/pids"
-	while kill -0 "$busy" 2>/dev/null; do
-		ask GET /
-		hasnt answer frozen
-		ask GET /demo/lock
-		[ "$STATUS" != 404 ] || continue
-		has answer 'run-[1-4]'
-		same answer "body.$(sed 's/.*run-\(.\).*/\1/' answer)"
-	done
-	wait "$busy"
-}
-
-# "On disk": the names that are taken, and the file each becomes. A name is
-# decoded once; a plus is a plus.
-test_names_become_paths() {
-	local url file long=
-	serve
-	long=$(printf 'n%.0s' {1..200})
-	while read -r url file <&3; do
-		expect 200 POST "$url" "$(state 1)"
-		[ -f "states/$file.tfstate" ] || fail "$url: no $file"
-		expect 200 LOCK "$url" "$(info x)"
-		[ -f "states/$file.lock" ] || fail "$url: no $file.lock"
-		expect 200 GET "$url?q=1"
-	done 3<<-EOF
-		/a.b a.b
-		/a-b_c~d a-b_c~d
-		/a+b a+b
-		/%2541 %41
-		/x%3Fy%23z x?y#z
-		/a:b@c,d;e=f a:b@c,d;e=f
-		/%C3%A9t%c3%a9 été
-		/été/x été/x
-		/1/2/3/4/5/6/7/8 1/2/3/4/5/6/7/8
-		/$long $long
-		/a/$long/b a/$long/b
-		/locks locks
-		/lock/x lock/x
-		/Lockfile.LOCK Lockfile.LOCK
-		/tfstate tfstate
-		/terraform_states/x terraform_states/x
-	EOF
-}
-
-# PEERS bug 15, 16 and 17: names that would meet, hide, or climb are refused
-# by every method before anything is opened, in every spelling.
-test_bad_names_are_refused() {
-	local url method long
-	mkdir states
-	state 1 >outside.tfstate
-	serve
-	long=$(printf 'n%.0s' {1..201})
-	find states >before
-	while read -r url <&3; do
-		for method in GET POST LOCK UNLOCK DELETE; do
-			ask "$method" "$url" "$(info x)"
-			case $STATUS in
-			400 | 414) ;;
-			404 | 405) [ "$method$url" != GET/lock ] || continue ;;&
-			*) fail "$method $url: $STATUS" ;;
-			esac
 		done
-	done 3<<-EOF
-		/..
-		/../outside
-		/a/../../outside
-		/%2e%2e/outside
-		/%2E%2e%2foutside
-		/a%2f..%2f..%2foutside
-		/..%5coutside
-		/a%5cb
-		/.
-		/a/./b
-		/a//b
-		/a/
-		/a%2F
-		//a
-		/%2Fetc/passwd
-		/.hidden
-		/a/.hidden/b
-		/.tmp/x
-		/.history/x
-		/.guard
-		/-x
-		/a/-x
-		/a.lock
-		/a.log
-		/a.log.tfstate
-		/a.lock/b
-		/a.tfstate/b
-		/a.tfstate.tfstate
-		/a%00b
-		/a%00.tfstate
-		/a%0ab
-		/a%0D%0Ab
-		/a%7fb
-		/a%1b
-		/%ff
-		/%c0%af
-		/%c0%ae%c0%ae/x
-		/%ed%a0%80
-		/%f5%80%80%80
-		/a%
-		/a%4
-		/a%zz
-		/%u0041
-		/1/2/3/4/5/6/7/8/9
-		/$long
-		/a/$long
-		/${long:1}/${long:1}/${long:1}/${long:1}/${long:1}
-		/terraform_state/../x
-		/terraform_lock/%2e%2e/x
-		/terraform_state/.x
-	EOF
-	find states >after
-	same before after
-}
-
-# What is not a state, and what a method may not do: never a redirect.
-test_wrong_urls_and_methods_are_told() {
-	local status method url
-	serve
-	expect 200 POST /demo "$(state 1)"
-	while read -r status method url <&3; do
-		expect "$status" "$method" "$url"
-		case $status in
-		405 | 204) has head '^[Aa]llow: .*GET' ;;
-		esac
-		hasnt head '^[Ll]ocation:'
-		[ "$status" != 204 ] || hasnt head '^[Cc]ontent-[Ll]ength: [1-9]'
-	done 3<<-'EOF'
-		204 OPTIONS /demo
-		204 OPTIONS /demo/lock
-		204 OPTIONS /
-		204 OPTIONS /-/healthy
-		405 DELETE /
-		405 POST /
-		405 LOCK /
-		405 PUT /-/healthy
-		405 DELETE /-/versions/demo
-		405 LOCK /-/metrics
-		405 UNLOCK /-/log/demo
-		501 PATCH /demo
-		501 PATCH /
-		501 get /demo
-		501 PROPFIND /demo
-		404 GET /-/nothing
-		404 GET /-/
-		400 GET /-/versions/demo/../demo
-		404 GET /-/versions/demo/20260101T000000.000Z-1
-		200 HEAD /
-		200 HEAD /-/healthy
-		200 GET /?anything=goes
-		200 GET /demo?ID=x
-	EOF
-	expect 204 OPTIONS /demo
-	for method in GET HEAD POST PUT DELETE LOCK UNLOCK; do
-		has head "^[Aa]llow:.*$method"
 	done
+	rows -H "content-md5: $(body_md5 s3)" <<-'EOF'
+		200 - GET /demo -	"serial": 1,
+		200 - POST /demo @s3
+		400 - LOCK /demo @lock	MD5
+		404 - GET /demo/lock -
+	EOF
+	rows -H "Content-MD5: $(body_md5 lock)" <<<'200 - LOCK /demo @lock'
+	rows -H "Content-MD5: $(body_md5 s3)" <<<'400 - UNLOCK /demo @lock'
 }
 
-# Every refusal says why: one plain line to the client (the holder's JSON for
-# 423), the same in the request log.
-test_every_refusal_says_why() {
-	local status method url body
+# Promise 8, common bugs: a body that is not one JSON object is 400, and told at
+# which byte. What is JSON but no state is refused: an error page; lock info. Keys
+# match in any case, as Go's do; a key that is read comes once.
+test_a_body_that_is_no_json_or_no_state_is_refused() {
 	serve
-	expect 200 LOCK /held "$(info mine)"
-	while read -r status method url body <&3; do
-		expect "$status" "$method" "$url" "$body"
+	printf '\xef\xbb\xbf{}' >bom
+	printf '{"a":"\xff"}' >latin
+	printf '%*s{}x' 100000 '' >long
+	rows <<-'EOF'
+		200 - POST /demo state:1
+		400 - POST /demo []	byte 0[^0-9]
+		400 - POST /demo @bom	byte 0[^0-9]
+		400 - POST /demo @latin	byte 6[^0-9]
+		400 - POST /demo @long	byte 100002[^0-9]
+		400 - POST /demo @/dev/null
+		400 - POST /demo {"message":"401 Unauthorized"}	no state
+		400 - PUT /demo info:me	lock info.*lock_address
+		400 - POST /demo {"version":4,"version":4}	version
+		400 - POST /demo {"version":4,"Version":"1.11.4"}	version
+		400 - POST /demo {"version":4,"serial":1,"SERIAL":2}	serial
+		400 - POST /demo {"version":4,"lineage":"L","lineage":"L"}	lineage
+		400 - POST /demo {"encrypted_data":"a","encrypted_data":"b"}	encrypted_data
+	EOF
+	every '400 - POST /demo @@' '{}' '{"version":"4","serial":2}' '{"version":null}' \
+		'{"version":[4]}' '{"a":{"version":4}}' '{"encrypted_data":5}'
+	rows <<<$'200 - GET /demo -\t"serial": 1,'
+	every '200 - POST /a @@' '{"version":4}' '{"VERSION":3}' '{"a":1,"version":4,"a":2}' \
+		'{"meta":{"version":"v1"},"encrypted_data":"QUJD"}'
+	want events "write$(printf ' refused%.0s' {1..18})" "$(events demo)"
+	want "files left behind" "" "$(find states/.tmp -type f)"
+}
+
+# Promise 2, a common bug: 404 means that there is no such file. A GET makes
+# nothing. What is put there by hand is served at once.
+test_only_an_absent_file_is_404() {
+	serve
+	mkdir states/team
+	echo 'not json' >states/team/odd.tfstate
+	find states >before
+	every '404 - GET @@ -' /no/such /team /no/lock /-/log/no \
+		/-/versions/no/20260101T000000.000Z-1
+	rows <<<$'200 - GET /team/odd -\t^not json$'
+	find states | cmp - before
+	state 6 >states/team/odd.tfstate
+	rows <<-'EOF'
+		200 - GET /team/odd -	"serial": 6,
+		200 - POST /team/odd state:7
+	EOF
+	holds "$(versions team/odd)" "$(state 6)"
+	rm states/team/odd.tfstate
+	rows <<<'404 - GET /team/odd -'
+}
+
+# Promise 8: every refusal says why, in one line or the holder's JSON, and in
+# the request log. Never a redirect.
+test_every_refusal_says_why() {
+	local row status method
+	serve
+	rows <<<'200 - LOCK /held info:mine'
+	while read -r row <&3; do
+		rows <<<"$row"
+		read -r status _ method _ <<<"$row"
+		hasnt head '^[Ll]ocation:'
 		until_true grep -Eq \
 			"method=($method|-) .*status=$status .*why=\"[^\"]" server.log
-		case $status in
-		423) same answer states/held.lock ;;
-		*)
-			want "lines" 1 "$(wc -l <answer)"
-			has head '^[Cc]ontent-[Tt]ype: text/plain'
-			;;
-		esac
+		[ "$status" != 423 ] || { cmp answer states/held.lock && continue; }
+		want "lines of $row" 1 "$(wc -l <answer)"
+		has head '^[Cc]ontent-[Tt]ype: text/plain'
 	done 3<<-'EOF'
-		404 GET /none
-		400 GET /.x
-		405 DELETE /
-		501 PATCH /none
-		400 POST /none nonsense
-		409 POST /none?ID=gone {}
-		423 POST /held {}
-		423 LOCK /held {"ID":"other"}
-		400 LOCK /none {}
-		411 POST /none
-		404 DELETE /none
+		404 - GET /none -
+		404 - GET /-/nothing -
+		400 - GET /.x -
+		405 - DELETE / -
+		501 - PATCH /none -
+		409 - POST /none?ID=%0aX-Evil:%20y%1b state:1
+		423 - POST /held state:1
+		423 - LOCK /held {"ID":"other"}
+		411 - POST /none -
+		404 - DELETE /none -
 	EOF
+	want 'files of refusals' '' "$(find states -name 'none*')"
 	# RFC 9110 13.2 and 14.5: not done as if there were no condition
-	expect 412 PUT /none {} -H 'If-None-Match: *'
-	expect 412 DELETE /none '' -H 'If-Match: "x"'
-	expect 412 LOCK /none "$(info i)" -H 'If-Unmodified-Since: today'
-	expect 400 PUT /none {} -H 'Content-Range: bytes 0-1/9'
-	expect 404 GET /none '' -H 'If-None-Match: *'
+	rows -H 'If-None-Match: *' <<<'404 - GET /none -'
+	rows -H 'If-None-Match: *' <<<'412 - PUT /none state:1'
+	rows -H 'If-Match: "x"' <<<'412 - DELETE /none -'
+	rows -H 'If-Unmodified-Since: today' <<<'412 - LOCK /none info:i'
+	rows -H 'Content-Range: bytes 0-1/9' <<<'400 - PUT /none state:1'
 }
 
-# Promise 7: what is replaced or deleted is in the history, the newest -k.
-# The present one is not counted.
+# Promise 7: what is replaced or deleted is in the history, the newest -k of
+# it; the present one is not counted, and nobody else's files are pruned.
 test_the_history_keeps_the_newest() {
-	local i
+	local dir=states/.history/team/prod
 	serve -k 3
-	for i in 1 2 3 4 5 6; do
-		expect 200 POST /team/prod "$(state "$i")"
-	done
-	until_true has_versions team/prod 3 # pruned behind the answer
-	i=3
+	every '200 - POST /team/prod state:@@' 1 2 3 4 5 6
+	until_true kept team/prod '3 4 5' # pruned behind the answer
 	versions team/prod >files
-	while read -r file; do
-		holds "$file" "$(state $i)"
-		[[ ${file##*/} =~ ^20[0-9]{6}T[0-9]{6}\.[0-9]{3}Z-$i\.tfstate$ ]] ||
-			fail "odd name $file"
-		i=$((i + 1))
-	done <files
-	echo mine >states/.history/team/prod/notes # nobody else's to prune
-	echo mine >states/.history/team/prod/keep.tfstate
-	expect 200 DELETE /team/prod
-	until_true has_versions team/prod 4
-	holds states/.history/team/prod/notes mine
-	holds states/.history/team/prod/keep.tfstate mine
-	rm states/.history/team/prod/keep.tfstate
-	want "the deleted one" 6 \
-		"$(versions team/prod | tail -1 | sed 's/.*-\(.*\).tfstate/\1/')"
-	cp "$(versions team/prod | head -1)" states/team/prod.tfstate # the way back
-	expect 200 GET /team/prod
-	holds answer "$(state 4)"
-}
-
-# -k 0 keeps none; fewer than before is obeyed at the next write; serials
-# that are absent or odd make a file name all the same.
-test_the_history_obeys_k_and_any_serial() {
-	local body
-	serve
-	for body in '{"serial":-1}' '{"serial":1e3}' '{"serial":"../../x"}' \
-		'{"serial":123456789012345678901234567890}' '{"serial":{}}' \
-		'{}' '{"serial":1.5,"lineage":7}' '{"a":{"serial":3}}'; do
-		expect 200 POST /demo "$body"
-	done
-	want versions 7 "$(versions demo | wc -l)"
-	want "strays" "" "$(find . -name 'x*')"
-	expect 200 GET /-/versions/demo '' -H 'Accept: application/json'
-	json answer length 7
+	hasnt <(grep -v -E '/20[0-9]{6}T[0-9]{6}\.[0-9]{3}Z-[3-5]\.tfstate$' files) .
+	holds "$(head -1 files)" "$(state 3)"
+	echo mine >$dir/notes
+	rows <<<'200 - DELETE /team/prod -'
+	until_true kept team/prod '4 5 6'
+	holds $dir/notes mine # a note by hand
 	halt
-	serve -k 2
-	expect 200 POST /demo "$(state 9)"
-	until_true has_versions demo 2
-	halt
-	serve -k 0
-	expect 200 POST /other "$(state 1)"
-	expect 200 POST /other "$(state 2)"
-	expect 200 DELETE /other
-	want versions "" "$(versions other)"
+	serve -k 0 # fewer than before, obeyed at the next change
+	rows <<<'200 - POST /team/prod state:7'
+	until_true kept team/prod ''
+	rows <<<'200 - DELETE /team/prod -'
+	kept team/prod '' || fail "-k 0 kept $(versions team/prod)"
 }
 
-# Issue 4.2: writes in one millisecond do not collide: all are kept.
-test_writes_in_one_millisecond_are_all_kept() {
-	local i
-	serve -k 100
-	for i in $(seq 40); do
-		state 1 "lineage-$i-" >"body.$i"
-		printf '%s\n' "url=$URL/demo" request=POST \
-			"data-binary=@body.$i" "write-out=%{http_code}\\n" >"cfg.$i"
-	done
-	together cfg.* >statuses
-	want "writes done" 40 "$(grep -c '^200$' statuses)"
-	want "states there" 40 "$(cat states/demo.tfstate \
-		states/.history/demo/*.tfstate | grep -o 'lineage-[0-9]*-' |
-		sort -u | wc -l)"
+# IDs of versions sort in the order of events: after an ID from the future
+# comes the next millisecond. So nothing newer is pruned before the older.
+test_ids_of_versions_only_grow() {
+	mkdir -p states/.history/demo
+	state 0 >states/.history/demo/20991231T235959.998Z-0.tfstate
+	serve -k 3
+	every '200 - POST /demo state:@@' 1 2 3 4 5
+	until_true kept demo '2 3 4'
+	rows <<<'200 - DELETE /demo -'
+	until_true kept demo '3 4 5'
+	want "the newest" 21000101T000000.003Z-5.tfstate \
+		"$(basename "$(versions demo | tail -1)")"
 }
 
-# The history over HTTP: the list, newest first, and one, byte for byte;
-# `a` and `a/b` do not meet in it (PEERS bug 15).
-test_versions_are_listed_and_served() {
-	local i id
-	grumbles # a link is in the way
+# Terraform writes every 20 seconds of a long run, under one lock: those
+# versions go first, but for the newest. Without a lock the oldest goes.
+test_a_long_run_leaves_the_versions_from_before_it() {
+	serve -k 4
+	every '200 - POST /demo state:@@' 1 2 3
+	rows <<<'200 - LOCK /demo info:run'
+	every '200 - POST /demo?ID=run state:@@' {4..12}
+	until_true kept demo '1 2 3 11'
+	rows <<-'EOF'
+		200 - UNLOCK /demo info:run
+		200 - POST /demo state:13
+	EOF
+	until_true kept demo '2 3 11 12'
+}
+
+# Promise 6: the same bytes once more are written, and make no version.
+test_equal_bytes_make_no_version() {
 	serve
-	for i in 1 2 3; do
-		expect 200 POST /a "$(state $i)"
-		expect 200 POST /a/b "$(state 1$i)"
-	done
-	expect 200 GET /-/versions/a '' -H 'Accept: application/json'
-	json answer 'map(.serial)' '[2,1]'
-	json answer '.[0].size' 180
-	json answer '.[0].time[:2]' 20
-	want "versions of a" 2 "$(grep -o '"id":' answer | wc -l)"
-	expect 200 GET /-/versions/a
-	id=$(grep -o '20[0-9]*T[0-9.]*Z-2' answer | head -1)
-	holds "states/.history/a/$id.tfstate" "$(state 2)"
-	for i in "a/$id" "a/$id.tfstate" "%61/$id"; do
-		expect 200 GET "/-/versions/$i"
-		holds answer "$(state 2)"
-	done
-	expect 404 GET "/-/versions/b/$id"
-	expect 404 GET "/-/versions/a/b/$id"
-	expect 404 GET "/-/versions/a/${id}0"
-	expect 200 GET /-/versions/a/b '' -H 'Accept: application/json'
-	json answer 'map(.serial)' '[12,11]'
-	for i in 1 2; do	# the largest serial there is
-		expect 200 POST /large "$(state 18446744073709551615)"
-	done
-	id=$(basename "$(versions large)" .tfstate)
-	expect 200 GET "/-/versions/large/$id"
-	holds answer "$(state 18446744073709551615)"
-	echo secret >outside.tfstate
-	ln -s ../../../outside.tfstate \
-		states/.history/a/20260101T000000.000Z-1.tfstate
-	ask GET /-/versions/a/20260101T000000.000Z-1
-	[ "$STATUS" != 200 ] || fail "a link out of the tree was followed"
-	expect 200 GET /-/log/a
-	same states/a.log answer
+	{ state 7 && printf '%*s\n\n' 200000 ''; } >one
+	{ state 7 && printf '%*s \n' 200000 ''; } >two
+	every '200 - POST /demo state:@@' 1 2 2 2 2
+	every '200 - POST /big @@' @one @one @two @two @one
+	kept demo 1 || fail "$(versions demo)"
+	kept big '7 7' || fail "$(versions big)"
+	want events 'write write write write write' "$(events big)"
 }
 
-# resource TYPE NAME VALUE [MODULE [KEY]]: one resource of a state.
-resource() {
-	printf '{%s"mode":"managed","type":"%s","name":"%s","provider":"p","instances":[{%s"attributes":{"v":%s}}]}' \
-		"${4:+\"module\":\"$4\",}" "$1" "$2" "${5:+\"index_key\":$5,}" "$3"
-}
-
-# Issue 6.3: what a version changed against the one before: by address.
-test_changes_are_told_by_address() {
-	local a b
+# A state's page: the lock and the line that releases it, the versions, the
+# way back. Never a value. `a` and `a/b` do not meet in it (a common bug).
+test_the_page_of_a_state() {
+	local id kind page=/-/versions/team/prod
 	serve
-	a=$(resource t one 1),$(resource t two 2)
-	b=$(resource t one 9),$(resource t three 3 module.m '"k"')
-	expect 200 POST /demo "{\"version\":4,\"serial\":1,\"resources\":[$a]}"
-	expect 200 POST /demo "{\"version\":4,\"serial\":2,\"resources\":[$b]}"
-	expect 200 GET /-/changes/demo '' -H 'Accept: application/json'
-	json answer '.name, .added, .removed, .changed' 'demo
-["module.m.t.three[\"k\"]"]
-["t.two"]
-["t.one"]'
-	expect 200 GET /-/changes/demo
-	has answer '^\+ module\.m\.t\.three\["k"\]$'
-	has answer '^- t\.two$'
-	has answer '^~ t\.one$'
-	a=$(versions demo | head -1)
-	a=${a##*/}
-	expect 200 GET "/-/changes/demo/${a%.tfstate}"
-	has answer '^\+ t\.one$'
-	has answer '^\+ t\.two$'
-	hasnt answer '^[-~]'
-	expect 404 GET /-/changes/none
-	expect 404 GET /-/changes/demo/20260101T000000.000Z-1
-	# states that only look like states are no reason to fall over
-	for b in '{"resources":5}' '{"resources":[5,{},{"type":{}}]}' '{}' \
-		'{"resources":[{"type":"t","name":"n","instances":"x"}]}'; do
-		expect 200 POST /demo "$b"
-		expect 200 GET /-/changes/demo
+	rows <<-'EOF'
+		200 - POST /team/prod {"version":4,"serial":1,"outputs":{"p":{"value":"opensesame"}}}
+		200 - POST /team/prod {"version":4,"serial":18446744073709551615}
+		200 - POST /team/prod/eu state:9
+		200 - LOCK /team/prod {"ID":"it's","Who":"ann@laptop","Operation":"OperationTypeApply","Info":"why not"}
+		200 - POST /team/prod?ID=it's state:3
+	EOF
+	for kind in text/html text/plain; do
+		rows -H "Accept: $kind" <<-EOF
+			200 - GET $page -	ann@laptop
+			200 - GET $page -	[^a-zA-Z]apply[^a-zA-Z]
+			200 - GET $page -	why not
+			200 - GET $page -	terraform force-unlock .*it
+			200 - GET $page -	20[0-9]{6}T[0-9]{6}\.[0-9]{3}Z-1[^0-9]
+			200 - GET $page -	18446744073709551615
+			200 - GET $page -	^curl -f --data-binary @old.tfstate .*team/prod
+			200 - GET $page -	!opensesame|OperationType|<script|(href|action)=.?/
+		EOF
+		has head "^[Cc]ontent-[Tt]ype: $kind"
+		rows -H "Accept: $kind" <<<'404 - GET /-/versions/team -'
 	done
+	rows -H 'Accept: application/json' <<-EOF
+		404 - GET /-/versions/nope -
+		404 - GET $page/nope -
+		200 - GET $page -
+	EOF
+	has answer '"serial": *18446744073709551615,' # which jq would round
+	json answer 'map([.serial<9,.id==null,.replaced==null,.operation])' \
+		'[[true,true,true,"OperationTypeApply"],[false,false,false,null],[true,false,false,null]]'
+	json answer '.[0]|[.size,.written[:2],.who,.lock.id,.lock.info]' \
+		'[180,"20","ann@laptop","it'"'"'s","why not"]'
+	id=$(versions team/prod | head -1 | xargs basename -s .tfstate)
+	rows <<-EOF
+		200 - GET $page/$id -	opensesame
+		200 - GET /-/versions/team%2Fprod/$id.tfstate -	opensesame
+		404 - GET /-/versions/team/prod/eu/$id -
+		200 - GET /-/log/team/prod -	^\{"time"
+	EOF
 }
 
-# Issue 4.3: the state's log tells a retrospective who did what, when, under
-# which lock, and what was answered.
+# The listing: JSON for a program, a table for a person, nothing left out.
+# What cannot be told is null, or - in the table.
+test_the_listing() {
+	local one
+	serve
+	rows <<-'EOF'
+		200 - POST /team/prod {"version":4,"serial":7,"lineage":"L","terraform_version":"1.11.4"}
+		200 - LOCK /team/prod {"ID":"run 1","Who":"ann@laptop","Operation":"OperationTypeApply","Info":"why not","Created":"2026-11-22T13:21:24Z"}
+		200 - LOCK /fresh info:run-2
+		200 - POST /sealed {"encrypted_data":"QUJD"}
+		200 - POST /odd1 {"version":4,"serial":123456789012345678901234567890}
+		200 - POST /old {"version":3,"serial":5,"lineage":"M","modules":[]}
+		200 - POST /Been state:1
+		200 - DELETE /Been -
+	EOF
+	echo 'by hand' | tee states/README >states/odd.tfstate
+	echo 'frozen "here"' >states/odd.lock
+	expect 200 GET / '' -H 'Accept: application/json'
+	json answer 'map(.name)|sort|join(" ")' 'fresh odd odd1 old sealed team/prod'
+	json answer 'map(select(.serial==null)|.name)|sort|join(" ")' 'fresh odd odd1 sealed'
+	one='.[]|select(.name=="team/prod")'
+	json answer "$one|[.serial,.lineage,.terraform_version,.size,.deleted,.modified[:2]]" \
+		"[7,\"L\",\"1.11.4\",67,false,\"20\"]"
+	json answer "$one|.lock|[.id,.who,.operation,.info,.created,.since[:2],.release]" \
+		'["run 1","ann@laptop","OperationTypeApply","why not","2026-11-22T13:21:24Z","20","terraform force-unlock '"'run 1'"'"]'
+	json answer '.[]|select(.lock)|[.name,.serial,.size,.lock.id]' '["fresh",null,null,"run-2"]
+["odd",null,8,"frozen \"here\""]
+["team/prod",7,67,"run 1"]'
+	rows <<-'EOF'
+		200 - GET / -	^team/prod +7 .*ann@laptop.*apply
+		200 - GET / -	^fresh +- +-
+		200 - GET / -	^sealed +- +[1-9]
+		200 - GET / -	^odd .*frozen "here"
+		200 - GET / -	!^(Been|README|\.)|OperationType
+		200 - GET /?q=PROD -	^team/prod
+		200 - GET /?q=PROD -	!odd
+		200 - GET /?q=m%2Fp -	^team/prod
+		200 - GET /?q=bEEn -	^Been .*deleted
+		200 - GET /-/versions/Been -	Z-1
+	EOF
+	expect 200 GET /?locked '' -H 'Accept: application/json'
+	json answer 'map(.lock == null)' '[false,false,false,true,true,true]'
+	expect 200 GET /?q=been '' -H 'Accept: application/json'
+	json answer '.[0]|[.name,.deleted,([.[]|select(.==null)]|length)]' '["Been",true,6]'
+}
+
+# The state's log tells who did what, when, under which lock, and what was
+# answered. A refused LOCK is in the request log only.
 test_the_states_log_tells_the_story() {
-	local n=0 pattern
 	serve
-	state 1 >s1
-	expect 200 POST /team/prod @s1
-	expect 200 LOCK /team/prod "$(info run-1 ann@laptop)"
-	expect 423 LOCK /team/prod "$(info run-2 bob@ci)"
-	expect 200 POST '/team/prod?ID=run-1' "$(state 2)"
-	expect 423 POST '/team/prod?ID=run-2' "$(state 3)"
-	expect 400 POST '/team/prod?ID=run-1' '{"serial":'
-	expect 200 UNLOCK /team/prod "$(info run-1 ann@laptop)"
-	expect 200 LOCK /team/prod "$(info run-3)"
-	expect 200 UNLOCK /team/prod
-	expect 409 POST '/team/prod?ID=run-3' "$(state 3)"
-	expect 200 DELETE /team/prod
-	while IFS= read -r pattern <&3; do
-		n=$((n + 1))
-		sed -n "${n}p" states/team/prod.log >line
-		json line
-		has line "$pattern"
-		has line '^\{"time":"20[-0-9T:.]*Z",.*"client":"127.0.0.1:[0-9]+"'
-	done 3<<-EOF
-		"event":"write","method":"POST","status":200.*"serial":1,"lineage":"3f7d1c7e-.*"size":$(wc -c <s1),"md5":"$(md5sum <s1 | cut -c 1-32)"
+	info run-1 ann@laptop >mine
+	rows <<-'EOF'
+		200 - POST /t/demo state:1
+		200 - LOCK /t/demo @mine
+		423 - LOCK /t/demo info:run-2
+		200 - POST /t/demo?ID=run-1 state:2
+		423 - POST /t/demo?ID=run-2 state:3
+		400 - POST /t/demo?ID=run-1 {"serial":
+		200 - UNLOCK /t/demo @mine
+		200 - LOCK /t/demo @mine
+		200 - UNLOCK /t/demo -
+		409 - POST /t/demo?ID=run-3 state:3
+		200 - DELETE /t/demo -
+	EOF
+	json states/t/demo.log
+	hasnt <(grep -v -E '"client":"127.0.0.1:[0-9]+"' states/t/demo.log) .
+	lines_match states/t/demo.log '^\{"time":"20[-0-9T:.]*Z",.*' <<-EOF
+		"event":"write","method":"POST","status":200.*"serial":1,"lineage":"3f7d1c7e-.*"size":180,"md5":"$(printf %s "$(state 1)" | md5sum | cut -c 1-32)"
 		"event":"lock","method":"LOCK","status":200.*"id":"run-1","who":"ann@laptop","operation":"OperationTypeApply"
-		"event":"refused","method":"LOCK","status":423.*"id":"run-2","who":"bob@ci".*"why":"
 		"event":"write",.*"id":"run-1".*"serial":2.*"old_serial":1,"old_lineage":"3f7d1c7e
 		"event":"refused","method":"POST","status":423.*"id":"run-2".*"why":"
 		"event":"refused","method":"POST","status":400.*"id":"run-1".*"why":".*byte
 		"event":"unlock","method":"UNLOCK","status":200.*"id":"run-1","who":"ann@laptop"
-		"event":"lock",.*"id":"run-3"
-		"event":"force-unlock",.*"status":200.*"broken":\{"id":"run-3","who":"test@here","operation":"OperationTypeApply","created":"2026-11-22T13:21:24.079813084Z"
+		"event":"lock",.*"id":"run-1"
+		"event":"force-unlock",.*"status":200.*"broken":\{"id":"run-1","who":"ann@laptop","operation":"OperationTypeApply","created":"2026-11-22T13:21:24.079813084Z"
 		"event":"refused",.*"status":409.*"id":"run-3".*"why":"
 		"event":"delete","method":"DELETE","status":200.*"old_serial":2
 	EOF
-	want "lines" "$n" "$(wc -l <states/team/prod.log)"
 }
 
 # Whatever a client puts in its lock info, its query or its name, a log line
-# stays one line of valid JSON, and one line of logfmt.
+# stays one line of valid JSON or of logfmt, UTF-8, also where it is cut.
 test_hostile_text_stays_inside_its_log_line() {
-	local n id
+	local id e
+	need iconv
+	e=$(printf 'é%.0s' {1..300})
 	serve
-	n=$(wc -l <server.log)
 	for id in 'a\n{\"event\":\"delete\"}' 'a\" b=\"c' '\u001b[31m' '\u2028' \
-		'\ud83d\ude00' "back\\\\"; do
-		ask LOCK /demo "{\"ID\":\"$id\",\"Who\":\"$id\",\"Operation\":\"$id\"}"
-		ask LOCK /demo "$(info other)"
-		ask UNLOCK /demo
-		n=$((n + 3))
+		'\u009b1m' '\ud83d\ude00' "back\\\\"; do
+		rows <<-EOF
+			200 - LOCK /demo {"ID":"$id","Who":"$id$e","Operation":"$id","Info":"a$e"}
+			423 - LOCK /demo info:other
+			200 - GET / -
+			200 - UNLOCK /demo -
+		EOF
 	done
-	ask POST '/demo?ID=a%0ab%22%20status=200' '{}' -A $'x\ty' -e 'http://"'
-	ask GET /demo '' -u $'a\nb" x=y:z' -H 'X-Forwarded-For: 6.6.6.6'
-	ask GET '/a%22%20why=%22b'
-	ask GET '/a%0ab'
-	n=$((n + 4))
-	until_true log_has_lines "$n"
-	want "lines in the request log" "$n" "$(wc -l <server.log)"
-	hasnt server.log '^[^st]|6\.6\.6\.6'
-	LC_ALL=C hasnt server.log '[[:cntrl:]]'
-	LC_ALL=C hasnt states/demo.log '[[:cntrl:]]|"event":"delete"'
-	while IFS= read -r line; do
-		json <(printf '%s\n' "$line")
-	done <states/demo.log
+	rows -A $'x\ty' -e 'http://"' -u $'a\nb" x=y:z' <<-EOF
+		409 - POST /demo?ID=a%0ab%22%20status=200 state:1
+		409 - POST /demo?ID=%ff state:1
+		200 - POST /demo {"version":4,"lineage":"a$e"}
+		404 - GET /a%22%20why=%22b -
+		400 - GET /a%0ab -
+	EOF
+	until_true logged 34 . server.log
+	want "lines in the request log" 34 "$(wc -l <server.log)"
+	hasnt server.log '^[^st]'
+	cat server.log states/demo.log | iconv -f utf-8 -t utf-8 >both
+	LC_ALL=C hasnt both '[[:cntrl:]]|"event":"delete"'
+	json states/demo.log
 }
 
-log_has_lines() {
-	[ "$(wc -l <server.log)" -ge "$1" ]
-}
-
-# Issue 6.4: one line a request, in logfmt.
+# One line a request, in logfmt; none for a /-/ready that says yes.
 test_the_request_log_is_one_line_each() {
-	local n=1 pattern
-	echo 'ci pass write' >users
-	chmod 600 users
+	team_users
 	serve -u users
-	expect 200 POST /team/prod "$(state 1)" -u ci:pass
-	expect 200 LOCK /team/prod "$(info run-1)" -u ci:pass
-	expect 200 GET /team/prod '' -u ci:pass
-	expect 423 POST '/team/prod?ID=other' "$(state 2)" -u ci:pass
-	expect 200 GET /-/healthy
-	expect 401 GET /team/prod
-	expect 200 GET / '' -u ci:pass
-	until_true log_has_lines 8
-	while IFS= read -r pattern <&3; do
-		n=$((n + 1))
-		sed -n "${n}p" server.log >line
-		has line "^time=20[-0-9]+T[0-9:]+\.[0-9]{3}Z client=127.0.0.1:[0-9]+ $pattern\$"
-	done 3<<-EOF
-		user=ci method=POST name=team/prod status=200 bytes=[0-9]+ ms=[0-9]+\.[0-9]+
-		user=ci method=LOCK name=team/prod status=200 bytes=[0-9]+ ms=[0-9.]+ id=run-1
-		user=ci method=GET name=team/prod status=200 bytes=$(wc -c <states/team/prod.tfstate) ms=[0-9.]+
-		user=ci method=POST name=team/prod status=423 bytes=[0-9]+ ms=[0-9.]+ id=other why=".*"
-		method=GET path=/-/healthy status=200 bytes=[0-9]+ ms=[0-9.]+
-		method=GET name=team/prod status=401 bytes=[0-9]+ ms=[0-9.]+ why=".*"
-		user=ci method=GET path=/ status=200 bytes=[0-9]+ ms=[0-9.]+
+	rows <<-'EOF'
+		200 ann:s3cret POST /team/prod state:1
+		200 ann:s3cret LOCK /team/prod info:run-1
+		200 ann:s3cret GET /team/prod -
+		423 ann:s3cret POST /team/prod?ID=other state:2
+		200 - GET /-/ready -
+		401 - GET /team/prod -
+		200 ann:s3cret GET / -
+	EOF
+	until_true logged 7 . server.log
+	grep '^time=' server.log >lines
+	lines_match lines '^time=20[-0-9]+T[0-9:]+\.[0-9]{3}Z client=127.0.0.1:[0-9]+ ' <<-EOF
+		user=ann method=POST name=team/prod status=200 bytes=[0-9]+ ms=[0-9]+\.[0-9]+$
+		user=ann method=LOCK name=team/prod status=200 bytes=[0-9]+ ms=[0-9.]+ id=run-1$
+		user=ann method=GET name=team/prod status=200 bytes=180 ms=[0-9.]+$
+		user=ann method=POST name=team/prod status=423 bytes=[0-9]+ ms=[0-9.]+ id=other why=".*"$
+		method=GET name=team/prod status=401 bytes=[0-9]+ ms=[0-9.]+ why=".*"$
+		user=ann method=GET path=/ status=200 bytes=[0-9]+ ms=[0-9.]+$
 	EOF
 }
 
-# Promise 9, PEERS bug 22: neither a state nor a credential in any log.
+# Promise 9, a common bug: neither a state nor a credential in any log; -v
+# shows heads and bodies, which it says at start, and no credential either.
 test_no_secret_reaches_a_log() {
-	printf 'ann hunter2 write\nbob sha256:%s read\n' \
-		"$(printf swordfish | sha256sum | cut -c 1-64)" >users
-	chmod 600 users
-	serve -u users
+	local option
+	team_users
 	state 1 | sed 's/{}/{"p":{"value":"opensesame"}}/' >sent
-	expect 200 POST /demo @sent -u ann:hunter2
-	expect 400 POST /demo '{"x":"opensesame"' -u ann:hunter2
-	expect 400 POST /demo opensesame -u ann:hunter2
-	expect 400 LOCK /demo '{"opensesame":1}' -u ann:hunter2
-	expect 200 GET /demo '' -H 'Authorization: Bearer hunter2'
-	expect 401 GET /demo '' -H 'Authorization: Bearer hunter22'
-	expect 200 GET /demo '' -u bob:swordfish
-	expect 403 POST /demo @sent -u bob:swordfish
-	expect 401 GET /demo '' -H 'Authorization: hunter2'
-	ask GET /demo '' --request-target \
-		"http://ann:hunter2@127.0.0.1:$PORT/demo"
-	cat server.log server.err states/*.log >logs
-	hasnt logs 'hunter2|opensesame|swordfish|sha256|[Bb]earer|[Bb]asic'
-	hasnt logs "$(printf ann:hunter2 | base64)"
-	! tr '\0' '\n' <"/proc/$PID/cmdline" | grep -q hunter2 ||
-		fail "secret in argv"
-}
-
-# -v shows heads and bodies, says at start that it does, blanks credentials.
-test_v_shows_the_protocol_without_credentials() {
-	grumbles
-	echo 'ann hunter2 write' >users
-	chmod 600 users
-	serve -v -u users
-	cp server.err first
-	expect 200 POST /demo "$(state 77)" -u ann:hunter2 -H 'X-Mine: yes'
-	expect 200 GET /demo '' -H 'authorization:Bearer hunter2'
-	expect 401 GET /demo '' -H 'Authorization: Weird hunter2 hunter2' \
-		-H 'Proxy-Authorization: Basic hunter2'
-	has server.err 'POST /demo HTTP/1.1'
-	has server.err 'X-Mine: yes'
-	has server.err '"serial": 77'
-	has server.err 'HTTP/1.1 200'
-	has server.err '[Aa]uthorization:'
-	hasnt server.err "$(printf ann:hunter2 | base64)"
-	hasnt server.err hunter2
-	[ -s first ] || fail "-v did not say what it will show"
-}
-
-# -s: a lower serial or another lineage is 409 (issue 4.10); without it both
-# land, as `state push -force` needs (PROTOCOL 7).
-test_strict_refuses_what_goes_back() {
-	local status serial lineage
-	serve -s
-	expect 200 POST /demo "$(state 5 L)"
-	while read -r status serial lineage <&3; do
-		expect "$status" POST /demo "$(state "$serial" "$lineage")"
-		[ "$status" = 200 ] || holds states/demo.tfstate "$(state 5 L)"
-	done 3<<-'EOF'
-		409 4 L
-		409 0 L
-		409 6 M
-		409 5 M
-		200 5 L
-	EOF
-	expect 200 LOCK /demo "$(info mine)"
-	expect 409 POST '/demo?ID=mine' "$(state 4 L)"
-	expect 423 POST '/demo?ID=other' "$(state 4 L)"
-	expect 200 POST '/demo?ID=mine' "$(state 10 L)"
-	expect 409 POST '/demo?ID=mine' "$(state 9 L)"
-	expect 200 POST /new "$(state 0)"
-	expect 200 POST /sealed '{"encrypted_data":"QQ==","meta":{}}'
-	expect 200 POST /sealed '{"encrypted_data":"Qg==","meta":{}}'
-	halt
-	serve
-	expect 200 UNLOCK /demo
-	expect 200 POST /demo "$(state 1 M)"
-}
-
-# Promise 9: files 0600, directories 0700, whatever the umask.
-test_files_are_private_whatever_the_umask() {
-	local mask
-	for mask in 000 022 077 777; do
-		umask "$mask"
-		serve
-		umask 022
-		expect 200 POST /team/prod "$(state 1)"
-		expect 200 POST /team/prod "$(state 2)"
-		expect 200 LOCK /team/prod "$(info mine)"
-		expect 200 DELETE '/team/prod?ID=mine'
-		expect 200 POST /x "$(state 1)"
-		want "umask $mask: odd files" "" \
-			"$(find states -type f ! -perm 600)"
-		want "umask $mask: odd directories" "" \
-			"$(find states -type d ! -perm 700)"
-		[ -f states/team/prod.log ] || fail "no log"
-		[ -f states/.guard ] || fail "no guard"
-		[ ! -s states/.guard ] || fail "the guard is not empty"
+	for option in -k9 -v; do
+		serve $option -u users
+		cp server.err first
+		rows <<-'EOF'
+			200 ann:s3cret POST /demo @sent
+			400 ann:s3cret POST /demo {"x":"opensesame"
+			400 ann:s3cret LOCK /demo {"opensesame":1}
+			403 bob:b0b POST /demo @sent
+			401 ann:wrong-guess GET /demo -
+		EOF
+		rows -H 'authorization:Bearer s3cret' <<<'200 - GET /demo -'
+		rows -H 'Authorization: Weird s3cret s3cret' \
+			-H 'Proxy-Authorization: Basic s3cret' <<<'401 - GET /demo -'
+		ask GET /demo '' --request-target "http://ann:s3cret@127.0.0.1/demo"
 		halt
-		rm -rf states
+		cat server.log server.err states/*.log >logs
+		hasnt logs "s3cret|b0b|guess|sha256|$(printf ann:s3cret | base64)"
+		[ $option = -v ] || hasnt logs 'opensesame|[Bb]earer|[Bb]asic'
+	done
+	grumbles
+	[ -s first ] || fail "-v did not say what it will show"
+	for option in 'POST /demo HTTP/1.1' opensesame 'HTTP/1.1 200' '[Aa]uthorization:'; do
+		has server.err "$option"
 	done
 }
+
+# ---- users -----------------------------------------------------------------
 
 # team_users: the users file that the tests on rights share.
 team_users() {
@@ -4674,483 +2453,332 @@ team_users() {
 		bob sha256:$(printf b0b | sha256sum | cut -c 1-64)  read team/*
 		pia	pl4n	plan	team/* solo
 		eve sha256:$(printf Eve | sha256sum | cut -c 1-64 | tr a-f A-F) write eve-*-x
+		two tw0 read
+		two tw0 write t?am/*
+		two new plan solo
 	EOF
 	chmod 600 users
 }
 
-# Issue 7.1: each right, each pattern, by every method, dialect and spelling.
-# The rows run in order; $1 is who:password.
+# Each right and pattern, by every method and dialect. The 403 says why.
 test_rights_and_patterns() {
-	local status who method url body
 	team_users
 	serve -u users
-	for url in team/prod team/a/b other/x solo; do
-		expect 200 POST "/$url" "$(state 1)" -u ann:s3cret
-	done
-	while read -r status who method url body <&3; do
-		case $body in
-		state) body=$(state 2) ;;
-		id) body=$(info mine) ;;
-		md5) set -- -H 'Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg==' ;;
-		esac
-		[ "$body" = md5 ] && body='' || set --
-		ask "$method" "$url" "$body" -u "$who" "$@"
-		want "$who $method $url" "$status" "$STATUS"
-		[ "$status" != 403 ] || hasnt answer 'lineage|"ID"'
-	done 3<<-'EOF'
-		200 bob:b0b GET /team/prod
-		200 bob:b0b HEAD /team%2Fprod
-		200 bob:b0b GET /team/a/b
-		200 bob:b0b GET /terraform_state/team/prod.tfstate
-		404 bob:b0b GET /team/none
-		404 bob:b0b GET /team/prod/lock
-		404 bob:b0b GET /terraform_lock/team/prod
-		200 bob:b0b GET /-/versions/team/prod
-		200 bob:b0b GET /-/log/team/prod
-		200 bob:b0b GET /-/changes/team/prod
-		403 bob:b0b GET /other/x
-		403 bob:b0b HEAD /other/x
-		403 bob:b0b GET /other%2fx
-		403 bob:b0b GET /%6fther/x.tfstate
-		403 bob:b0b GET /terraform_state/other/x
-		403 bob:b0b GET /terraform_lock/other/x
-		403 bob:b0b GET /other/x/lock
-		403 bob:b0b GET /-/versions/other/x
-		403 bob:b0b GET /-/log/other/x
-		403 bob:b0b GET /-/changes/other/x
-		403 bob:b0b GET /team
-		403 bob:b0b GET /teams/x
-		403 bob:b0b GET /my/team/prod
-		400 bob:b0b GET /team/../other/x
-		400 bob:b0b GET /team/%2e%2e%2fother/x
-		403 bob:b0b POST /team/prod state
-		403 bob:b0b PUT /terraform_state/team/prod state
-		403 bob:b0b LOCK /team/prod id
-		403 bob:b0b POST /team/prod/lock id
-		403 bob:b0b UNLOCK /team/prod id
-		403 bob:b0b UNLOCK /team/prod
-		403 bob:b0b DELETE /team/prod
-		403 bob:b0b DELETE /team/prod/lock id
-		200 pia:pl4n GET /team/prod
-		200 pia:pl4n LOCK /team/prod id
-		423 pia:pl4n LOCK /team/prod {"ID":"other"}
-		403 pia:pl4n POST /team/prod?ID=mine state
-		403 pia:pl4n PUT /team/prod?ID=mine state
-		403 pia:pl4n DELETE /team/prod?ID=mine
-		403 pia:pl4n UNLOCK /team/prod
-		403 pia:pl4n DELETE /team/prod md5
-		403 pia:pl4n DELETE /team/prod/lock
-		409 pia:pl4n UNLOCK /team/prod {"ID":"other"}
-		200 pia:pl4n UNLOCK /team/prod id
-		200 pia:pl4n PUT /terraform_lock/solo id
-		403 pia:pl4n DELETE /terraform_lock/solo
-		403 pia:pl4n POST /terraform_state/solo?ID=mine state
-		200 pia:pl4n DELETE /terraform_lock/solo id
-		200 pia:pl4n LOCK /solo id
-		200 pia:pl4n DELETE /solo id
-		403 pia:pl4n LOCK /other/x id
-		403 pia:pl4n LOCK /solo2 id
-		403 pia:pl4n POST /team/prod state
-		200 eve:Eve POST /eve-1-x state
-		200 eve:Eve POST /eve-a/b-x state
-		200 eve:Eve DELETE /eve-a/b-x
-		403 eve:Eve POST /eve-x state
-		403 eve:Eve POST /eve-1-xy state
-		403 eve:Eve GET /team/prod
-		200 ann:s3cret LOCK /other/x id
-		200 ann:s3cret UNLOCK /other/x
-		200 ann:s3cret DELETE /other/x
-		401 bob:s3cret GET /team/prod
-		401 BOB:b0b GET /team/prod
-		401 ann: GET /team/prod
-		401 :s3cret GET /team/prod
+	every '200 ann:s3cret POST /@@ state:1' team/prod other/x solo
+	every '200 bob:b0b GET @@ -' /team/prod /team%2Fprod /terraform_state/team/prod.tfstate \
+		/-/versions/team/prod /-/log/team/prod
+	every '404 bob:b0b GET @@ -' /team/none /terraform_lock/team/prod
+	every $'403 bob:b0b GET @@ -\tbob.* name ' /other/x /%6fther%2fx.tfstate \
+		/terraform_state/other/x /other/x/lock /-/versions/other/x /-/log/other/x \
+		/teams/x /my/team/prod
+	every $'403 bob:b0b @@\tbob.*team/prod.*read' 'POST /team/prod state:2' \
+		'PUT /terraform_state/team/prod state:2' 'LOCK /team/prod info:mine' \
+		'POST /team/prod/lock info:mine' 'UNLOCK /team/prod info:mine' \
+		'UNLOCK /team/prod -' 'DELETE /team/prod -' 'DELETE /team/prod/lock -'
+	rows <<-'EOF'
+		400 bob:b0b GET /team/%2e%2e%2fother/x -
+		403 bob:b0b HEAD /other/x -
+		403 pia:pl4n POST /team/prod state:2	pia.*POST.*team/prod.*plan
+		403 pia:pl4n LOCK /solo2 {"ID":"mine"}
+		200 eve:Eve POST /eve-a/b-x state:1
+		200 eve:Eve DELETE /eve-a/b-x -
+		403 eve:Eve POST /eve-1-xy state:1
+		200 two:tw0 POST /team/prod state:1
+		200 two:tw0 GET /other/x -
+		403 two:tw0 POST /other/x state:2
+		200 two:new LOCK /solo {"ID":"x"}
+		403 two:new GET /other/x -
+		200 ann:s3cret UNLOCK /solo -
+		200 ann:s3cret DELETE /solo -
 	EOF
-	holds states/team/prod.tfstate "$(state 1)"
+	every '401 @@ GET /team/prod -' bob:s3cret BOB:b0b ann: :s3cret
 }
 
-# A plan user's LOCK does not break an old lock even under -b.
-test_a_plan_user_breaks_no_lock() {
+# A plan user takes and releases locks whose Operation does not write. He is
+# told before his apply changes the world, and cannot end another's apply.
+test_a_plan_user_locks_for_a_plan_only() {
+	local op
 	team_users
 	serve -b 1 -u users
-	expect 200 LOCK /solo "$(info old)" -u ann:s3cret
-	touch -d '9 hours ago' states/solo.lock
-	ask LOCK /solo "$(info new)" -u pia:pl4n
-	[[ $STATUS = 423 || $STATUS = 403 ]] || fail "plan broke it: $STATUS"
-	holds states/solo.lock "$(info old)"
-	expect 200 LOCK /solo "$(info new)" -u ann:s3cret
-}
-
-# How one may say who one is: Basic, Bearer, in any case; nothing else, and
-# nothing twice. All else is 401 with the challenge (PEERS bug 21).
-test_ways_to_say_who_one_is() {
-	local status how
-	team_users
-	printf 'col a:b:c write\n' >>users
-	serve -u users
-	while read -r status how <&3; do
-		expect "$status" GET / '' -H "Authorization: $how"
-		[ "$status" = 200 ] ||
-			has head '^WWW-Authenticate: Basic realm='
-	done 3<<-EOF
-		200 Basic $(printf ann:s3cret | base64)
-		200 BASIC $(printf ann:s3cret | base64)
-		200 Basic $(printf col:a:b:c | base64)
-		200 Bearer s3cret
-		200 bearer b0b
-		401 Basic $(printf ann:s3cret | base64 | tr -d =)!
-		401 Basic $(printf 'ann:s3cret\0' | base64)
-		401 Basic $(printf 'ann:s3cret\0x' | base64)
-		401 Basic $(printf 'ann\0:s3cret' | base64)
-		401 Basic $(printf anns3cret | base64)
-		401 Basic
-		401 Bearer
-		401 Bearer S3CRET
-		401 Bearer s3cret ann
-		401 ann:s3cret
-		200 Basic  $(printf ann:s3cret | base64)
+	for op in '' OperationTypePlan OperationTypeInvalid 'migration source state'; do
+		op="{\"ID\":\"p\",\"Operation\":\"$op\"}"
+		every '@@' "200 pia:pl4n LOCK /solo $op" "200 pia:pl4n UNLOCK /solo $op" \
+			"200 pia:pl4n PUT /terraform_lock/solo $op" \
+			"403 pia:pl4n POST /solo?ID=p state:1" \
+			"403 pia:pl4n UNLOCK /solo -" "403 pia:pl4n DELETE /solo md5" \
+			'409 pia:pl4n UNLOCK /solo {"ID":"other"}' \
+			'200 pia:pl4n DELETE /terraform_lock/solo {"ID":"p"}'
+	done
+	every $'403 pia:pl4n LOCK /solo {"ID":"p","Operation":"@@"}\tplan' state-mv taint \
+		OperationTypeApply OperationTypeRefresh 'migration destination state' x
+	rows <<-'EOF'
+		404 ann:s3cret GET /solo/lock -
+		200 ann:s3cret LOCK /solo info:run
+		403 pia:pl4n UNLOCK /solo info:run
+		403 pia:pl4n UNLOCK /solo {"ID":"run"}
+		403 pia:pl4n DELETE /solo/lock {"ID":"run","Operation":"OperationTypePlan"}
+		423 pia:pl4n LOCK /solo {"ID":"p"}	"run"
 	EOF
-	expect 401 GET /
-	ask GET / '' -H 'Authorization: Bearer wrong' \
-		-H 'Authorization: Bearer s3cret'
-	[ "$STATUS" != 200 ] || fail "two Authorizations, and one was taken"
-	has server.log 'status=401'
-	# the hash is not the secret
-	expect 401 GET / '' -u "bob:$(printf b0b | sha256sum | cut -c 1-64)"
-	expect 401 GET / '' -u "bob:sha256:$(printf b0b | sha256sum | cut -c 1-64)"
+	touch -d '9 hours ago' states/solo.lock # nor does he break one under -b
+	rows <<-'EOF'
+		423 pia:pl4n LOCK /solo {"ID":"p"}	"run"
+		200 ann:s3cret LOCK /solo info:new
+	EOF
+	echo frozen >states/solo.lock
+	rows <<-'EOF'
+		403|409 pia:pl4n UNLOCK /solo {"ID":"frozen"}
+		423 ann:s3cret POST /solo state:1	"frozen"
+	EOF
 }
 
-# PEERS bug 20 and 21: 401 and 403 come before anything is read or looked
-# up: existing or not, locked or not, the answer is the same; no page but the
-# two health checks is open.
+# Basic or Bearer, in any case and once; all else is 401 with the challenge.
+test_ways_to_say_who_one_is() {
+	local how ann
+	ann=$(printf ann:s3cret | base64)
+	team_users
+	echo 'col a:b:c write' >>users
+	serve -u users
+	for how in "BASIC $ann" "Basic $(printf col:a:b:c | base64)" 'Bearer s3cret' \
+		'bearer b0b'; do
+		rows -H "Authorization: $how" <<<'200 - GET / -'
+	done
+	for how in "Basic ${ann%=}!" "Basic $(printf 'ann:s3cret\0' | base64)" \
+		"Basic $(printf 'ann\0:s3cret' | base64)" Basic Bearer 'Bearer s3cret ann' \
+		ann:s3cret "Bearer $(printf b0b | sha256sum | cut -c 1-64)"; do
+		rows -H "Authorization: $how" <<<'401 - GET / -'
+		has head '^WWW-Authenticate: Basic realm='
+	done
+	rows -H 'Authorization: Bearer s3cret' -H 'Authorization: Bearer wrong' \
+		<<<'400|401 - GET / -'
+}
+
+# Common bugs: 401 and 403 come before anything is looked up: there or not,
+# the answer is the same. The listing shows what the user may read.
 test_existence_does_not_leak() {
-	local method page name who body
+	local url name who
 	team_users
 	serve -u users
-	expect 200 POST /other/here "$(state 1)" -u ann:s3cret
-	expect 200 LOCK /other/here "$(info x)" -u ann:s3cret
+	every '200 ann:s3cret @@' 'POST /other/here state:1' 'LOCK /other/here info:holder-id' \
+		'POST /other/been state:1' 'DELETE /other/been -' 'POST /team/prod state:1'
 	for who in X: Authorization:\ Bearer\ b0b; do
-		for method in GET HEAD POST PUT LOCK UNLOCK DELETE; do
-			for page in / /terraform_state/ /terraform_lock/; do
-				for name in here gone; do
-					body=$(info y)
-					[ $method != HEAD ] || body=
-					ask $method "${page}other/$name" "$body" -H "$who"
-					sed "/^Date/d; s/$name/NAME/g" head answer >"$name"
-				done
-				same here gone
-				has here '^HTTP/1.1 40[13]'
-			done
-		done
-		for page in versions log changes; do
+		for url in {GET,HEAD,POST,LOCK,UNLOCK,DELETE}\ {,/terraform_lock}/other/ \
+			GET\ /-/{versions,log}/other/; do
 			for name in here gone; do
-				ask GET "/-/$page/other/$name" '' -H "$who"
-				sed "/^Date/d; s/$name/NAME/g" head answer >"$name"
+				rows -H "$who" <<<"40[13] - $url$name -"
+				sed "/^Date/d; s/$name/NAME/g" head answer >$name
 			done
-			same here gone
-			has here '^HTTP/1.1 40[13]'
+			cmp here gone
 		done
 	done
 	want "traces of strangers" "" "$(find states -name 'gone*')"
-	for page in / /-/metrics /-/nothing /-/ /nothing /x/lock /favicon.ico; do
-		expect 401 GET "$page"
-	done
-	expect 200 GET /-/healthy
-	expect 200 GET /-/ready
-	want "401 for a body that never comes" 401 \
-		"$(head_of POST /x 'Content-Length: 900000' | raw_status)"
-}
-
-# The listing shows only what the user may read.
-test_the_listing_is_filtered() {
-	team_users
-	serve -u users
-	expect 200 POST /team/prod "$(state 1)" -u ann:s3cret
-	expect 200 POST /other/x "$(state 1)" -u ann:s3cret
-	expect 200 LOCK /other/locked "$(info holder-id)" -u ann:s3cret
-	for accept in text/plain application/json text/html; do
-		expect 200 GET / '' -u bob:b0b -H "Accept: $accept"
-		has answer 'team/prod'
-		hasnt answer 'other|holder-id'
-		expect 200 GET / '' -u ann:s3cret -H "Accept: $accept"
-		has answer 'other/x'
+	every '401 - GET @@ -' / /-/metrics /-/nothing /nothing /x/lock
+	every '200 - GET @@ -' /-/healthy /-/ready
+	for who in text/plain application/json text/html; do
+		rows -H "Accept: $who" <<-'EOF'
+			200 bob:b0b GET / -	team/prod
+			200 bob:b0b GET / -	!other|holder-id
+			200 bob:b0b GET /?q=e -	!other|holder-id
+			200 ann:s3cret GET /?q=e -	other/been
+		EOF
 	done
 }
 
-# Issue 7.1: SIGHUP reads the users again; a broken file keeps the old ones
-# and says where it is wrong. A server without users does not mind it.
+# SIGHUP reads the users again; a broken file keeps the old ones. A FIFO in its
+# place is not waited for, a link that the sandbox forbids not followed.
 test_sighup_reads_the_users_again() {
 	grumbles
+	mkdir conf
 	team_users
-	serve -u users
-	expect 200 GET / '' -u ann:s3cret
-	sed -i 's/s3cret/ch4nged/' users
+	mv users conf
+	serve -u conf/users
+	sed -i 's/s3cret/ch4nged/' conf/users
 	kill -HUP "$PID"
-	until_true lets_in ann:ch4nged
-	expect 401 GET / '' -u ann:s3cret
+	until_true says 200 GET / '' -u ann:ch4nged
+	rows <<<'401 ann:s3cret GET / -'
 	want "complaints" "" "$(cat server.err)"
-	printf 'ann again write\n\nbob broken\n' >users
+	printf 'ann again write\n\nbob broken\n' >conf/users
 	kill -HUP "$PID"
 	until_true grep -Eq '(users:|line )3' server.err
-	expect 200 GET / '' -u ann:ch4nged
-	expect 401 GET / '' -u ann:again
-	rm users
+	rm conf/users && mkfifo conf/users
+	kill -HUP "$PID"
+	until_true grep -q 'not a file' server.err
 	: >server.err
+	echo 'mallory inside write' >users && chmod 600 users
+	ln -sf ../users conf/users
 	kill -HUP "$PID"
-	until_true grep -q users server.err
-	expect 200 GET / '' -u ann:ch4nged
-	halt
-	serve_as plain -d states
-	kill -HUP "$PID"
-	expect 200 GET /
+	if grep -q '^NoNewPrivs:.*1' "/proc/$PID/status"; then
+		until_true grep -q users server.err
+		rows <<<'401 mallory:inside GET / -'
+		rows <<<'200 ann:ch4nged GET / -'
+	fi
 }
 
-lets_in() {
-	ask GET / '' -u "$1"
-	[ "$STATUS" = 200 ]
+# Without users SIGHUP, a closed terminal, ends the server like SIGTERM;
+# unless it was ignored at start (nohup).
+test_sighup_without_users_ends_the_server() {
+	through 'exec env --$how-signal=HUP '"'$STATESRV'"
+	export how=default
+	serve
+	halt HUP
+	want "exit status" 0 "$STATUS"
+	how=ignore
+	serve
+	kill -HUP "$PID"
+	every '404 - GET @@ -' /x /x
 }
 
-# A users file with a mistake is refused at start, with its line (PEERS bug
-# 21: never "open, because it could not be read").
+# A users file with a mistake, a pattern that is a slip too, is refused at
+# start, with its line (a common bug: open, because it could not be read).
 test_a_broken_users_file_is_told_with_its_line() {
 	local line
-	while IFS= read -r line <&3; do
-		printf '# first\nann s3cret write\n%b\n' "$line" >users
+	while IFS='|' read -r line pattern <&3; do
+		printf '# first\nann s3cret write\nbob %s %s\n' "$line" "$pattern" >users
 		chmod 600 users
-		refuses 1 '(users:|line )3' -u users
+		refuses 1 '(users:|line )3' -l 127.0.0.1:0 -u users
 		hasnt err 's3cret|hunter2'
+		grep -q -F -- "$pattern" err || fail "$pattern is not named: $(cat err)"
 	done 3<<-'EOF'
-		bob
-		bob hunter2
-		bob hunter2 admin
-		bob hunter2 Write
-		bob sha256: write
-		bob sha256:abc write
-		bob sha256:zz23456789012345678901234567890123456789012345678901234567890123 write
-		b:b hunter2 write
+		|
+		hunter2 admin|
+		sha256:abc write|
+		sha256:zz23456789012345678901234567890123456789012345678901234567890123 write|
+		hunter2 read|/team/*
+		hunter2 read|team/
+		hunter2 read|team//x
+		hunter2 read|team/*,prod
+		hunter2 read|prod.tfstate
+		hunter2 read|team/*.lock
+		hunter2 read|.hidden
+		hunter2 read|team/-x
 	EOF
+	printf '\xef\xbb\xbfann s3cret write\n' >users
+	refuses 1 '(users:|line )1.*([Bb]yte order mark|BOM)' -l 127.0.0.1:0 -u users
 	: >users
-	refuses 1 users -u users
-	refuses 1 users -u no/such/users
-	refuses 1 . -u .
-}
-
-# refuses STATUS PATTERN OPTION...: does not start, exits with that status
-# and says that. (A STATUS of - is any but 0.)
-refuses() {
-	local status=$1 pattern=$2 got=0
-	shift 2
-	timeout "$PATIENCE" "$STATESRV" "$@" >out 2>err </dev/null || got=$?
-	[ "$got" != 124 ] || fail "statesrv $*: it started"
-	[ "$got" -lt 124 ] && [ "$got" != 0 ] || fail "statesrv $*: exit $got"
-	[ "$status" = - ] || want "statesrv $*: exit" "$status" "$got"
-	has err "$pattern"
-	want "statesrv $*: on stdout" "" "$(cat out)"
-}
-
-# A users file that others can read is told, and works.
-test_a_users_file_others_can_read_is_told() {
-	local mode
-	grumbles
-	for mode in 640 604; do
-		team_users
-		chmod "$mode" users
-		serve -u users
-		has server.err 'read.* users'
-		expect 200 GET / '' -u ann:s3cret
-		halt
-	done
-	chmod 600 users
+	refuses 1 users -l 127.0.0.1:0 -u users
+	refuses 1 no/such/users -l 127.0.0.1:0 -u no/such/users
+	grumbles # others can read it: told, and it works
+	printf 'ann s3cret write * team/* *-prod a?b */*\n' >users
+	chmod 604 users
 	serve -u users
-	want "complaints" "" "$(cat server.err)"
+	has server.err 'read.* users'
+	rows <<<'200 ann:s3cret GET / -'
 }
 
-# Issue 7.6: a wrong secret is answered late, and logged with the client's
-# address; meanwhile others are served. (Ten wrong ones; some of them must
-# still be waiting when a right one has been answered.)
+# A wrong secret is answered late; meanwhile others are served. (Some of six
+# wrong ones must still be waiting when a right one has been answered.)
 test_a_wrong_password_delays_nobody_else() {
-	local i try
+	local try
 	team_users
 	serve -u users
 	for try in 1 2 3 4 5; do
-		rm -f done.*
 		for i in 1 2 3 4 5 6; do
-			(
-				curl -s -o /dev/null -u "ann:guess$i" "$URL/" || :
-				: >"done.$i"
-			) &
+			curl -s -o /dev/null -u "ann:guess$i" "$URL/" &
 			echo $! >>"$T/pids"
 		done
 		expect 200 GET / '' -u ann:s3cret
-		[ "$(find . -name 'done.*' | wc -l)" -lt 6 ] && break
+		[ "$(jobs -p | wc -l)" -lt 2 ] || break
 		[ "$try" -lt 5 ] || fail "no delay, or everybody waits"
 	done
-	until_true guesses_done
-	until_true grep -Eq \
-		'client=127.0.0.1:[0-9]+ .*status=401 .*why="' server.log
-	hasnt server.log 'guess'
+	until_true grep -Eq 'client=127.0.0.1:[0-9]+ .*status=401 .*why="' server.log
 }
 
-guesses_done() {
-	[ "$(find . -name 'done.*' | wc -l)" = 6 ]
-}
-
-# PEERS bug 21: TF_HTTP_USERNAME and TF_HTTP_PASSWORD make a user with all
-# rights; half of the pair, or a name that Basic cannot carry, is refused,
-# not ignored; empty is not set.
+# TF_HTTP_USERNAME and TF_HTTP_PASSWORD make a user with all rights; half of
+# the pair, or a newline in one, is refused (a common bug); empty is not set.
 test_credentials_from_the_environment() {
 	local name pass
 	export TF_HTTP_USERNAME=tf TF_HTTP_PASSWORD='p:%ss'
 	serve
-	expect 401 GET /demo
-	expect 200 POST /demo "$(state 1)" -u 'tf:p:%ss'
-	expect 200 DELETE /demo '' -u 'tf:p:%ss'
+	every '@@' '401 - GET /demo -' '200 tf:p:%ss POST /demo state:1' \
+		'200 tf:p:%ss DELETE /demo -'
 	! grep -q 'p:%ss' "/proc/$PID/cmdline" || fail "secret in argv"
 	while IFS='|' read -r name pass <&3; do
-		unset TF_HTTP_USERNAME TF_HTTP_PASSWORD
-		[ "$name" = - ] || export TF_HTTP_USERNAME=$name
-		[ "$pass" = - ] || export TF_HTTP_PASSWORD=$pass
-		refuses - 'TF_HTTP_(USERNAME|PASSWORD)' -l 127.0.0.1:0 -d other
+		export TF_HTTP_USERNAME="${name@E}" TF_HTTP_PASSWORD="${pass@E}"
+		refuses 2 'TF_HTTP_(USERNAME|PASSWORD)' -l 127.0.0.1:0 -d other
+		[ "${name@E}${pass@E}" = "$name$pass" ] || has err 'control character'
+		hasnt err s3cret
 	done 3<<-'EOF'
-		tf|-
-		-|pass
 		tf|
-		|pass
-		a:b|pass
+		|s3cret
+		a:b|s3cret
+		tf|s3cret\n
+		tf|\ts3cret
 	EOF
 	export TF_HTTP_USERNAME='' TF_HTTP_PASSWORD=''
 	serve_as open -d states
-	expect 404 GET /demo
+	rows <<<'404 - GET /demo -'
 }
 
-# Issue 7.2: an address that is not loopback needs users, or -n; the message
-# says the ways out. The names that mean loopback are loopback.
+# An address that is not loopback needs users, or -n, as the message says.
 test_a_public_address_needs_users() {
 	local addr
-	for addr in 0.0.0.0:0 '[::]:0'; do
-		refuses - TF_HTTP_USERNAME -l "$addr" -d states
-		has err '-u'
-		has err '-n'
+	for addr in 0.0.0.0:0 '[::]:0' '*:0' :0; do
+		refuses 2 '-u.*-n|-n.*-u' -l 127.0.0.1:0 -l "$addr" -d states
+		has err TF_HTTP_USERNAME
 	done
-	for addr in 192.0.2.1:0 '*:0' :0; do
-		refuses - . -l "$addr" -d states
-	done
-	refuses - . -l 127.0.0.1:0 -l 0.0.0.0:0 -d states
 	serve -l localhost:0 -l 127.1.2.3:0 -l unix:sock
-	want listeners 4 "$(grep -c 'listening on' server.log)"
+	want listeners 4 "$(grep -c '^statesrv: .* on [hu]' server.log)"
 	[ -S sock ] || fail "no unix socket"
-	halt
-	team_users
-	unshare -rn true 2>/dev/null || return 0 # nobody else's network
-	unshare -rn "$STATESRV" -n -l 0.0.0.0:0 -d states >n.log 2>n.err &
-	echo $! >>"$T/pids"
-	unshare -rn "$STATESRV" -u users -l '0.0.0.0:0' -d states >u.log 2>u.err &
-	echo $! >>"$T/pids"
-	until_true grep -q 'listening on' n.log
-	until_true grep -q 'listening on' u.log
-	rm -f n.err # it may warn
 }
 
-# Issue 7.2: a web page cannot change anything (Origin), nor read by DNS
-# rebinding (Host), on a loopback listener without users.
+# A web page cannot change anything (Origin), nor read by DNS rebinding
+# (Host), on a loopback listener without users. The text says the ways out.
 test_web_pages_are_kept_out() {
-	local method host
+	local host
 	serve
-	expect 200 POST /demo "$(state 1)"
-	for method in POST PUT DELETE LOCK UNLOCK; do
-		for host in http://evil.example null http://localhost:8080; do
-			expect 403 $method /demo "$(info x)" -H "Origin: $host"
-		done
-		expect 403 $method /demo/lock "$(info x)" -H 'Origin: null'
+	rows <<<'200 - POST /demo state:1'
+	for host in http://evil.example null http://localhost:8080; do
+		rows -H "Origin: $host" <<-'EOF'
+			403 - POST /demo state:2
+			403 - PUT /demo/lock info:x
+			403 - DELETE /demo -
+			403 - LOCK /demo info:x
+			200 - GET /demo -	"serial": 1,
+			204 - OPTIONS /demo -
+		EOF
+		hasnt head '^[Aa]ccess-[Cc]ontrol'
 	done
-	expect 200 GET /demo '' -H 'Origin: http://evil.example'
-	hasnt head '^[Aa]ccess-[Cc]ontrol'
-	ask OPTIONS /demo '' -H 'Origin: http://evil.example' \
-		-H 'Access-Control-Request-Method: PUT'
-	hasnt head '^[Aa]ccess-[Cc]ontrol'
-	for host in evil.example "evil.example:$PORT" localhost.evil.example \
-		127.0.0.1.evil.example xlocalhost; do
-		expect 403 GET /demo '' -H "Host: $host"
-		expect 403 POST /demo "$(state 2)" -H "Host: $host"
-		expect 403 GET / '' -H "Host: $host"
-		hasnt answer lineage
-	done
-	expect 403 GET /demo '' --request-target 'http://evil.example/demo'
-	for host in localhost "localhost:$PORT" LocalHost 127.0.0.1 127.9.9.9:1 \
-		'[::1]:80' 192.0.2.7; do
-		expect 200 GET /demo '' -H "Host: $host"
-	done
-	holds states/demo.tfstate "$(state 1)"
+	rows -H 'Host: host.docker.internal:8080' <<-EOF
+		403 - GET / -	host.docker.internal.*-u.*-n
+		403 - POST /demo state:2
+	EOF
+	halt
+	serve -n
+	rows -H 'Host: host.docker.internal' <<<'200 - POST /demo state:2'
 	halt
 	team_users
 	serve -u users # who has a password is no web page
-	expect 404 GET /none '' -H 'Host: states.example' -u ann:s3cret
-	expect 403 POST /x "$(state 1)" -u ann:s3cret -H 'Origin: http://a.b'
+	rows -H 'Host: states.example' <<<'404 ann:s3cret GET /none -'
+	rows -H 'Origin: http://a.b' <<<'403 ann:s3cret POST /x state:1'
 }
 
-need_landlock() {
-	need "${CC:-cc}"
-	printf 'int main(void) { return syscall(444, 0, 0, 1) < 2; }\n' >probe.c
-	"${CC:-cc}" -w -include unistd.h -D_DEFAULT_SOURCE -o probe probe.c
-	./probe || skip "no Landlock in this kernel"
-}
-
-# Issue 7.3: once it runs, the server can open nothing outside, whatever
-# makes it try; here its own users file, swapped for a link.
-test_shipped_a_link_in_place_of_the_users_file_is_not_followed() {
-	need_landlock
-	grumbles
-	mkdir conf outside
-	team_users
-	mv users conf
-	echo 'mallory inside write' >outside/users
-	chmod 600 outside/users
-	serve -u conf/users
-	grep -q '^NoNewPrivs:.*1' "/proc/$PID/status" ||
-		skip "a build without the sandbox"
-	ln -sf ../outside/users conf/users
-	kill -HUP "$PID"
-	until_true grep -q users server.err
-	expect 401 GET / '' -u mallory:inside
-	expect 200 GET / '' -u ann:s3cret
-}
-
-# The same from inside: a build whose poll (the loop's) and fsync (a commit
-# thread's) first try what an intruder would. Only what is in the directory
-# may succeed.
+# Once it runs, the server can open nothing outside: a build whose poll (the
+# loop's) and fsync (a thread's) first try what an intruder would.
 test_the_running_server_can_reach_nothing_outside() {
 	grumbles # the spy's report
+	need "${CC:-cc}"
 	cat >spy.c <<-'EOF'
 		#define _GNU_SOURCE
-		#include <arpa/inet.h>
-		#include <errno.h>
 		#include <fcntl.h>
 		#include <poll.h>
 		#include <stdio.h>
 		#include <sys/syscall.h>
 		#include <unistd.h>
-		static int may_connect(void)
-		{
-			struct sockaddr_in a = { .sin_family = AF_INET };
-			a.sin_port = htons(1);
-			a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-			return syscall(444, 0, 0, 1) >= 4 && (connect(socket(AF_INET,
-			    SOCK_STREAM, 0), (void *)&a, sizeof(a)) == 0 ||
-			    errno != EACCES);
-		}
 		static void try(const char *who)
 		{
-			dprintf(2, "%s: own %d read %d create %d exec %d link %d "
-			    "connect %d\n", who, open("states/.guard", O_RDONLY) >= 0,
+			if (syscall(444, 0, 0, 1) < 2)
+				dprintf(2, "no Landlock\n");
+			dprintf(2, "%s: own %d read %d create %d exec %d link %d\n",
+			    who, open("states/.guard", O_RDONLY) >= 0,
 			    open("outside", O_RDONLY) >= 0 ||
 			    open("/etc/passwd", O_RDONLY) >= 0,
 			    open("new", O_WRONLY | O_CREAT, 0600) >= 0,
 			    execl("/bin/true", "true", (char *)NULL) == 0,
-			    link("outside", "states/x.tfstate") == 0, may_connect());
+			    link("outside", "states/x.tfstate") == 0);
 		}
 		int spy_poll(struct pollfd *p, nfds_t n, int ms)
 		{
 			static int done;
-			if (!done++)
+			if (getpid() == syscall(SYS_gettid) && !done++)
 				try("loop");
 			return poll(p, n, ms);
 		}
@@ -5158,442 +2786,197 @@ test_the_running_server_can_reach_nothing_outside() {
 		{
 			static int done;
 			if (getpid() != syscall(SYS_gettid) && !done++)
-				try("commit");
+				try("thread");
 			return fsync(fd);
 		}
 	EOF
-	need_landlock
 	"${CC:-cc}" -std=c11 -Dpoll=spy_poll -Dfsync=spy_fsync -c "$here/statesrv.c"
 	"${CC:-cc}" -std=c11 -pthread -o spied spy.c statesrv.o
 	echo secret >outside
 	STATESRV=./spied serve
-	expect 200 POST /demo "$(state 1)"
-	for who in loop commit; do
-		has server.err \
-			"$who: own 1 read 0 create 0 exec 0 link 0 connect 0"
-	done
+	rows <<<'200 - POST /demo state:1'
+	! grep -q 'no Landlock' server.err || skip 'no Landlock in this kernel'
+	has server.err 'loop: own 1 read 0 create 0 exec 0 link 0'
+	has server.err 'thread: own 1 read 0 create 0 exec 0 link 0'
 	has "/proc/$PID/status" '^NoNewPrivs:.*1'
 }
 
-# Issue 7.3: a core would hold secrets.
-test_core_dumps_are_off() {
+# Promise 9: files 0600, directories 0700, whatever the umask; no core dumps.
+# A directory that the server makes, or finds empty, is ignored by git.
+test_files_are_private_whatever_the_umask() {
+	local mask
+	mkdir -m 700 states # empty, and then none
 	ulimit -S -c unlimited 2>/dev/null || :
-	serve
-	has "/proc/$PID/limits" '^Max core file size +0 +0 '
+	for mask in 022 000 777; do
+		umask "$mask"
+		serve
+		umask 022
+		every '200 - @@' 'POST /team/prod state:1' 'POST /team/prod state:2' \
+			'LOCK /team/prod info:mine' 'DELETE /team/prod?ID=mine -' 'POST /x state:1'
+		want "umask $mask: odd files" "" "$(find states -type f ! -perm 600)"
+		want "umask $mask: odd directories" "" "$(find states -type d ! -perm 700)"
+			holds states/.gitignore '*'
+		has "/proc/$PID/limits" '^Max core file size +0 +0 '
+		halt
+		rm states/.gitignore
+		serve
+		[ ! -e states/.gitignore ] || fail "made again, though states are there"
+		halt
+		rm -rf states
+	done
 }
 
-# PEERS bug 27, issue 6.7: every option is looked at, a wrong one is told
-# by its letter or its value; the user's mistake exits 2, the system's 1.
-test_usage_mistakes_are_told() {
+# A common bug: every option is looked at, a wrong one is told by its letter
+# or its value, with the way out; the user's mistake exits 2, the system's 1.
+test_mistakes_at_the_start_are_told() {
 	local options pattern
 	while IFS='|' read -r options pattern <&3; do
 		# shellcheck disable=SC2086
 		refuses 2 "$pattern" -l 127.0.0.1:0 -d states $options
 		has err '^(usage|statesrv):'
 	done 3<<-'EOF'
-		-X|X
-		-b|b
-		-b x|-b.*x
-		-b -1|-b.*-1
+		--nonsense|invalid option
 		-b 1h|-b.*1h
-		-b 99999999999999999999|-b
-		-k|k
-		-k x|-k.*x
 		-k -1|-k.*-1
-		-k 3x|-k.*3x
 		-m 0|-m.*0
-		-m x|-m.*x
-		-m -5|-m.*-5
-		-m 99999999999999999999|-m
-		-l 8080|8080
-		-l 127.0.0.1|127.0.0.1
-		-l 127.0.0.1:|127.0.0.1:
 		-l 127.0.0.1:65536|65536
-		-l 127.0.0.1:x|127.0.0.1:x
 		-l [::1]|::1
-		-l [::1:80|::1
+		-l ::1:8080|write \[::1\]:8080
 		-l unix:|unix
 	EOF
+	refuses 2 COMMAND -d states demo
 	echo >file
 	serve_as other -d states
-	refuses 1 "127.0.0.1:$PORT.*[Aa]ddress.*in use" \
-		-d states2 -l "127.0.0.1:$PORT"
-	refuses 1 'file' -l 127.0.0.1:0 -d file
-	refuses 1 'no/such' -l 127.0.0.1:0 -d no/such/dir
-	refuses 1 'no/such' -l unix:no/such/sock -d states2
+	refuses 1 "127.0.0.1:$PORT.*[Aa]ddress.*in use" -d s2 -l "127.0.0.1:$PORT"
+	refuses 1 file -l 127.0.0.1:0 -d file
+	refuses 1 no/such -l 127.0.0.1:0 -d no/such/dir
+	# a directory that belongs to somebody else
+	command -v setpriv && [ "$(id -u)" = 0 ] || return 0
+	chmod 711 "$work" "$work/run" .
+	mkdir theirs
+	through "exec setpriv --reuid=65534 --regid=65534 --clear-groups '$STATESRV'"
+	refuses 1 'theirs.* belongs to uid 0 and this is uid 65534: chown 65534' -d theirs
 }
 
-# Issue 6.7: -h fits a screen, on stdout; -V is one line.
+# -h fits a screen, on stdout; -V is one line; the long forms are the same.
 test_help_fits_a_screen() {
-	"$STATESRV" -h >help 2>err
-	"$STATESRV" -V >version 2>>err
-	want stderr "" "$(cat err)"
-	want "lines of -V" 1 "$(wc -l <version)"
-	has version '^statesrv [0-9]'
-	[ "$(wc -l <help)" -ge 24 ] && [ "$(wc -l <help)" -le 40 ] ||
-		fail "-h has $(wc -l <help) lines"
+	local option
+	for option in h:help V:version; do
+		"$STATESRV" "-${option%:*}" >"${option#*:}" 2>>err
+		"$STATESRV" "--${option#*:}" 2>>err | cmp - "${option#*:}"
+	done
+	holds err ''
+	[[ $(cat version) =~ ^statesrv\ [0-9.]+$ ]] || fail "-V: $(cat version)"
+	[ "$(wc -l <help)" -le 40 ] || fail "-h has $(wc -l <help) lines"
 	hasnt help '.{81}|	'
-	for option in b c d h k l m n s u v V; do
-		has help "(^| )-$option"
+	for option in b c d h k l m n s u v x V -help -version; do
+		has help "(^| |[(])-$option"
 	done
-	has help 'terraform apply'
+	has help default
 }
 
-# -d makes the directory, private, where it was told to.
-test_d_names_the_directory() {
-	serve_as one -d "./deep states"
-	expect 200 POST /demo "$(state 1)"
-	holds "deep states/demo.tfstate" "$(state 1)"
-	want "mode" 700 "$(stat -c %a 'deep states')"
-	[ ! -e states ] || fail "./states was made"
+# A name that matches no test is an error, not nothing to do.
+test_source_a_name_that_matches_no_test_is_an_error() {
+	STATUS=0
+	STATESRV=$STATESRV "$here/test.sh" nosuchtest >out 2>&1 || STATUS=$?
+	[ "$STATUS" != 0 ] || fail "exit 0: $(cat out)"
+	has out nosuchtest
 }
 
-# The listing: JSON for a program, a table for a person, nothing left out: a
-# state, a foreign file, a lock without state, a frozen one.
-test_the_listing() {
-	serve
-	expect 200 GET / '' -H 'Accept: application/json'
-	json answer . '[]'
-	expect 200 POST /team/prod "{\"version\":4,\"serial\":7,\"lineage\":\"L\",\"terraform_version\":\"1.11.4\",\"resources\":[$(resource t a 1),$(resource t b 2)]}"
-	expect 200 LOCK /team/prod \
-		"$(info run-1 ann@laptop | sed 's/"Info":""/"Info":"why not"/')"
-	expect 200 LOCK /fresh "$(info run-2)"
-	expect 200 POST /been "$(state 1)"
-	expect 200 DELETE /been
-	echo 'by hand' >states/odd.tfstate
-	echo 'frozen "here"' >states/odd.lock
-	echo x >states/README
-	expect 200 GET / '' -H 'Accept: application/json'
-	has head '^[Cc]ontent-[Tt]ype: application/json'
-	json answer 'map(.name)|sort' '["fresh","odd","team/prod"]'
-	json answer '.[]|select(.name=="team/prod")|[.serial,.lineage,.terraform_version,.resources,.size]' \
-		"[7,\"L\",\"1.11.4\",2,$(stat -c %s states/team/prod.tfstate)]"
-	json answer '.[]|select(.name=="team/prod")|.lock|[.id,.who,.operation,.info,.created]' \
-		'["run-1","ann@laptop","OperationTypeApply","why not","2026-11-22T13:21:24.079813084Z"]'
-	json answer '.[]|select(.name=="team/prod")|.modified[:3], .lock.since[:3]' '202
-202'
-	json answer '.[]|select(.name=="fresh")|[.serial,.size,.modified,.lock.id]' \
-		'[null,null,null,"run-2"]'
-	json answer '.[]|select(.name=="odd")|[.serial,.size,.lock.info]' \
-		'[null,8,"frozen \"here\""]'
-	has answer '"name": *"team/prod"'
-	expect 200 GET /
-	has head '^[Cc]ontent-[Tt]ype: text/plain'
-	has answer '^team/prod +7 .*ann@laptop'
-	has answer '^fresh '
-	has answer '^odd .*frozen'
-	hasnt answer '^(been|README|\.)'
-	want "columns of serials that line up" 1 "$(awk 'NR == 1 { at = index($0,
-		$2) } { print substr($0, at - 1, 1) == " " }' answer | sort -u)"
-	expect 200 GET / '' -H 'Accept: text/html,application/xhtml+xml,*/*;q=0.8'
-	has head '^[Cc]ontent-[Tt]ype: text/html'
-}
-
-# Prometheus' text format: each family with HELP and TYPE, counters named
-# _total, buckets that add up.
-test_metrics_are_well_formed() {
-	serve
-	expect 200 POST /secret-name "$(state 1)"
-	expect 200 LOCK /secret-name "$(info x)"
-	expect 423 POST /secret-name "$(state 2)"
-	expect 404 GET /none
-	expect 200 GET /-/metrics
-	has head '^[Cc]ontent-[Tt]ype: text/plain; version=0.0.4'
-	awk '
-	/^# HELP / { help[$3] = 1; next }
-	/^# TYPE / { type[$3] = $4; next }
-	!/^[a-z_]+(\{([a-z_]+="[^"]*",?)*\})? [-+0-9.eInfNa]+$/ { print "odd: " $0 }
-	{
-		name = $1; sub(/\{.*/, "", name); family = name
-		if (!(family in type)) sub(/_(bucket|sum|count)$/, "", family)
-		if (!help[family] || !type[family]) print "undeclared: " $0
-		if (type[family] == "counter" && name !~ /_total$/)
-			print "counter without _total: " name
-		if (seen[$1]++) print "twice: " $1
-		if (name ~ /_bucket$/) {
-			key = $1; sub(/le="[^"]*"/, "", key)
-			if ($2 + 0 < last[key] + 0) print "falls: " $0
-			last[key] = $2
-		}
-	}
-	END { if (NR < 20) print "only " NR " lines" }' answer >odd
-	want "oddities" "" "$(cat odd)"
-	has answer '^statesrv_[a-z_]*requests_total\{.*\} [0-9]'
-	has answer '^statesrv_[a-z_]*_bucket\{.*le="\+Inf"\} [1-9]'
-	has answer '^statesrv_[a-z_]*lock[a-z_]* 1$'
-	has answer '^statesrv_states 1$'
-	hasnt answer 'secret-name|none'
-}
-
-# PEERS bug 23: the set of series is bounded: no names, no methods or paths
-# of a client's invention.
-test_metrics_do_not_grow_with_what_is_asked() {
-	local i
-	serve
-	for i in 1 2; do
-		ask POST "/state-$i" "$(state 1)"
-		ask GET "/state-$i"
-		ask GET "/-/page-$i"
-		ask "METHOD$i" /
-		ask PATCH /
-	done
-	expect 200 GET /-/metrics
-	sed '/^#/d; s/ .*//' answer | sort >before
-	for i in $(seq 3 30); do
-		ask POST "/state-$i" "$(state 1)"
-		ask GET "/state-$i"
-		ask GET "/-/page-$i"
-		ask "METHOD$i" /
-	done
-	expect 200 GET /-/metrics
-	sed '/^#/d; s/ .*//' answer | sort >after
-	same before after
-	hasnt answer 'state-|page-|METHOD[0-9]'
-}
-
-# /-/healthy: alive; /-/ready: able to write. -c asks for the binary itself.
+# /-/healthy: alive; /-/ready: able to write and sync, or the log says why
+# not. -c asks for the binary itself.
 test_health_can_be_asked() {
 	grumbles
 	serve
-	expect 200 GET /-/healthy
-	expect 200 GET /-/ready
-	want answer ready "$(cat answer)"
+	rows <<<'200 - GET /-/healthy -'
+	rows <<<$'200 - GET /-/ready -\t^ready$'
 	"$STATESRV" -c -l "127.0.0.1:$PORT" || fail "-c: exit $?"
 	rm -rf states
-	expect 503 GET /-/ready
-	want "lines of why" 1 "$(wc -l <answer)"
-	expect 200 GET /-/healthy
-	STATUS=0
-	"$STATESRV" -c -l "127.0.0.1:$PORT" 2>c.txt || STATUS=$?
-	want "-c, not ready" 1 "$STATUS"
+	until_true says 503 GET /-/ready
+	until_true grep -q 'path=/-/ready status=503 .*why=' server.log
+	rows <<<'200 - GET /-/healthy -'
+	refuses 1 "127.0.0.1:$PORT" -c -l "127.0.0.1:$PORT"
 	halt
-	STATUS=0
-	"$STATESRV" -c -l "127.0.0.1:$PORT" 2>c.txt || STATUS=$?
-	want "-c, nobody there" 1 "$STATUS"
+	refuses 1 "127.0.0.1:$PORT" -c -l "127.0.0.1:$PORT"
+	need "${CC:-cc}"
+	printf '#include <errno.h>\nint no_fsync(int f)\n{\n\terrno = EINVAL;\n\treturn -(f >= 0);\n}\n' >no.c
+	"${CC:-cc}" -std=c11 -Dfsync=no_fsync -Dfdatasync=no_fsync -c "$here/statesrv.c"
+	"${CC:-cc}" -std=c11 -pthread -o unsynced no.c statesrv.o
+	STATESRV=./unsynced serve
+	until_true says 503 GET /-/ready
+	every '@@' '5.. - POST /demo state:1' '404 - GET /demo -'
 }
 
-# Promise 8, PEERS bug 19: whatever comes in whichever place gets a 4xx, and
-# the same process serves on.
-test_bad_input_never_ends_the_process() {
-	local method url body
+# A common bug: a series for each name, method or path that a client invents.
+test_metrics_do_not_grow_with_what_is_asked() {
+	local n i
 	serve
-	expect 200 POST /demo "$(state 1)"
-	expect 200 LOCK /demo "$(info x)"
+	every '200 - @@' 'LOCK /secret-name info:x' 'GET /-/metrics -'
+	for n in 1 20; do
+		for i in $(seq "$n"); do
+			every '@@' "200 - POST /state-$i state:1" '423 - POST /secret-name state:2' \
+				"404 - GET /-/page-$i -" "501 - METHOD$i / -"
+		done
+		expect 200 GET /-/metrics
+		sed '/^#/d; s/ .*//' answer | sort >"series.$n"
+	done
+	cmp series.*
+	has head '^[Cc]ontent-[Tt]ype: text/plain; version=0.0.4'
+	hasnt answer 'secret-name|state-|page-|METHOD[0-9]'
+	has answer '^statesrv_[a-z_]*requests_total\{.*\} [0-9]'
+	has answer '^statesrv_[a-z_]*_bucket\{.*le="\+Inf"\} [1-9]'
+	has answer '^statesrv_[a-z_]*lock[a-z_]* 1$'
+	has answer '^statesrv_states 20$'
+	has answer '^statesrv_threads [0-9]'
+}
+
+# Promise 8, a common bug: whatever comes gets an answer; the process serves on.
+test_bad_input_never_ends_the_process() {
+	local url body
+	serve -k 2
 	head -c 3000 /dev/urandom >noise
-	printf '[%.0s' {1..5000} >deep
-	{ printf '{"a":%.0s' {1..2500}; printf '{"ID":"a"%.0s' {1..900}; } >deeper
-	for method in GET POST PUT DELETE LOCK UNLOCK OPTIONS; do
-		for url in /demo /demo/lock /none '/demo?ID=x' / /-/metrics; do
-			for body in @noise @deep @deeper '{"ID":{}}' '"' '{"serial":' ; do
-				ask $method "$url" "$body"
-				[ "$STATUS" -lt 500 ] || fail "$method $url: $STATUS"
-			done
+	{ printf '{"a":%.0s' {1..2500}; printf '{"ID":"a"%.0s' {1..900}; } >deep
+	head -c 200000 /dev/zero | tr '\0' ' ' >blanks
+	for url in /demo /demo/lock '/demo?ID=x' / /-/log/x; do
+		for body in @noise @deep @blanks '{"ID":{}}' state:2 info:x; do
+			every "[24].. - @@ $url $body" GET POST PUT DELETE LOCK UNLOCK OPTIONS
 		done
 	done
-	expect 200 GET /demo
 	want "the process" "$PID" "$(jobs -p)"
 }
 
-# PEERS bug 26: descriptors come back, from answers and from refusals.
-test_no_descriptor_is_left_open() {
-	local before i
-	serve -k 2
-	[ -r "/proc/$PID/fd" ] || skip "cannot look into the process"
-	ask_all_sorts
-	before=$(open_files)
-	for i in 1 2 3 4; do
-		ask_all_sorts
-	done
-	until_true open_at_most "$before"
-}
-
-ask_all_sorts() {
-	ask POST /demo "$(state 1)"
-	ask POST /demo '{'
-	ask POST /demo '{"x":1' -H 'Content-MD5: x'
-	ask LOCK /demo "$(info x)"
-	ask LOCK /demo "$(info y)"
-	ask POST /demo "$(state 2)"
-	ask GET /demo
-	ask HEAD /demo
-	ask GET /none
-	ask GET /
-	ask GET /-/versions/demo
-	ask GET /-/changes/demo
-	ask GET /-/log/demo
-	ask GET /-/metrics
-	ask UNLOCK /demo "$(info y)"
-	ask UNLOCK /demo
-	ask DELETE /demo
-	ask DELETE /demo
-	head -c 200000 /dev/zero | tr '\0' ' ' >blanks
-	ask POST /demo @blanks
-	curl -s -m 0.05 -o /dev/null -T - "$URL/demo" <blanks || :
-}
-
-open_files() {
-	find "/proc/$PID/fd" -mindepth 1 2>/dev/null | wc -l
-}
-
-open_at_most() {
-	[ "$(open_files)" -le "$1" ]
-}
-
-# ---- what attacking it found, kept as tests --------------------------------
-
-# RFC 9110, 9.3.2: also a malformed HEAD gets no body, which would be taken
-# for the next answer.
-test_a_refused_head_has_no_body() {
-	local line
+# -s: a lower serial or another lineage is 409; without it both land, as
+# `state push -force` needs. A lineage is compared whole.
+test_strict_refuses_what_goes_back() {
+	local long
+	long=$(printf 'L%.0s' {1..300})
+	serve -s
+	rows <<-EOF
+		200 - POST /demo {"version":4,"serial":5,"lineage":"L"}
+		409 - POST /demo {"version":4,"serial":4,"lineage":"L"}	serial
+		409 - POST /demo {"version":4,"serial":6,"lineage":"M"}	lineage
+		409 - POST /demo {"version":4,"serial":6,"lineage":"L\u0000"}
+		400 - POST /demo {"version":4,"serial":9,"serial":4,"lineage":"L"}
+		200 - POST /demo {"version":4,"serial":5,"lineage":"L"}
+		200 - LOCK /demo info:mine
+		409 - POST /demo?ID=mine {"version":4,"serial":4,"lineage":"L"}
+		200 - POST /demo?ID=mine {"version":4,"serial":10,"lineage":"L"}
+		200 - POST /sealed {"encrypted_data":"QQ==","meta":{}}
+		200 - POST /sealed {"encrypted_data":"Qg==","meta":{}}
+		200|400 - POST /long {"version":4,"serial":1,"lineage":"${long}1"}
+		409|400 - POST /long {"version":4,"serial":2,"lineage":"${long}2"}
+	EOF
+	halt
 	serve
-	while read -r line; do
-		printf 'HEAD /demo HTTP/1.1\r\n%b\r\n\r\n' "$line" | raw >answers
-		has answers '^HTTP/1.1 [45]'
-		[ -z "$(sed '1,/^\r$/d' answers)" ] || fail "$line: $(cat answers)"
-	done <<-'EOF2'
-	Host: a\r\nHost: b
-	Host: a\r\nExpect: x
-	Host: a\r\nX : y
-	Host: a\r\nTransfer-Encoding: gzip, chunked
-	EOF2
+	rows <<<'200 - POST /demo?ID=mine {"version":4,"serial":1,"lineage":"M"}'
 }
-
-# Promise 8: a body that ends before its length is told so, and logged.
-test_a_body_cut_short_is_told() {
-	need "${CC:-cc}"
-	serve
-	cat >half.c <<-'EOF2'
-	#include <arpa/inet.h>
-	#include <stdlib.h>
-	#include <string.h>
-	#include <unistd.h>
-	int main(int n, char **a) {
-		struct sockaddr_in s = { .sin_family = AF_INET };
-		char b[4096]; ssize_t got; int fd = socket(AF_INET, SOCK_STREAM, 0);
-		s.sin_port = htons((unsigned short)atoi(a[n - 1]));
-		s.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-		if (connect(fd, (struct sockaddr *)&s, sizeof(s))) return 1;
-		while ((got = read(0, b, sizeof(b))) > 0) if (write(fd, b, (size_t)got) < 0) return 1;
-		shutdown(fd, SHUT_WR);
-		while ((got = read(fd, b, sizeof(b))) > 0) if (write(1, b, (size_t)got) < 0) return 1;
-		return 0;
-	}
-	EOF2
-	"${CC:-cc}" -o half half.c
-	printf 'POST /h HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"a"' |
-		./half "$PORT" >answers
-	# the Host is no address: loopback without users says so first
-	has answers '^HTTP/1.1 403'
-	printf 'POST /h HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"a"' |
-		./half "$PORT" >answers
-	has answers '^HTTP/1.1 400'
-	has answers 'not complete'
-	until_true grep -q 'name=h status=400' server.log
-	[ ! -e states/h.tfstate ] || fail 'stored'
-}
-
-# Long lines, nobody reading stdout or stderr, descriptors closed at start:
-# nothing that has to do with logs stalls or confuses the server.
-test_logs_stall_nothing() {
-	local long i
-	grumbles
-	: >states.err
-	mkdir states
-	: >states/empty.tfstate
-	mkfifo out err
-	# opened, and never read
-	sh -c 'exec sleep 60' <out &
-	echo $! >>"$T/pids"
-	sh -c 'exec sleep 60' <err &
-	echo $! >>"$T/pids"
-	PORT=0
-	"$STATESRV" -d states -l unix:sock >out 2>err &
-	echo $! >>"$T/pids"
-	until_true [ -S sock ]
-	long=$(printf '%%01%.0s' {1..900})
-	for ((i = 0; i < 40; i++)); do
-		curl -sS -m "$PATIENCE" --unix-socket sock -o /dev/null \
-			"http://localhost/$long" "http://localhost/empty" \
-			"http://localhost/empty" "http://localhost/empty"
-	done
-	curl -sS -f -m "$PATIENCE" --unix-socket sock \
-		http://localhost/-/healthy >/dev/null
-	"$STATESRV" -d states -l unix:two <&- >&- 2>&- &
-	echo $! >>"$T/pids"
-	until_true [ -S two ]
-	curl -sS -f -m "$PATIENCE" --unix-socket two \
-		--data-binary '{"serial":1}' http://localhost/demo
-	want 'the state' '{"serial":1}' "$(cat states/demo.tfstate)"
-}
-
-# A FIFO in the place of the users file, a link in the place of a directory
-# that was served before: neither is waited for nor followed.
-test_what_is_put_in_the_place_of_files_is_not_followed() {
-	grumbles
-	printf 'ann %s write\n' "$(printf 'x%.0s' {1..900})" >users
-	chmod 600 users
-	serve -u users
-	local ann=(-u "ann:$(printf 'x%.0s' {1..900})")
-	expect 200 POST /team/prod "$(state 1)" "${ann[@]}"
-	rm users
-	mkfifo users
-	kill -HUP "$PID"
-	until_true grep -q 'not a file' server.err
-	touch -d '1 hour ago' states/team/prod.tfstate
-	sleep 1.1			# old enough for a cache
-	expect 200 GET /team/prod '' "${ann[@]}"
-	mv states/team elsewhere
-	ln -s ../elsewhere states/team
-	expect 500 GET /team/prod '' "${ann[@]}"
-}
-
-# Two names for one thing are one too many; and a refusal leaves no file.
-test_a_refusal_leaves_no_trace_of_a_name() {
-	serve
-	expect 400 POST /terraform_state/terraform_state/x "$(state 1)"
-	expect 400 POST /ghost garbage
-	expect 400 LOCK /ghost garbage
-	expect 409 POST '/ghost?ID=%0aX-Evil:%20y%1b' "$(state 1)"
-	want 'lines of the refusal' 1 "$(wc -l <answer)"
-	want 'files' '' "$(find states -name 'ghost*' -o -name 'terraform*')"
-}
-
-# What a client sends is cut and shown, and the JSON stays JSON.
-test_what_is_cut_stays_utf8() {
-	local e
-	need iconv
-	e=$(printf 'é%.0s' {1..300})
-	serve
-	expect 200 POST /demo "{\"serial\":1,\"lineage\":\"a$e\"}"
-	expect 200 LOCK /demo "{\"ID\":\"1\",\"Who\":\"a$e\",\"Info\":\"$e\"}"
-	expect 200 GET / '' -H 'Accept: application/json'
-	iconv -f utf-8 -t utf-8 answer >/dev/null || fail 'the listing'
-	expect 423 POST '/demo?ID=%ff' "$(state 1)"
-	iconv -f utf-8 -t utf-8 states/demo.log >/dev/null || fail 'the log'
-}
-
-# The address that a front tells is told at the beginning or not at all.
-test_a_proxy_line_is_the_first_or_none() {
-	need socat
-	serve -l unix:sock
-	printf 'GET /one HTTP/1.1\r\nHost: a\r\n\r\nPROXY TCP4 6.6.6.6 1.1.1.1 1 2\r\nGET /two HTTP/1.0\r\n\r\n' |
-		socat -t 5 - UNIX-CONNECT:sock >answers
-	want statuses '404 400' "$(sed -n 's/^HTTP[^ ]* \([0-9]*\).*/\1/p' answers |
-		xargs)"
-	hasnt server.log '6\.6\.6\.6'
-	printf 'PROXY TCP9 6.6.6.6 1.1.1.1 1 2\r\nGET /x HTTP/1.0\r\n\r\n' |
-		socat -t 5 - UNIX-CONNECT:sock >answers
-	want 'the answer to nonsense' '' "$(cat answers)"
-}
-
 # ---- the real terraform ---------------------------------------------------
 #
-# Configurations of terraform_data alone, so that nothing is downloaded; a
-# command takes some 50 ms. Where a resource has to take its time, it makes
-# the file `started' and waits for the file `go'.
+# Configurations of terraform_data alone, so that nothing is downloaded; a command takes some 50
+# ms. A slow run makes the file `started' when it has its lock, and waits for the file `go'.
 
-# terraform_here: terraform as a machine of its own has it; and what it would
-# try again after a second, it tries again at once.
+# terraform_here: terraform as a machine of its own has it; what it would try
+# again after a second, it tries again at once.
 terraform_here() {
 	need terraform
 	unset "${!TF_@}"
@@ -5604,36 +2987,23 @@ terraform_here() {
 
 # backend DIR LINE...: the backend block of the configuration in DIR.
 backend() {
-	local dir=$1
-	shift
-	mkdir -p "$dir"
-	{
-		printf 'terraform {\n  backend "http" {\n'
-		printf '    %s\n' "$@"
-		printf '  }\n}\n'
-	} >"$dir/backend.tf"
+	mkdir -p "$1"
+	printf '%s\n' 'terraform {' 'backend "http" {' "${@:2}" '}' '}' >"$1/backend.tf"
 }
 
 # aim DIR NAME [BASE]: the block as most people have it.
 aim() {
 	local at=${3:-$URL}/$2
-	backend "$1" "address = \"$at\"" "lock_address = \"$at\"" \
-		"unlock_address = \"$at\""
+	backend "$1" "address = \"$at\"" "lock_address = \"$at\"" "unlock_address = \"$at\""
 }
 
 # resources DIR: one resource and one output, of variable v.
 resources() {
 	mkdir -p "$1"
 	cat >"$1/main.tf" <<-'EOF'
-	variable "v" {
-	  default = "1"
-	}
-	resource "terraform_data" "a" {
-	  input = var.v
-	}
-	output "v" {
-	  value = terraform_data.a.output
-	}
+	variable "v" { default = "1" }
+	resource "terraform_data" "a" { input = var.v }
+	output "v" { value = terraform_data.a.output }
 	EOF
 }
 
@@ -5644,24 +3014,25 @@ project() {
 	works "$1" init
 }
 
-# slow DIR: its applies wait, half done, for DIR/go, half a minute at most.
-slow() {
-	cat >"$1/slow.tf" <<-'EOF'
+# waits DIR [NUMBER]: its applies wait, half done, for DIR/go, half a minute
+# at most; in as many resources as NUMBER says.
+waits() {
+	cat >"$1/slow.tf" <<-EOF
 	resource "terraform_data" "slow" {
+	  count            = ${2:-1}
 	  triggers_replace = terraform_data.a.output
 	  provisioner "local-exec" {
-	    command = "touch started; timeout 30 sh -c 'until [ -e go ]; do sleep 0.05; done'"
+	    command = "touch started \${count.index}; timeout 30 sh -c 'until [ -e go ]; do sleep 0.05; done'"
 	  }
 	}
 	EOF
 }
 
 # tf DIR WORDS...: terraform there. Sets STATUS; what it says is in DIR.out.
+# works: it must end well. fails: it must not. meets PATTERN: and must say so.
 tf() {
-	local dir=$1
-	shift
 	STATUS=0
-	terraform "-chdir=$dir" "$@" >"$dir.out" 2>&1 </dev/null || STATUS=$?
+	terraform "-chdir=$1" "${@:2}" >"$1.out" 2>&1 </dev/null || STATUS=$?
 }
 
 works() {
@@ -5674,13 +3045,23 @@ fails() {
 	[ "$STATUS" = 1 ] || fail "terraform $*: exit $STATUS"
 }
 
-# begin DIR WORDS...: terraform beside us, with pid RUN. ended [RUN]: waits.
+meets() {
+	fails "${@:2}"
+	has "$2.out" "$1"
+}
+
+# begin DIR WORDS...: terraform beside us, with pid RUN. under_way: a slow
+# one, until it waits for DIR/go. ended [RUN]: waits for its end.
 begin() {
-	local dir=$1
-	shift
-	terraform "-chdir=$dir" "$@" >"$dir.out" 2>&1 </dev/null &
+	terraform "-chdir=$1" "${@:2}" >"$1.out" 2>&1 </dev/null &
 	RUN=$!
 	echo "$RUN" >>"$T/pids"
+}
+
+under_way() {
+	rm -f "$1/started" "$1/go"
+	begin "$@"
+	until_true test -e "$1/started"
 }
 
 ended() {
@@ -5688,147 +3069,124 @@ ended() {
 	wait "${1:-$RUN}" || STATUS=$?
 }
 
-# serial NAME, lineage NAME: of the state on disk; of ./FILE, if there is one.
+# serial NAME, unlocked NAME: what lies on disk.
 serial() {
-	field "$1" 's/^ *"serial": *\([0-9]*\).*/\1/p'
+	sed -n 's/^ *"serial": *\([0-9]*\).*/\1/p' "states/$1.tfstate"
 }
 
-lineage() {
-	field "$1" 's/^ *"lineage": *"\([^"]*\)".*/\1/p'
-}
-
-field() {
-	local file=states/$1.tfstate
-	[ -e "$file" ] || file=$1
-	sed -n "$2" "$file"
-}
-
-# unlocked NAME, locked NAME
 unlocked() {
 	[ ! -e "states/$1.lock" ]
 }
 
-locked() {
-	[ -e "states/$1.lock" ]
-}
-
-# PROTOCOL section 6: each command, its exit status, what it asks besides
-# GETs (of which newer versions send more), and that it leaves no lock.
+# Each command, its exit status, and what it asks besides GETs (of which newer
+# versions send more). The lock stays as it was, be it somebody else's, who stops
+# what would write and not what reads. An account that may plan is told at the
+# LOCK of an apply, before anything is made. Promise 5: terraform reads back what
+# it wrote. -force goes back, and changes the lineage: the wire does not show it.
 test_every_command_of_terraform_works_and_asks_what_it_should() {
-	local status verbs words mark before
+	local status verbs commands words mark before holder=
 	terraform_here
-	serve
+	install -m 600 <(printf 'admin secret write\nplanner secret plan\n') users
+	serve -u users
 	resources work
 	aim work demo
-	# shellcheck disable=SC2317
+	cat >work/more.tf <<<'output "more" { value = [12345678901234567890, 1.10, "a<&\u00e4\n", null] }'
+	state 7 11111111-2222-4333-8444-555555555555 >work/foreign
+	export TF_HTTP_USERNAME=admin TF_HTTP_PASSWORD=secret
 	asked() {
 		[ "$verbs" = "$(tail -n "+$((mark + 1))" server.log |
-			sed -n 's/.* method=\([A-Z]*\) .*/\1/p' | grep -v GET |
-			paste -sd ' ')" ]
+			sed -n 's/.* method=\([A-Z]*\) .*/\1/p' | grep -v GET | paste -sd ' ')" ]
 	}
-	while IFS='|' read -r status verbs words; do
-		mark=$(wc -l <server.log)
-		before=$(serial demo 2>/dev/null) || before=0
-		# shellcheck disable=SC2086
-		tf work $words
-		[ "$STATUS" = "$status" ] ||
-			fail "$words: exit $STATUS: $(cat work.out)"
-		until_true asked
-		unlocked demo || fail "$words: left the lock"
-		[[ $verbs != *POST* ]] ||
-			want "$words: serial" $((before + 1)) "$(serial demo)"
+	while IFS='|' read -r status verbs commands; do
+		case $status in
+		held) holder=$(info other) && echo "$holder" >states/demo.lock ;;
+		free) holder= && rm states/demo.lock ;;
+		admin | planner) TF_HTTP_USERNAME=$status ;;
+		esac
+		while read -r words; do
+			mark=$(wc -l <server.log)
+			before=$(cat states/demo.tfstate 2>/dev/null) || :
+			# shellcheck disable=SC2086 # the words are words
+			tf work $words
+			want "$words: $(cat work.out)" "$status" "$STATUS"
+			until_true asked "$words"
+			want "$words: the lock" "$holder" "$(cat states/demo.lock 2>/dev/null)"
+			[ "$verbs" != LOCK ] || hasnt work.out '(Creating|Modifying|Destroying)\.\.\.'
+			[[ $verbs$status == *POST*0 ]] || continue
+			[ "$(cat states/demo.tfstate)" != "$before" ] || fail "$words: no change"
+			terraform -chdir=work state pull | cmp - <(cat states/demo.tfstate; echo)
+		done < <([ -z "$commands" ] || echo "${commands//; /$'\n'}")
 	done <<-'EOF'
 	0||init
 	2|LOCK UNLOCK|plan -detailed-exitcode
 	0|LOCK POST UNLOCK|apply -auto-approve
-	0|LOCK UNLOCK|apply -auto-approve
-	0|LOCK UNLOCK|plan -detailed-exitcode
-	0||plan -lock=false
+	0|LOCK UNLOCK|apply -auto-approve; plan -detailed-exitcode; refresh
 	0|LOCK UNLOCK|plan -out=saved -var v=2
 	0|LOCK POST UNLOCK|apply saved
 	1|LOCK UNLOCK|apply saved
-	0|LOCK UNLOCK|refresh -var v=2
+	0|LOCK UNLOCK|console; state mv -dry-run terraform_data.a terraform_data.b
+	0||show; show saved; graph; providers; validate; workspace show
+	planner
+	2|LOCK UNLOCK|plan -detailed-exitcode -out=saved
 	0|LOCK UNLOCK|console
-	0||output -raw v
-	0||show
-	0||show saved
-	0||graph
-	0||providers
-	0||validate
-	0||state list
-	0||state show terraform_data.a
-	0||state pull
-	0|LOCK UNLOCK|state mv -dry-run terraform_data.a terraform_data.b
+	1|LOCK|apply saved; apply -auto-approve; refresh; destroy -auto-approve
+	0||output -raw v; state list; state pull
+	held
+	1|UNLOCK|force-unlock -force other
+	admin
+	1|LOCK|plan; apply -auto-approve; console; taint terraform_data.a
+	0||plan -lock=false; output -raw v; state list; state show terraform_data.a
+	0||state pull; init -reconfigure
+	1|POST|apply -auto-approve -lock=false
+	free
+	0|LOCK POST UNLOCK|state push errored.tfstate; apply -auto-approve -var v=3
+	1|LOCK UNLOCK|state push errored.tfstate; state push foreign
+	0|LOCK POST UNLOCK|state push -force errored.tfstate
 	0|LOCK POST UNLOCK|state mv terraform_data.a terraform_data.b
 	0|LOCK POST UNLOCK|state mv terraform_data.b terraform_data.a
-	0|LOCK POST UNLOCK|taint terraform_data.a
-	0|LOCK POST UNLOCK|untaint terraform_data.a
+	0|LOCK POST UNLOCK|taint terraform_data.a; untaint terraform_data.a
 	1|LOCK UNLOCK|untaint terraform_data.a
 	0|LOCK POST UNLOCK|apply -auto-approve -replace=terraform_data.a
-	0|LOCK POST UNLOCK|state rm terraform_data.a
-	0|LOCK POST UNLOCK|import terraform_data.a an-id
+	0|LOCK POST UNLOCK|state rm terraform_data.a; import terraform_data.a an-id
 	0|POST|apply -auto-approve -lock=false
 	0|UNLOCK|force-unlock -force no-such-lock
-	0||workspace show
 	1||workspace new other
-	0|LOCK POST UNLOCK|destroy -auto-approve
-	0||init -reconfigure
+	0|LOCK POST UNLOCK|destroy -auto-approve; state push -force foreign
 	EOF
-	want 'resources left' '' "$(terraform -chdir=work state list)"
+	want serial 8 "$(serial demo)"
 }
 
-# Promise 5, PEERS 10: what lies in the file is what terraform reads back,
-# and a big integer does not make every later plan a change.
-test_terraform_reads_back_the_bytes_it_wrote() {
-	terraform_here
-	serve
-	project work demo
-	cat >work/more.tf <<-'EOF'
-	output "big" {
-	  value = [12345678901234567890, 1.10, "a<b>&\u00e4\n", null]
-	}
-	EOF
-	works work apply -auto-approve
-	works work plan -detailed-exitcode
-	terraform -chdir=work state pull | cmp - <(cat states/demo.tfstate; echo)
-	has states/demo.tfstate '12345678901234567890'
-}
-
-# DESIGN, URLs; issue 2 item 2. Every dialect goes through a session: apply,
-# a second one under a lock seen on disk, one that meets a lock held by
-# somebody else, and force-unlock, which sends an empty body in each.
+# Every dialect goes through a session: apply, a second one under a lock seen on disk, one that
+# meets a lock held by somebody else, and force-unlock, which sends an empty body in each.
 test_every_dialect_has_a_whole_session() {
-	local name at lock unlock more d n=0
+	local name at lock unlock more d
 	local demo=4cdd0c76-d78b-11e9-9bea-db9cd8374f3a
 	local gitlab=api/v4/projects/42/terraform/state/prod
+	local group=api/v4/projects/grp%2Fsub%2Fproj/terraform/state/prod
+	local put='lock_method = "PUT"' post='lock_method = "POST"'
+	local delete='unlock_method = "DELETE"'
 	terraform_here
 	serve
 	while IFS='|' read -r name at lock unlock more; do
-		n=$((n + 1)) d=d$n
+		d=${name//\//.}
 		resources "$d"
-		backend "$d" "address = \"$URL/$at\"" \
-			"lock_address = \"$URL/$lock\"" \
+		backend "$d" "address = \"$URL/$at\"" "lock_address = \"$URL/$lock\"" \
 			"unlock_address = \"$URL/$unlock\"" "${more//; /$'\n'}"
 		works "$d" init
 		works "$d" apply -auto-approve
-		want "$at: serial" 1 "$(serial "$name")"
-		slow "$d"
-		begin "$d" apply -auto-approve -var v=2
-		until_true test -e "$d/started"
-		locked "$name" || fail "$at: applied without a lock"
+		waits "$d"
+		under_way "$d" apply -auto-approve -var v=2
+		! unlocked "$name" || fail "$at: applied without a lock"
 		touch "$d/go"
 		ended
-		want "$at: second apply" 0 "$STATUS"
-		want "$at: serial" 2 "$(serial "$name")"
+		want "$at: status, serial" '0 2' "$STATUS $(serial "$name")"
 		unlocked "$name" || fail "$at: not unlocked"
 
-		info "holder-$n" >"states/$name.lock"
-		fails "$d" apply -auto-approve -var v=3
-		has "$d.out" "holder-$n"
-		want "$at: serial under a lock" 2 "$(serial "$name")"
-		works "$d" force-unlock -force "holder-$n"
+		info "holder-$d" >"states/$name.lock"
+		meets "holder-$d" "$d" apply -auto-approve -var v=3
+		works "$d" force-unlock -force "holder-$d"
 		unlocked "$name" || fail "$at: force-unlock did nothing"
-		[ -s "states/$name.tfstate" ] || fail "$at: state deleted"
+		want "$at: serial" 2 "$(serial "$name")"
 		works "$d" destroy -auto-approve -var v=2
 		unlocked "$name" || fail "$at: destroy left the lock"
 	done <<-EOF
@@ -5836,156 +3194,71 @@ test_every_dialect_has_a_whole_session() {
 	team/prod/net|team/prod/net|team/prod/net|team/prod/net|
 	dot|dot.tfstate|dot|dot.tfstate|
 	a/b|a%2Fb|a%2Fb|a%2fb|
-	query|query?x=1&A=2|query?x=1|query?Z=1|
 	put|put|put|put|update_method = "PUT"
-	delete|delete|delete|delete|unlock_method = "DELETE"
-	child|child|child/lock|child/lock|lock_method = "PUT"
+	delete|delete|delete|delete|$delete
+	child|child|child/lock|child/lock|$put
 	mixed|mixed|terraform_lock/mixed|mixed/lock|
-	$demo|terraform_state/$demo|terraform_lock/$demo|terraform_lock/$demo|lock_method = "PUT"; unlock_method = "DELETE"
-	$gitlab|$gitlab|$gitlab/lock|$gitlab/lock|lock_method = "POST"; unlock_method = "DELETE"; retry_wait_min = 5
+	$demo|terraform_state/$demo|terraform_lock/$demo|terraform_lock/$demo|$put; $delete
+	$gitlab|$gitlab|$gitlab/lock|$gitlab/lock|$post; $delete; retry_wait_min = 5
+	${group//%2F//}|$group|$group/lock|$group/lock|$post; $delete
 	EOF
-	want 'dialects tried' 11 "$n"
 }
-
-# ---- terraform on a bad line ----------------------------------------------
 
 # fault METHOD N HOW: a proxy, at $LINE, one request a connection. It does to
 # the Nth request with METHOD what HOW says: drop, the server's answer is lost;
-# 503, it is replaced; cut, half of the request reaches the server; flip, one
-# bit of the body is another. It keeps requests in NUMBER.METHOD, and makes
-# `hit'.
+# 503, it is replaced; cut, half of the request reaches the server; TERM, KILL:
+# nothing does, the server ends so, and starts again. It makes the file `hit'.
 fault() {
-	[ -x ./faulty ] || faulty_line
-	rm -f hit line [0-9]*.[A-Z]*
-	./faulty "$PORT" "$@" >line &
-	echo $! >>"$T/pids"
-	until_true test -s line
-	LINE=http://127.0.0.1:$(cat line)
-}
-
-faulty_line() {
-	need "${CC:-cc}"
-	cat >faulty.c <<-'EOF'
-	#include <arpa/inet.h>
-	#include <signal.h>
-	#include <stdio.h>
-	#include <stdlib.h>
-	#include <string.h>
-	#include <sys/socket.h>
-	#include <unistd.h>
-
-	static char b[1 << 20];
-	static struct sockaddr_in at;
-
-	static int
-	tcp(int port, int (*how)(int, const struct sockaddr *, socklen_t))
+	need socat
+	rm -f hit ./*.seen socat.log
+	cat >line <<-'EOF'
+	while IFS= read -r field && [ "$field" != $'\r' ]; do
+		fields+=("$field")
+		case ${field,,} in
+		content-length:*) length=${field#*: } ;;
+		transfer-encoding:*) length=5 ;; # no chunk but the last
+		esac
+	done
+	[ ${#fields[@]} -gt 0 ] || exit
 	{
-		int s = socket(AF_INET, SOCK_STREAM, 0);
-
-		at.sin_family = AF_INET;
-		at.sin_port = htons((unsigned short)port);
-		at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-		if (s < 0 || how(s, (struct sockaddr *)&at, sizeof(at)) != 0)
-			return perror("faulty"), -1;
-		return s;
-	}
-
-	/* whole: b has the head and as much body as the head announces. */
-	static int
-	whole(size_t n)
-	{
-		char *end, *p;
-
-		b[n] = 0;
-		if ((end = strstr(b, "\r\n\r\n")) == NULL)
-			return 0;
-		end += 4;
-		if ((p = strstr(b, "Content-Length: ")) != NULL && p < end)
-			return (size_t)(end - b) + strtoul(p + 16, NULL, 10) <= n;
-		if ((p = strstr(b, "chunked")) != NULL && p < end)
-			return strcmp(b + n - 5, "0\r\n\r\n") == 0;
-		return 1;
-	}
-
-	/* gather: reads up to a whole request, or to the end of the answer. */
-	static size_t
-	gather(int s, int request)
-	{
-		size_t n = 0;
-		ssize_t r;
-
-		while ((r = read(s, b + n, sizeof(b) - 1 - n)) > 0)
-			if (whole(n += (size_t)r) && request)
-				return n;
-		return request ? 0 : n;
-	}
-
-	static void
-	put(int s, const char *p, size_t n)
-	{
-		if (write(s, p, n) != (ssize_t)n)
-			perror("faulty: write");
-	}
-
-	int
-	main(int argc, char **argv)
-	{
-		static const char gone[] = "HTTP/1.1 503 Gone\r\n"
-		    "Connection: close\r\nContent-Length: 0\r\n\r\n";
-		int l = tcp(0, bind), nth = atoi(argv[3]), c, s, hit, k = 0;
-		size_t n, line, word = strlen(argv[2]);
-		char name[64], how = argv[argc - 1][0];
-		socklen_t len = sizeof(at);
-		FILE *f;
-
-		signal(SIGPIPE, SIG_IGN);
-		if (l < 0 || listen(l, 8) != 0 ||
-		    getsockname(l, (struct sockaddr *)&at, &len) != 0)
-			return 1;
-		printf("%d\n", ntohs(at.sin_port));
-		fflush(stdout);
-		while ((c = accept(l, NULL, NULL)) >= 0) {
-			if ((n = gather(c, 1)) == 0 ||
-			    (s = tcp(atoi(argv[1]), connect)) < 0) {
-				close(c);
-				continue;
-			}
-			hit = strncmp(b, argv[2], word) == 0 && b[word] == ' ' &&
-			    --nth == 0;
-			if (hit)
-				fclose(fopen("hit", "w"));
-			snprintf(name, sizeof(name), "%d.%.*s", ++k,
-			    (int)strcspn(b, " "), b);
-			if ((f = fopen(name, "w")) != NULL) {
-				fwrite(b, 1, n, f);
-				fclose(f);
-			}
-			if (hit && how == 'f')
-				strstr(b, "\"lineage\"")[12] ^= 1;
-			line = strcspn(b, "\n") + 1;
-			put(s, b, line);
-			put(s, "Connection: close\r\n", 19);
-			put(s, b + line, (n - line) / (hit && how == 'c' ? 2 : 1));
-			if (!hit || how != 'c')
-				n = gather(s, 0);
-			close(s);
-			if (!hit || how == 'f')
-				put(c, b, n);
-			else if (how == '5')
-				put(c, gone, sizeof(gone) - 1);
-			close(c);
-		}
-		return 0;
-	}
+		printf '%s\n' "${fields[@]}" $'Connection: close\r' $'\r'
+		length=${length%$'\r'}
+		head -c "${length:-0}"
+	} >$$.request
+	touch $$.${fields[0]%% *}.seen
+	how=
+	[ "${fields[0]%% *} $(ls | grep -c "\.$2.seen$")" != "$2 $3" ] || { how=$4 && touch hit; }
+	case $how in
+	TERM | KILL)
+		kill -$how $(tail -n 1 servers)
+		while (: <>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; do sleep 0.02; done
+		"$STATESRV" -d states -l "127.0.0.1:$1" >>server.log 2>>server.err &
+		echo $! | tee -a servers >>pids
+		until (: <>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; do sleep 0.02; done
+		exit
+		;;
+	esac
+	exec 3<>"/dev/tcp/127.0.0.1/$1"
+	[ "$how" != cut ] || exec head -c $(($(wc -c <$$.request) / 2)) $$.request >&3
+	cat $$.request >&3
+	cat <&3 >$$.answer
+	case $how in
+	503) printf 'HTTP/1.0 503 Gone\r\nContent-Length: 0\r\n\r\n' ;;
+	'') cat $$.answer ;;
+	esac
 	EOF
-	"${CC:-cc}" -D_XOPEN_SOURCE=700 -o faulty faulty.c
+	socat -d -d TCP-LISTEN:0,bind=127.0.0.1,fork EXEC:"bash line $PORT $*" 2>socat.log &
+	echo $! >>"$T/pids"
+	until_true grep -q 'listening on' socat.log
+	LINE=http://$(sed -n 's/.*listening on AF=2 //p' socat.log)
 }
 
-# Promise 6; PROTOCOL sections 4 and 14; PEERS 14. terraform repeats what it
-# got no answer to, and none of its verbs may mind; Connection: close at each.
-test_a_lost_answer_is_not_noticed_by_an_apply() {
+# Promise 6. terraform repeats what it got no answer to, and none of its verbs
+# may mind; Connection: close at each. A lock outlives its server.
+test_a_lost_answer_is_not_noticed() {
 	local method nth how name
 	terraform_here
+	export STATESRV
 	serve
 	while read -r method nth how; do
 		fault "$method" "$nth" "$how"
@@ -6002,191 +3275,38 @@ test_a_lost_answer_is_not_noticed_by_an_apply() {
 	GET 2 503
 	LOCK 1 drop
 	LOCK 1 503
-	LOCK 2 drop
 	POST 1 drop
 	POST 1 503
 	POST 1 cut
+	POST 1 TERM
 	POST 2 drop
 	POST 2 503
 	POST 2 cut
+	POST 2 KILL
 	UNLOCK 1 drop
 	UNLOCK 2 503
 	EOF
 }
 
-# The same for the other way to be rid of a lock.
-test_a_lost_answer_is_not_noticed_by_force_unlock() {
-	terraform_here
-	serve
-	fault UNLOCK 1 drop
-	project work demo "$LINE"
-	expect 200 LOCK /demo "$(info holder)"
-	works work force-unlock -force holder
-	[ -e hit ] || fail 'the fault did not happen'
-	unlocked demo
-}
-
-# DESIGN, POST: a body changed on its way is refused by its Content-MD5, and
-# nothing is lost: not the old state, and not the new one on the client.
-test_a_bit_flipped_on_the_way_is_refused_by_content_md5() {
-	terraform_here
-	serve
-	fault POST 2 flip
-	project work demo "$LINE"
-	works work apply -auto-approve
-	cp states/demo.tfstate old
-	fails work apply -auto-approve -var v=2
-	has work.out 'HTTP error: 400'
-	cmp old states/demo.tfstate
-	unlocked demo
-	works work state push errored.tfstate
-	works work plan -detailed-exitcode -var v=2
-}
-
-# PROTOCOL 2: the traffic really carries MD5s, the log tells the same sum,
-# and the lock lies on disk as it was sent.
-test_content_md5_of_real_traffic_is_that_of_the_bytes() {
-	local f sum
-	terraform_here
-	need openssl
-	serve
-	fault NONE 1 drop
-	project work demo "$LINE"
-	slow work
-	begin work apply -auto-approve
-	until_true test -e work/started
-	cp states/demo.lock held
-	touch work/go
-	ended
-	want apply 0 "$STATUS"
-	for f in *.LOCK *.POST *.UNLOCK; do
-		sed -n '1,/^\r$/!p' "$f" >body
-		sum=$(sed -n 's/^content-md5: \(.*\)\r$/\1/Ip;/^\r$/q' "$f")
-		want "$f" "$sum" "$(openssl md5 -binary body | base64)"
-		case $f in
-		*.POST) cmp body states/demo.tfstate ;;
-		*) cmp body held ;;
-		esac
-	done
-	has states/demo.log "\"md5\": *\"$(md5sum <states/demo.tfstate |
-		cut -d ' ' -f 1)\""
-}
-
-# Issue 4 item 9, PEERS 13: the lock and the half-written history of a run
-# outlive the server, stopped or killed; terraform tries again meanwhile.
-test_a_restart_under_a_running_apply_is_not_noticed() {
-	local how v=0 one
-	terraform_here
-	unset TF_HTTP_RETRY_WAIT_MIN
-	serve
-	project work demo
-	slow work
-	for how in TERM KILL; do
-		v=$((v + 1))
-		rm -f work/started work/go
-		begin work apply -auto-approve -var "v=$v"
-		until_true test -e work/started
-		halt "$how"
-		[ "$how" = KILL ] || want 'server, stopped' 0 "$STATUS"
-		locked demo || fail "$how: the lock went with the server"
-		touch work/go
-		one=$PORT
-		serve -l "127.0.0.1:$one"
-		PORT=$one URL=http://127.0.0.1:$one
-		ended
-		want "$how: apply" 0 "$STATUS"
-		want "$how: serial" "$v" "$(serial demo)"
-		unlocked demo || fail "$how: the lock is left"
-	done
-}
-
-# ---- terraform and the lock -----------------------------------------------
-
-# PEERS 6, PROTOCOL 5: who holds it is told; what reads goes on; what would
-# write without the lock is refused, and terraform keeps it in a file.
-test_a_held_lock_stops_writers_and_not_readers() {
-	terraform_here
-	serve
-	project work demo
-	works work apply -auto-approve
-	cp states/demo.tfstate old
-	expect 200 LOCK /demo "$(info by-somebody-else)"
-	fails work plan
-	has work.out 'Error acquiring the state lock'
-	has work.out 'by-somebody-else'
-	hasnt work.out 'unmarshal'
-	works work plan -lock=false
-	works work output
-	works work state list
-	works work state pull
-	works work init -reconfigure
-	fails work apply -auto-approve -lock=false -var v=2
-	has work.out 'HTTP error: 423'
-	[ -s work/errored.tfstate ] || fail 'no errored.tfstate'
-	cmp old states/demo.tfstate
-	expect 200 UNLOCK /demo "$(info by-somebody-else)"
-	works work state push errored.tfstate
-	works work plan -detailed-exitcode -var v=2
-}
-
-# DESIGN, on disk: a lock made by hand freezes the state, and terraform can
-# read the answer; rm, or force-unlock, ends it.
-test_terraform_respects_a_lock_made_by_hand() {
-	terraform_here
-	serve
-	project work demo
-	works work apply -auto-approve
-	echo 'frozen for the audit' >states/demo.lock
-	fails work apply -auto-approve -var v=2
-	has work.out 'already locked: ID=..*'
-	hasnt work.out 'unmarshal'
-	fails work apply -auto-approve -var v=2 -lock=false
-	want serial 1 "$(serial demo)"
-	rm states/demo.lock
-	works work apply -auto-approve -var v=2
-	echo 'frozen again' >states/demo.lock
-	works work force-unlock -force whatever
-	works work apply -auto-approve -var v=3
-}
-
-# PROTOCOL 5: -lock-timeout polls, and gets the lock when it is released.
-test_lock_timeout_waits_for_the_lock() {
-	terraform_here
-	serve
-	project work demo
-	expect 200 LOCK /demo "$(info holder)"
-	begin work apply -auto-approve -lock-timeout=60s
-	until_true grep -q 'method=LOCK .*status=423' server.log
-	[ ! -e states/demo.tfstate ] || fail 'written under a foreign lock'
-	expect 200 UNLOCK /demo "$(info holder)"
-	ended
-	want apply 0 "$STATUS"
-	want serial 1 "$(serial demo)"
-	unlocked demo
-}
-
-# Issue 2 item 1; promises 3 and 4. Each of twelve runs adds one to a number
-# that it reads from the state: an update that is lost is a number too low.
+# Promises 3 and 4. Each of twelve runs adds one to a number that it reads
+# from the state, by terraform_remote_state, under the lock that it waits for:
+# an update that is lost is a number too low.
 test_twelve_applies_at_once_lose_no_update() {
 	local i run runs=()
 	terraform_here
 	serve -k 12
-	mkdir -p states
 	aim w1 n
 	cat >w1/main.tf <<-EOF
 	data "terraform_remote_state" "before" {
 	  backend = "http"
-	  config = {
-	    address = "$URL/n"
-	  }
+	  config  = { address = "$URL/n" }
 	}
-	output "n" {
-	  value = data.terraform_remote_state.before.outputs.n + 1
-	}
+	output "n" { value = data.terraform_remote_state.before.outputs.n + 1 }
 	EOF
+	works w1 init
+	meets 'Unable to find remote state' w1 plan
 	state 0 | sed 's/"outputs": {}/"outputs": {"n": {"value": 0, "type": "number"}}/' \
 		>states/n.tfstate
-	works w1 init
 	for i in {2..12}; do cp -r w1 "w$i"; done
 	for i in {1..12}; do
 		begin "w$i" apply -auto-approve -lock-timeout=300s
@@ -6196,520 +3316,171 @@ test_twelve_applies_at_once_lose_no_update() {
 		ended "$run"
 		want "one of twelve" 0 "$STATUS"
 	done
-	want serial 12 "$(serial n)"
-	want 'the number' 12 "$(terraform -chdir=w1 output n)"
+	has states/n.tfstate '"value": 12,'
 	want versions 12 "$(find states/.history/n -name '*.tfstate' | wc -l)"
 	unlocked n
 }
 
-# Three without -lock-timeout while one is under way: told, and harmless.
-test_applies_without_lock_timeout_fail_while_one_runs() {
-	local i
+# Promise 4. The lock of a run, of a killed one too, is told to those who come
+# after, and force-unlock ends it. That run writes no more, be the state free
+# since or in other hands: it keeps its work in a file.
+test_a_run_whose_lock_was_broken_cannot_write() {
+	local since id
 	terraform_here
 	serve
-	project w0 demo
-	for i in 1 2 3; do cp -r w0 "w$i"; done
-	slow w0
-	begin w0 apply -auto-approve
-	until_true test -e w0/started
-	for i in 1 2 3; do
-		fails "w$i" apply -auto-approve -var "v=$i"
-		has "w$i.out" 'Error acquiring the state lock'
+	for since in free taken killed; do
+		project "$since" "$since"
+		works "$since" apply -auto-approve
+		cp -r "$since" other
+		waits "$since"
+		under_way "$since" apply -auto-approve -var v=lost
+		[ $since != killed ] || kill -9 "$RUN"
+		id=$(sed 's/.*"ID":"\([^"]*\)".*/\1/' "states/$since.lock")
+		meets "ID=$id" other apply -auto-approve -var v=kept
+		works other force-unlock -force "$id"
+		has "states/$since.log" "\"event\": *\"force-unlock\".*$id"
+		works other apply -auto-approve -var v=kept
+		cp "states/$since.tfstate" kept
+		[ $since != taken ] || expect 200 LOCK /taken "$(info next)"
+		touch "$since/go"
+		ended
+		[ "$STATUS" != 0 ] || fail "$since: the apply went well"
+		cmp kept "states/$since.tfstate"
+		rm -r other
 	done
-	touch w0/go
-	ended
-	want 'the first' 0 "$STATUS"
-	want serial 1 "$(serial demo)"
+	has free.out 'HTTP error: 409'
+	has taken.out 'HTTP error: 423'
+	[ -s free/errored.tfstate ] || fail 'no errored.tfstate'
+	has states/taken.log '"event": *"refused"'
+	want 'the lock' "$(info next)" "$(cat states/taken.lock)"
 }
 
-# Issue 2 item 1. One configuration, the names from the environment.
-test_twenty_names_at_once_do_not_meet() {
-	local i run runs=()
+# Ctrl-C: terraform writes after each resource that it gives up, all under one lock, and unlocks.
+# Promise 7: -k counts, and yet the state from before the run stays, for the run's own go first.
+test_an_interrupted_apply_saves_unlocks_and_spares_the_history() {
 	terraform_here
-	serve
-	resources w0
-	backend w0
-	TF_HTTP_ADDRESS=$URL/x works w0 init
-	for i in {1..20}; do
-		cp -r w0 "w$i"
-		export TF_HTTP_ADDRESS=$URL/team/n$i
-		export TF_HTTP_LOCK_ADDRESS=$TF_HTTP_ADDRESS \
-			TF_HTTP_UNLOCK_ADDRESS=$TF_HTTP_ADDRESS
-		begin "w$i" apply -auto-approve -var "v=value-$i"
-		runs+=("$RUN")
-	done
-	for run in "${runs[@]}"; do
-		ended "$run"
-		want "one of twenty" 0 "$STATUS"
-	done
-	for i in {1..20}; do
-		want "n$i" 1 "$(serial "team/n$i")"
-		has "states/team/n$i.tfstate" "\"value\": \"value-$i\""
-		unlocked "team/n$i"
-	done
-}
-
-# PROTOCOL 5: a console holds the lock as long as it lives.
-test_console_holds_the_lock_for_its_whole_life() {
-	terraform_here
-	serve
+	serve -k 2
 	project work demo
 	works work apply -auto-approve
-	mkfifo keys
-	terraform -chdir=work console <keys >said 2>&1 &
-	RUN=$!
-	echo "$RUN" >>"$T/pids"
-	exec 8>keys
-	until_true locked demo
-	fails work plan
-	echo terraform_data.a.output >&8
-	exec 8>&-
-	ended
-	want console 0 "$STATUS"
-	has said '^"1"$'
-	unlocked demo
-}
-
-# Issue 4 item 9, PROTOCOL 5. The lock of a killed run stays, is told, and
-# terraform's empty force-unlock ends it; the log says whose it was.
-test_a_killed_apply_leaves_a_lock_that_force_unlock_ends() {
-	local id
-	terraform_here
-	serve
-	project work demo
-	works work apply -auto-approve
-	slow work
-	begin work apply -auto-approve -var v=2
-	until_true test -e work/started
-	kill -9 "$RUN"
-	ended
-	touch work/go
-	id=$(sed 's/.*"ID":"\([^"]*\)".*/\1/' states/demo.lock)
-	fails work apply -auto-approve -var v=2
-	has work.out "ID=$id"
-	want serial 1 "$(serial demo)"
-	works work force-unlock -force "$id"
-	unlocked demo
-	has states/demo.log "\"event\": *\"force-unlock\".*$id"
-	works work apply -auto-approve -var v=2
-	want serial 2 "$(serial demo)"
-}
-
-# PROTOCOL 5 and 7: on Ctrl-C terraform writes what it did, and unlocks.
-test_an_interrupted_apply_saves_and_unlocks() {
-	terraform_here
-	serve
-	project work demo
-	slow work
-	begin work apply -auto-approve
-	until_true test -e work/started
+	cp states/demo.tfstate before
+	waits work 8
+	under_way work apply -auto-approve -var v=2
+	until_true eval '[ "$(ls work/[0-7] | wc -l)" = 8 ]'
 	kill -INT "$RUN"
 	ended
 	touch work/go
 	want 'interrupted apply' 1 "$STATUS"
 	unlocked demo
-	[ ! -e work/errored.tfstate ] || fail 'its write was refused'
-	has states/demo.tfstate '"name": "a"'
-	works work apply -auto-approve
-}
-
-# Promise 4, PROTOCOL rule 4: a run whose lock was broken writes no more, be
-# the state free since or in other hands. It keeps its work in a file.
-test_a_run_whose_lock_was_broken_cannot_write() {
-	local since status
-	terraform_here
-	serve
-	for since in free taken; do
-		project "$since" "$since"
-		works "$since" apply -auto-approve
-		cp -r "$since" other
-		slow "$since"
-		begin "$since" apply -auto-approve -var v=lost
-		until_true test -e "$since/started"
-		works other force-unlock -force whatever
-		works other apply -auto-approve -var v=kept
-		cp "states/$since.tfstate" kept
-		status=409
-		if [ "$since" = taken ]; then
-			status=423
-			expect 200 LOCK /taken "$(info next)"
-		fi
-		touch "$since/go"
-		ended
-		want "$since: apply" 1 "$STATUS"
-		has "$since.out" "HTTP error: $status"
-		cmp kept "states/$since.tfstate"
-		[ -s "$since/errored.tfstate" ] || fail 'no errored.tfstate'
-		has "states/$since.log" '"event": *"refused"'
-		rm -r other
-	done
-	want 'the lock' "$(info next)" "$(cat states/taken.lock)"
-}
-
-# ---- terraform and the state ----------------------------------------------
-
-# PROTOCOL 7, PEERS 12: -force is terraform's word, and the wire does not
-# show it; -s is for those who want no such thing. terraform adds one to the
-# serial of what it pushes.
-test_state_push_force_may_go_back_and_change_lineage() {
-	local lineage=11111111-2222-4333-8444-555555555555
-	terraform_here
-	serve
-	project work demo
-	works work apply -auto-approve
-	cp states/demo.tfstate first
-	works work apply -auto-approve -var v=2
-	works work apply -auto-approve -var v=3
-	fails work state push ../first
-	want serial 3 "$(serial demo)"
-	works work state push -force ../first
-	want serial 2 "$(serial demo)"
-	works work plan -detailed-exitcode
-	state 7 "$lineage" >foreign
-	fails work state push ../foreign
-	works work state push -force ../foreign
-	want 'foreign one' "$lineage 8" "$(lineage demo) $(serial demo)"
-	unlocked demo
-}
-
-# DESIGN, -s. terraform shows the refusal, and lets the lock go.
-test_strict_refuses_a_forced_push() {
-	terraform_here
-	serve -s
-	project work demo
-	works work apply -auto-approve
-	cp states/demo.tfstate first
-	works work apply -auto-approve -var v=2
-	works work apply -auto-approve -var v=3
-	state 7 11111111-2222-4333-8444-555555555555 >foreign
-	for f in first foreign; do
-		fails work state push -force "../$f"
-		has work.out 'HTTP error: 409'
-		want serial 3 "$(serial demo)"
-		unlocked demo
-	done
-	works work apply -auto-approve -var v=4
-	want serial 4 "$(serial demo)"
-}
-
-# Promise 7: a deleted or overwritten state comes back, in terraform's hands.
-test_an_earlier_version_is_pushed_back() {
-	terraform_here
-	serve
-	project work demo
-	works work apply -auto-approve -var v=good
-	works work apply -auto-approve -var v=bad
-	works work state push -force "$(echo "$T"/states/.history/demo/*-1.tfstate)"
-	works work plan -detailed-exitcode -var v=good
-	expect 200 DELETE /demo
-	cp "$(find states/.history/demo -name '*-1.tfstate' | tail -n 1)" \
-		states/demo.tfstate
-	works work plan -detailed-exitcode -var v=good
-}
-
-# PROTOCOL 7: after 20 s each change is written, under the same ID.
-test_a_long_apply_writes_in_between() {
-	terraform_here
-	serve
-	project work demo
-	cat >work/long.tf <<-'EOF'
-	resource "terraform_data" "b" {
-	  depends_on = [terraform_data.a]
-	  provisioner "local-exec" {
-	    command = "sleep 21"
-	  }
-	}
-	resource "terraform_data" "c" {
-	  depends_on = [terraform_data.b]
-	  provisioner "local-exec" {
-	    command = "timeout 30 sh -c 'until [ -e go ]; do sleep 0.05; done'"
-	  }
-	}
-	EOF
-	begin work apply -auto-approve
-	PATIENCE=40 until_true test -s states/demo.tfstate
-	locked demo || fail 'no lock'
-	has states/demo.tfstate '"name": "b"'
-	hasnt states/demo.tfstate '"name": "c"'
-	expect 200 GET /demo
-	cmp answer states/demo.tfstate
-	touch work/go
-	ended
-	want apply 0 "$STATUS"
-	has states/demo.tfstate '"name": "c"'
-	unlocked demo
-	grep 'method=POST' server.log | sed 's/.* id=\([^ ]*\).*/\1/' >ids
-	[ "$(wc -l <ids)" -ge 2 ] || fail 'one write only'
+	grep 'method=POST' server.log | sed '1d;s/.* id=\([^ ]*\).*/\1/' >ids
+	[ "$(wc -l <ids)" -ge 3 ] || fail "$(wc -l <ids) writes only"
 	want 'IDs of its writes' 1 "$(sort -u ids | wc -l)"
+	cmp before states/.history/demo/*-1.tfstate
 }
 
-# Promise 5, PEERS limits: 60 MB go up and come down, the same bytes.
-test_a_state_of_60_megabytes_is_pushed_and_pulled() {
-	terraform_here
-	serve
-	project work demo
-	{
-		state 5 | sed '/"outputs"/,$d'
-		printf '  "outputs": {\n    "big": {\n      "value": "'
-		head -c 60000000 /dev/zero | tr '\0' x
-		printf '",\n      "type": "string"\n    }\n  },\n'
-		printf '  "resources": [],\n  "check_results": null\n}\n'
-	} >big
-	works work state push ../big
-	terraform -chdir=work state pull | cmp - <(cat states/demo.tfstate; echo)
-	[ "$(wc -c <states/demo.tfstate)" -gt 60000000 ] || fail 'too short'
-	unlocked demo
-}
-
-# PROTOCOL 8: refused at its head, and terraform gets to read the number.
+# What is over -m is refused at its head, and terraform gets to read the number,
+# though most of the body is still on its way.
 test_too_large_a_state_is_refused_so_that_terraform_can_tell() {
 	terraform_here
 	serve -m 1
 	project work demo
 	works work apply -auto-approve
 	{
-		state 9 "$(lineage demo)" | sed '/"outputs"/,$d'
+		sed '/"outputs"/,$d; s/"serial": 1/"serial": 9/' states/demo.tfstate
 		printf '"outputs": {"big": {"type": "string", "value": "'
 		head -c 40000000 /dev/zero | tr '\0' x
-		printf '"}}, "resources": []}\n'
+		echo '"}}, "resources": []}'
 	} >big
-	fails work state push ../big
-	has work.out 'HTTP error: 413'
+	meets 'HTTP error: 413' work state push ../big
 	want serial 1 "$(serial demo)"
 	unlocked demo
 	want 'times sent' 1 "$(grep -c 'status=413' server.log)"
 }
 
-# Issue 2 item 1: GET alone, also while the other is locked; and a state that
-# is not there is said not to be, not taken for an empty one.
-test_remote_state_is_read_from_another_configuration() {
+# Promise 7: a state that another user put there can be replaced, and its old
+# version is kept, though the kernel lets nobody link another's file.
+test_a_state_of_another_owner_is_replaced_and_kept() {
+	local server=$STATESRV
 	terraform_here
-	serve
+	need setpriv
+	[ "$(id -u)" = 0 ] || skip 'not root'
+	chmod 711 "$work"
+	install -d -o 12345 -g 12345 states
+	as() { exec setpriv --reuid=12345 --regid=12345 --clear-groups "$server" "$@"; }
+	STATESRV=as serve
+	state 1 >demo.tfstate
+	install -m 644 demo.tfstate states
 	project work demo
-	works work apply -auto-approve -var v=seen
-	expect 200 LOCK /demo "$(info holder)"
-	mkdir reader
-	cat >reader/main.tf <<-EOF
-	variable "name" {}
-	data "terraform_remote_state" "it" {
-	  backend = "http"
-	  config = {
-	    address = "$URL/\${var.name}"
-	  }
-	}
-	output "got" {
-	  value = data.terraform_remote_state.it.outputs.v
-	}
-	EOF
-	works reader init
-	works reader apply -auto-approve -var name=demo
-	want got seen "$(terraform -chdir=reader output -raw got)"
-	fails reader apply -auto-approve -var name=other
-	has reader.out 'Unable to find remote state'
-}
-
-# Issue 6 item 6: in from a local file, on to another name, out again. What
-# it holds stays, each source stays, no lock stays. (Not the lineage: 1.11
-# makes a new one where it finds no state.)
-test_a_state_moves_from_local_to_http_to_http_to_local() {
-	local at
-	terraform_here
-	serve
-	resources work
-	works work init
-	works work apply -auto-approve -var v=moved
-	moved() {
-		works work init -migrate-state -force-copy
-		works work plan -detailed-exitcode -var v=moved
-	}
-	for at in first team/second; do
-		aim work "$at"
-		moved
-		has "states/$at.tfstate" '"value": "moved"'
-	done
-	rm -f work/backend.tf work/terraform.tfstate*
-	moved
-	has work/terraform.tfstate '"value": "moved"'
-	[ -s states/team/second.tfstate ] || fail 'the source is gone'
-	want 'locks left' '' "$(find states -name '*.lock')"
-}
-
-# Issue 6 item 6: the .stateserver directory of the demo this grew out of,
-# with or without an ending, re-sorted and on one line as that wrote it.
-test_states_of_the_original_demo_are_copied_in() {
-	local from id
-	terraform_here
-	need jq
-	serve
-	project work source
 	works work apply -auto-approve
-	mkdir .stateserver
-	jq -Sc . states/source.tfstate >.stateserver/one.tfstate
-	jq -S . states/source.tfstate >.stateserver/two
-	for from in one.tfstate two; do
-		id=${from%.tfstate}
-		cp ".stateserver/$from" "states/$id.tfstate"
-		resources "$id"
-		backend "$id" "address = \"$URL/terraform_state/$id\"" \
-			"lock_address = \"$URL/terraform_lock/$id\"" \
-			"unlock_address = \"$URL/terraform_lock/$id\"" \
-			'lock_method = "PUT"' 'unlock_method = "DELETE"'
-		works "$id" init
-		works "$id" plan -detailed-exitcode
-		works "$id" apply -auto-approve -var v=2
-		want "$id" 2 "$(serial "$id")"
-	done
-}
-
-# PROTOCOL 8 and 9: https to the plain port is told at once, in words.
-test_terraform_told_to_speak_tls_hears_what_is_wrong() {
-	terraform_here
-	serve
-	resources work
-	backend work "address = \"${URL/http/https}/demo\""
-	fails work init
-	has work.out 'server gave HTTP response to HTTPS client'
-}
-
-# DESIGN, rights: terraform's own variables, and an account that may plan.
-test_credentials_and_rights_as_terraform_meets_them() {
-	terraform_here
-	printf 'ci right plan\nadmin strong write\n' >users
-	chmod 600 users
-	serve -u users
-	resources work
-	aim work demo
-	fails work init
-	has work.out 'requires auth'
-	export TF_HTTP_USERNAME=ci TF_HTTP_PASSWORD=right
-	works work init
-	works work plan
-	unlocked demo
-	fails work apply -auto-approve
-	has work.out 'HTTP error: 403'
-	unlocked demo
-	[ ! -e states/demo.tfstate ] || fail 'ci may not write'
-	TF_HTTP_USERNAME=admin TF_HTTP_PASSWORD=strong \
-		works work apply -auto-approve
-	fails work force-unlock -force whatever
-	TF_HTTP_PASSWORD=wrong fails work plan
-	has work.out 'requires auth'
-}
-
-# PROTOCOL 10: no `version', no `resources', and not one byte touched.
-test_an_encrypted_opentofu_state_passes_untouched() {
-	local id=5c8a7d3e-0000-4000-8000-00000000000f
-	serve
-	printf '{"serial":3,"lineage":"%s","meta":{"key_provider.pbkdf2.k":"eyJzYWx0Ijoi"},"encrypted_data":"%s","encryption_version":"v0"}' \
-		"$id" "$(head -c 3000 /dev/urandom | base64 -w 0)" >sealed
-	sed 's/"serial":3,"lineage":"[^"]*",//' sealed >alpha
-	expect 200 LOCK /demo "$(info "$id")"
-	for f in sealed alpha sealed; do
-		expect 200 POST "/demo?ID=$id" @$f -H 'Content-Type: application/json' \
-			-H "Content-MD5: $(openssl md5 -binary $f | base64)" \
-			-H 'X-From-Headers: opentofu'
-		cmp $f states/demo.tfstate
-		expect 200 GET /demo
-		cmp $f answer
-	done
-	expect 200 UNLOCK /demo "$(info "$id")"
-	for f in / /-/versions/demo /-/changes/demo; do
-		expect 200 GET "$f" '' -H 'Accept: application/json'
-		hasnt answer encrypted_data
-	done
-	expect 200 GET / '' -H 'Accept: application/json'
-	has answer '"serial": *3[,}]'
+	want 'serial, owner, mode' '2 12345 600' "$(serial demo) $(stat -c '%u %a' states/demo.tfstate)"
+	cmp demo.tfstate states/.history/demo/*-1.tfstate
 }
 
 # ---- one command: statesrv NAME COMMAND... --------------------------------
 
-# wrap COMMAND...: statesrv demo COMMAND... on ./states. Sets STATUS; what
-# came out is in ./out and ./err.
+# wrap COMMAND...: statesrv demo COMMAND... on ./states. Sets STATUS, ./out, ./err.
 wrap() {
 	STATUS=0
 	"$STATESRV" -d states demo "$@" >out 2>err || STATUS=$?
 }
 
-# Issue 6 item 1: a port and a password for the run, in the environment; what
-# the command prints is all that is printed.
+# A port and a password for the run, in the environment. What the command prints
+# is all there is; but a name without a state is told before the command runs.
 test_the_wrapper_hands_its_command_address_and_password() {
-	local first=''
-	need curl
-	for _ in 1 2; do
-		# shellcheck disable=SC2016
-		wrap sh -c 'env | grep "^TF_HTTP_" | sort
-			curl -sS -o /dev/null -w "%{http_code}\n" "$TF_HTTP_ADDRESS"
-			curl -sS -o /dev/null -w "%{http_code}\n" \
+	local said status=404 at=http://127.0.0.1:PORT/demo
+	for said in "statesrv: no state demo in $(pwd -P)/states yet" ''; do
+		wrap sh -c 'cp err said
+			env | grep "^TF_HTTP_" | sort
+			curl -sS -o body -w "%{http_code}\n" "$TF_HTTP_ADDRESS"
+			curl -sS -o body -w "%{http_code}\n" \
 			-u "$TF_HTTP_USERNAME:$TF_HTTP_PASSWORD" "$TF_HTTP_ADDRESS"'
-		want "status" 0 "$STATUS"
-		want "stderr" '' "$(cat err)"
-		sed 's/:[0-9][0-9]*\/demo$/:PORT\/demo/
-			s/\(PASSWORD\|USERNAME\)=..*/\1=SOME/' out >got
-		diff got - <<-'EOF'
-		TF_HTTP_ADDRESS=http://127.0.0.1:PORT/demo
-		TF_HTTP_LOCK_ADDRESS=http://127.0.0.1:PORT/demo
-		TF_HTTP_PASSWORD=SOME
-		TF_HTTP_UNLOCK_ADDRESS=http://127.0.0.1:PORT/demo
-		TF_HTTP_USERNAME=SOME
-		401
-		404
-		EOF
-		grep PASSWORD out >password
-		[ "$(wc -c <password)" -ge 33 ] || fail 'a short password'
-		[ "$(cat password)" != "$first" ] || fail 'the same password again'
-		first=$(cat password)
+		want status 0 "$STATUS"
+		want 'stderr, before and after' "$said|$said" "$(cat said)|$(cat err)"
+		want stdout "ADDRESS=$at LOCK_ADDRESS=$at PASSWORD=LONG UNLOCK_ADDRESS=$at \
+USERNAME=SOME 401 $status" "$(sed 's/:[0-9]*\/demo$/:PORT\/demo/; s/^TF_HTTP_//
+			s/^\(PASSWORD\)=.\{24,\}/\1=LONG/; s/^\(USERNAME\)=..*/\1=SOME/' out |
+			paste -sd ' ')"
+		grep PASSWORD out >>passwords
+		state 1 >states/demo.tfstate
+		status=200
 	done
+	want 'different passwords' 2 "$(sort -u passwords | wc -l)"
 }
 
-# The status is the command's, as a shell would tell it.
+# The status is the command's, as a shell would tell it; stdin and stdout are the command's, too.
+# A forgotten name is told: `statesrv terraform init' would run init(8).
 test_the_wrapper_exits_as_its_command_did() {
-	local status command
-	while read -r status command; do
-		wrap sh -c "$command"
-		want "$command" "$status" "$STATUS"
-	done <<-'EOF'
-	0 exit 0
-	7 exit 7
-	143 kill -TERM $$
-	137 kill -KILL $$
+	local status said words first="the state's name comes first: statesrv NAME"
+	mkdir states bin
+	state 1 >states/demo.tfstate
+	printf '#!/bin/sh\ntouch ran\n' >bin/init
+	chmod +x bin/init
+	while IFS='|' read -r status said words; do
+		STATUS=0
+		eval "PATH=$T/bin:$PATH '$STATESRV' -d states $words" \
+			<<<'yes, really' >out 2>err || STATUS=$?
+		[[ $STATUS =~ ^($status)$ ]] || fail "$words: status $STATUS: $(cat err)"
+		[ -z "$said" ] && want "$words: stderr" '' "$(cat err)" || has err "$said"
+	done <<-EOF
+	7||demo sh -c 'exit 7'
+	143||demo sh -c 'kill -TERM \$\$'
+	137||demo sh -c 'kill -KILL \$\$'
+	127|no-such-command|demo ./no-such-command
+	[1-9].*|$first terraform init|terraform init
+	[1-9].*|$first tofu init|tofu init
+	[1-9].*|$first terragrunt init|terragrunt init
+	0||demo cat
 	EOF
-	wrap ./no-such-command
-	want 'no such command' 127 "$STATUS"
-	has err 'no-such-command'
-}
-
-test_the_wrapper_leaves_stdin_and_stdout_to_its_command() {
-	echo 'yes, really' | "$STATESRV" -d states demo cat >out 2>err
 	want stdout 'yes, really' "$(cat out)"
-	want stderr '' "$(cat err)"
+	[ ! -e ran ] || fail 'init ran'
 }
 
-# A signal to statesrv alone is passed on; one to the whole group, as systemd
-# and CI runners send it, is not doubled: the second one tells terraform to
-# drop everything, state and lock. statesrv waits for what comes of it.
+# A signal to statesrv alone is passed on; one to the whole group, as systemd,
+# CI runners and a terminal's Ctrl-C send it, is not doubled: a second one tells
+# terraform to drop everything. (In the background SIGINT may be ignored.)
 test_a_signal_reaches_the_wrapped_command_once() {
 	local signal to
-	need setsid
-	signalled_job
-	for signal in TERM HUP INT; do
-		for to in '' -; do
-			rm -f ready count
-			setsid env --default-signal "$STATESRV" -d states demo \
-				bash job >out 2>err &
-			PID=$!
-			echo "$PID" >>"$T/pids"
-			until_true test -e ready
-			halt "$signal" "$to$PID"
-			wait "$PID" || STATUS=$?
-			want "$signal to $to$PID: status" 5 "$STATUS"
-			want "$signal to $to$PID" "$signal" "$(cat count)"
-		done
-	done
-}
-
-# signalled_job: ./job counts signals, and gives a second one time to come.
-# It spins, so that two are not taken for one.
-signalled_job() {
+	need setsid script
+	# it gives a second signal time to come, and spins: two are not taken for one
 	cat >job <<-'EOF'
 	for s in TERM HUP INT; do trap "echo $s >>count" $s; done
 	[ ! -t 0 ] || touch terminal
@@ -6719,22 +3490,28 @@ signalled_job() {
 	touch over
 	exit 5
 	EOF
-}
-
-# Ctrl-C in a terminal, which both of them have.
-# Whoever runs the tests in the background may have SIGINT ignored.
-test_ctrl_c_reaches_the_wrapped_command_once() {
-	need script
-	signalled_job
+	for signal in TERM HUP INT; do
+		for to in '' -; do
+			rm -f ready count over
+			setsid env --default-signal "$STATESRV" -d states demo \
+				bash job >out 2>err.txt &
+			PID=$!
+			echo "$PID" >>"$T/pids"
+			until_true test -e ready
+			halt "$signal" "$to$PID"
+			wait "$PID" || STATUS=$?
+			want "$signal to $to$PID" "5 $signal" "$STATUS $(cat count)"
+		done
+	done
+	rm -f ready count over
 	{
 		until_true test -e ready
 		printf '\003'
 		until_true test -e over
 	} | SHELL=/bin/sh script -qec "exec env --default-signal=INT \
 		'$STATESRV' -d states demo bash job" /dev/null >out 2>&1 || STATUS=$?
-	want status 5 "${STATUS-0}"
+	want 'Ctrl-C' '5 INT' "$STATUS $(cat count)"
 	[ -e terminal ] || fail 'the command has no terminal'
-	want signals INT "$(cat count)"
 }
 
 # What is set for the server's sake is not the command's: umask, ignored
@@ -6753,777 +3530,331 @@ test_the_wrapped_command_finds_its_own_surroundings() {
 	EOF
 	umask 027
 	trap '' HUP USR1
-	mkdir down
+	mkdir -p down/states
 	cd down || exit
+	state 1 >states/demo.tfstate
 	bash ../job </dev/null >plain 2>&1
 	"$STATESRV" -d states demo bash ../job </dev/null >wrapped 2>&1
 	diff plain wrapped
 }
 
-# Two runs, two ports, `backend "http" {}', and nothing to set up again.
-test_the_wrapper_carries_a_whole_terraform_session() {
-	terraform_here
-	resources work
-	backend work
-	wrap terraform -chdir=work init
-	want init 0 "$STATUS"
-	wrap terraform -chdir=work apply -auto-approve
-	want apply 0 "$STATUS"
-	wrap terraform -chdir=work plan -detailed-exitcode -var v=2
-	want 'plan, changes' 2 "$STATUS"
-	echo yes | TF_IN_AUTOMATION='' "$STATESRV" -d states demo \
-		terraform -chdir=work apply -var v=2 >out 2>err
-	want serial 2 "$(serial demo)"
-	want locks '' "$(find states -name '*.lock')"
-	want mode 600 "$(stat -c %a states/demo.tfstate)"
-	wrap terraform -chdir=work destroy -auto-approve
-	want destroy 0 "$STATUS"
-	want stderr '' "$(cat err)"
-}
-
-# Two servers on one directory see each other's locks.
-test_the_wrapper_works_beside_another_server() {
+# `backend "http" {}', and nothing to set up again from run to run. The lock
+# taken at a server beside, on the same directory, is seen.
+test_the_wrapper_carries_a_terraform_session_beside_a_server() {
+	local status words
 	terraform_here
 	serve
-	resources work
-	backend work
-	wrap terraform -chdir=work init
+	resources .
+	backend .
 	expect 200 LOCK /demo "$(info beside)"
-	wrap terraform -chdir=work apply -auto-approve
-	want 'apply, locked' 1 "$STATUS"
-	has err 'ID=beside'
-	expect 200 UNLOCK /demo "$(info beside)"
-	slow work
-	"$STATESRV" -d states demo terraform -chdir=work apply -auto-approve \
-		>out 2>err &
-	RUN=$!
-	echo "$RUN" >>"$T/pids"
-	until_true test -e work/started
-	expect 423 LOCK /demo "$(info beside)"
-	expect 423 POST /demo "$(state 1)"
-	touch work/go
-	ended
-	want 'apply, free' 0 "$STATUS"
-	expect 200 GET /demo
-	cmp answer states/demo.tfstate
+	while IFS='|' read -r status words; do
+		# shellcheck disable=SC2086 # the words are words
+		TF_IN_AUTOMATION='' wrap terraform $words <<<yes
+		want "$words: $(cat err)" "$status" "$STATUS"
+		[ "$words" != plan ] || has err 'ID=beside'
+		[ "$words" != plan ] || expect 200 UNLOCK /demo "$(info beside)"
+	done <<-'EOF'
+	0|init
+	1|plan
+	0|apply
+	2|plan -detailed-exitcode -var v=2
+	0|apply -var v=2
+	EOF
+	want 'stderr, serial, mode' ' 2 600' \
+		"$(cat err) $(serial demo) $(stat -c %a states/demo.tfstate)"
 }
 
-# A lock left behind is named, with the line that releases it: we run that.
+# A lock left behind is named, with the line that releases it: we run that. It
+# is for a shell, whatever the lock info and the names hold.
 test_the_wrapper_names_a_lock_that_is_left_behind() {
-	terraform_here
-	resources work
-	slow work
-	backend work
-	cd work || exit
-	wrap terraform init
-	"$STATESRV" -d states demo sh -c \
-		'terraform apply -auto-approve & echo $! >run; wait' >out 2>err &
-	RUN=$!
-	echo "$RUN" >>"$T/pids"
-	until_true test -e started
-	kill -9 "$(cat run)"
-	touch go
-	ended
-	locked demo || fail 'nothing left behind'
-	has err "$(sed 's/.*"ID":"\([^"]*\)".*/\1/' states/demo.lock)"
-	PATH=$(dirname "$STATESRV"):$PATH
-	sh -c "$(tail -n 1 err)" </dev/null >out 2>&1 ||
-		fail "$(tail -n 1 err): $(cat out)"
-	unlocked demo || fail "that line released nothing: $(cat err)"
-}
-
-# That line is for a shell, whatever the lock info and the names hold.
-test_the_line_that_releases_a_lock_is_quoted() {
 	local id="a'b; touch pwned; '\$(touch pwned)"
+	terraform_here
+	backend .
+	mkdir "it's here"
+	state 1 >"it's here/my ain't.tfstate"
 	printf '{"ID":"%s","Who":"\\u001b[31m\\n\\tred"}' "$id" >lock
-	mkdir bin
-	# shellcheck disable=SC2016
-	printf '#!/bin/sh\nshift $(($# - 1))\nprintf %%s "$1" >said\n' \
-		>bin/terraform
-	chmod +x bin/terraform
-	PATH=$T/bin:$(dirname "$STATESRV"):$PATH
-	# shellcheck disable=SC2016
-	"$STATESRV" -d "it's here" "my ain't" sh -c 'curl -sS -f -X LOCK -d @lock \
-		-u "$TF_HTTP_USERNAME:$TF_HTTP_PASSWORD" "$TF_HTTP_ADDRESS"' 2>err
+	"$STATESRV" -d "it's here" "my ain't" sh -c 'terraform init >out && curl -sS -f \
+		-X LOCK -d @lock -u "$TF_HTTP_USERNAME:$TF_HTTP_PASSWORD" "$TF_HTTP_ADDRESS"' 2>err
 	want 'lines on stderr' 2 "$(wc -l <err)"
 	hasnt err "$(printf '\033')"
-	sh -c "$(tail -n 1 err)" 2>/dev/null || :
+	PATH=$(dirname "$STATESRV"):$PATH sh -c "$(tail -n 1 err)" </dev/null >out 2>&1 ||
+		fail "$(tail -n 1 err): $(cat out)"
 	[ ! -e pwned ] || fail 'it ran what the ID said'
-	want 'the ID' "$id" "$(cat said)"
+	[ ! -e "it's here/my ain't.lock" ] || fail "that line released nothing: $(cat err)"
 }
 
-# The example in the tree runs as it is, port aside.
-test_demo_tf_runs_as_it_stands() {
+# ---- what the README says -------------------------------------------------
+
+# recipe_of NAME: the README's lines under "# recipe: NAME", in ./recipe, as they stand, but for
+# the port. follow NAME [STATUS]: runs them by bash; what they print is in ./said.
+recipe_of() {
+	shown "# recipe: $1" >recipe
+	sed -i "s|127.0.0.1:8080|127.0.0.1:$PORT|g" recipe
+}
+
+follow() {
+	recipe_of "$1"
+	STATUS=0
+	bash ./recipe >said 2>&1 </dev/null || STATUS=$?
+	want "recipe $1: $(cat said): status" "${2:-0}" "$STATUS"
+}
+
+test_source_follows_every_recipe_of_the_readme() {
+	sed -n 's/^ *# recipe: //p' "$here/README" | sort >written
+	[ "$(wc -l <written)" -ge 12 ] || fail 'no recipes'
+	sed -n 's/^	.*\b\(follow\|recipe_of\) \([a-z][a-z-]*\).*/\2/p' "$here/test.sh" |
+		sort -u | diff written -
+}
+
+# one_two_three: a state demo that went from one over two to three, by the
+# configuration in this directory.
+one_two_three() {
 	terraform_here
 	serve
-	mkdir work
-	sed "s|http://127.0.0.1:8080|$URL|" "$here/demo.tf" >work/demo.tf
-	works work init
-	works work apply -auto-approve
-	[ -s states/demo.tfstate ] || fail 'no state of the name demo'
-	works work plan -detailed-exitcode
-	works work destroy -auto-approve
+	project . demo
+	for TF_VAR_v in one two three; do
+		export TF_VAR_v
+		works . apply -auto-approve
+	done
+}
+
+# What changed is shown, what was comes back; a secret is gone from the history, and nothing else;
+# and the old name of a state stays locked, so that the old address builds nothing a second time.
+test_recipes_go_back_purge_and_rename() {
+	one_two_three
+	follow diff 1
+	want 'lines with two, with three' '6 6' "$(grep -c '"two"' said) $(grep -c '"three"' said)"
+	export TF_VAR_v=two
+	follow go-back
+	has said 'No changes'
+	expect 200 DELETE /demo
+	follow undelete
+	has said 'demo.*deleted'
+	works . plan -detailed-exitcode
+
+	echo two >leaked.txt
+	follow purge
+	has said 'states/demo.tfstate'
+	echo three >leaked.txt
+	follow purge
+	hasnt said 'states'
+	! grep -r three states || fail 'it is still there'
+	has states/.history/demo/*-1.tfstate '"one"'
+
+	follow rename
+	meets 'ID=renamed-to-shop' . apply -auto-approve
+	aim . shop
+	works . init -reconfigure
+	works . plan -detailed-exitcode
+}
+
+# A freeze is told in its own words, and none goes over a run's lock. What a
+# refused write left on the client goes up when the cause is gone. The lock of
+# a pipeline is held over its commands, and nobody else's is taken.
+test_recipes_freeze_break_save_and_hold_a_lock() {
+	one_two_three
+	follow freeze
+	meets 'already locked: ID=frozen for the audit' . apply -auto-approve
+	works . output
+	works . force-unlock -force whatever
+	expect 200 LOCK /demo "$(info held)"
+	follow freeze 1
+	want 'the lock' "$(info held)" "$(cat states/demo.lock)"
+
+	export TF_VAR_v=four CI_PIPELINE_ID=77
+	meets 'errored.tfstate' . apply -auto-approve -lock=false
+	follow pipeline-lock 22
+	follow break-lock
+	has said '"ID":"held"'
+	follow errored
+	has said 'No changes'
+	[ ! -e errored.tfstate ] || fail 'it is still there'
+
+	backend .
+	rm -r .terraform
+	TF_VAR_v=five follow pipeline-lock
+	has states/demo.tfstate '"five"'
+	until_true grep -q -- 'method=POST name=demo status=200 .*id=pipeline-77' server.log
 	unlocked demo
+}
+
+# In from a local file, on by terraform alone, and out again: nothing to
+# change, the lineage kept, the source left, no lock left.
+test_recipes_move_a_state_in_and_out() {
+	terraform_here
+	serve
+	resources .
+	printf 'terraform {\n  backend "local" {}\n}\n' >backend.tf
+	works . init
+	works . apply -auto-approve
+	cp terraform.tfstate source
+	aim in demo
+	printf '#!/bin/sh\ncat in/backend.tf >"$1"\n' >editor
+	chmod +x editor
+	EDITOR=./editor follow move-in
+	has said 'No changes'
+	has states/demo.tfstate "$(grep '"lineage"' source)"
+	aim . team/second
+	works . init -migrate-state -force-copy
+	[ -s states/demo.tfstate ] || fail 'the source is gone'
+	rm -f terraform.tfstate*
+	follow move-out
+	has said 'No changes'
+	has terraform.tfstate '"lineage"'
+	want 'locks left' '' "$(find states -name '*.lock')"
+}
+
+# What the shell has after these lines lets terraform in, at the container as
+# at login: docker and systemctl are functions that keep what they were told.
+test_recipes_start_a_container_and_a_server_at_login() {
+	local unit=home/.config/systemd/user/statesrv.service
+	terraform_here
+	need systemd-analyze
+	docker() { echo "$*" >docker.args; }
+	systemctl() { echo "$*" >>systemctl.args; }
+	export HOME=$T/home XDG_RUNTIME_DIR=$T
+	PORT=8080 recipe_of login
+	# shellcheck source=/dev/null
+	. ./recipe
+	has systemctl.args '--user enable --now statesrv'
+	sed -i "s|^ExecStart=[^ ]*|ExecStart=$STATESRV|" $unit
+	systemd-analyze --user verify ./$unit >said 2>&1 || fail "$(cat said)"
+	hasnt said 'statesrv.service'
+
+	PORT=8080 recipe_of container
+	# shellcheck source=/dev/null
+	. ./recipe
+	has docker.args '-e TF_HTTP_USERNAME -e TF_HTTP_PASSWORD.* statesrv$'
+	serve
+	expect 401 GET /demo
+	project work demo
+}
+
+# Each message in the README's section "When terraform says" is one that
+# terraform really says, but for that of S3's backend. With ?env=prod, which
+# would be the same state as ?env=dev, nothing is locked or stored.
+test_terraform_says_what_the_readme_says() {
+	local message user address words
+	terraform_here
+	install -m 600 <(printf 'ci right plan\nann strong write\n') users
+	serve -u users
+	sed -n '/^WHEN TERRAFORM SAYS/,/^LOOKING/p' "$here/README" >section
+	want 'messages' 6 "$(grep -c '^"' section)"
+	resources work
+	backend work
+	TF_HTTP_USERNAME=ann TF_HTTP_PASSWORD=strong TF_HTTP_ADDRESS=$URL/demo works work init
+	while IFS='|' read -r message user address words; do
+		case $message in
+		held) info held >states/demo.lock && continue ;;
+		halt) halt && continue ;;
+		esac
+		export TF_HTTP_USERNAME=${user%:*} TF_HTTP_PASSWORD=${user#*:} \
+			TF_HTTP_ADDRESS=$URL/$address TF_HTTP_UNLOCK_ADDRESS=$URL/$address \
+			TF_HTTP_LOCK_ADDRESS=$URL/$address
+		# shellcheck disable=SC2086 # the words are words
+		meets "$message" work $words
+		has section "$message"
+	done <<-'EOF'
+	endpoint requires auth|ann:wrong|demo|plan
+	endpoint invalid auth|ci:right|demo|apply -auto-approve
+	Unexpected HTTP response code|ann:strong|demo?env=prod|plan -lock=false
+	Unexpected HTTP response code|ann:strong|demo?env=prod|apply -auto-approve
+	Unsupported state file format|ann:strong||plan -lock=false
+	held
+	HTTP remote state already locked: ID=|ann:strong|demo|plan
+	Failed to save state|ann:strong|demo|apply -auto-approve -lock=false
+	halt
+	after 3 attempt|ann:strong|demo|plan
+	EOF
+	until_true grep -q -- 'method=GET name=demo .*status=400 .*why=.*path' server.log
+	[ ! -e states/demo.tfstate ] || fail 'it is stored'
+}
+
+# One line on stdout for each listener: where the states are, and how many.
+test_the_start_line_says_where_and_how_many() {
+	local n
+	for n in created '1 state' '2 states'; do
+		serve -l 127.0.0.1:0
+		want "$n: $(cat server.log)" 2 "$(grep -c -x \
+			"statesrv: $(pwd -P)/states ($n) on http://127.0.0.1:[0-9]*" server.log)"
+		expect 200 PUT "/team/${n% *}" "$(state 1)"
+		halt
+	done
+}
+
+# make demo, on port 8080 of a network of its own, with demo.tf as it stands;
+# and with tofu, here terraform by that name, where there is no terraform.
+test_source_demo_runs_with_terraform_and_with_tofu() {
+	local tool dir
+	terraform_here
+	need unshare ip make
+	unshare -n true 2>/dev/null || skip 'no network of our own'
 	terraform fmt -check "$here/demo.tf"
+	cp "$here"/{Makefile,statesrv.c,demo.tf} .
+	cp "$STATESRV" statesrv
+	mkdir bin
+	printf '#!/bin/sh\nexec %s "$@"\n' "$(command -v terraform)" >tofu
+	for dir in ${PATH//:/ }; do
+		ln -s "$dir"/* bin 2>/dev/null || :
+	done
+	for tool in terraform tofu; do
+		PATH=$T/bin unshare -n sh -c 'ip link set lo up && make demo' >out 2>&1 ||
+			fail "$tool: $(tail out)"
+		has out "[$] $tool init"
+		has out 'Destroy complete! Resources: 2'
+		has out "stopped with status '?0"
+		rm -f bin/terraform
+		install tofu bin/tofu
+	done
 }
-
-# ---- durability: crashes, faults, order, several servers ------------------
+# ---- the disk: order, faults, slow and broken disks, several servers --------
 #
-# Promises 1 to 4, 6 and 7, proven by breaking things: kill -9, failing
-# system calls, full and broken disks, two servers on one directory, one of
-# them on a replicated file system that loses a replica.
+# Promises 1 to 8, proven by breaking things: system calls that fail, disks
+# that are full, slow or gone, clocks that jump, servers paused or killed.
 
-# load_client: builds ./load, clients that remember what they were told.
-#
-#	load crash CLIENT PORTFILE [check]	until the server dies
-#	load race CLIENT SECONDS PORTFILE...	a counter under a lock
-#	load torn ROUNDS PORTFILE		a writer and three readers
-#
-# The port is read anew for each connection: servers come back elsewhere.
-load_client() {
-	cat >load.c <<'C'
-#define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdatomic.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
-#include <sys/time.h>
-#include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { BIG = 1 << 20, NAMES = 3 };
-
-static const char *port_file;
-static int conn = -1;			/* kept alive between requests */
-static char answer[BIG], body[BIG];	/* the last answer, a state to send */
-static size_t answer_len, body_len;
-
-static void
-fail(const char *fmt, ...)
-{
-	va_list ap;
-
-	va_start(ap, fmt);
-	vprintf(fmt, ap);
-	va_end(ap);
-	printf(" (pid %d); last answer: %.200s\n", getpid(), answer);
-	exit(1);
+# pad SERIAL BYTES: a state of about that size.
+pad() {
+	printf '{"version":4,"serial":%d,"pad":"%0*d"}' "$1" "$2" 7
 }
 
-/* ---- one request: its status, or 0 if no whole answer came ---- */
-
-static int
-dial(void)
-{
-	struct sockaddr_in a = { .sin_family = AF_INET };
-	struct timeval patience = { 30, 0 };
-	FILE *f = fopen(port_file, "r");
-	unsigned port = 0;
-
-	if (f == NULL || fscanf(f, "%u", &port) != 1)
-		port = 0;
-	if (f != NULL)
-		fclose(f);
-	a.sin_port = htons((uint16_t)port);
-	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-	conn = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	setsockopt(conn, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
-	return port == 0 ? -1 : connect(conn, (void *)&a, sizeof(a));
+# later FILE METHOD PATH [BODY [CURL OPTION...]]: ask, in the background. Once
+# there is an answer, its status is in FILE; the answer itself in FILE.d.
+later() {
+	local file=$1
+	shift
+	mkdir "$file.d"
+	(cd "$file.d" && ask "$@" && echo "$STATUS" >"../$file") &
 }
 
-static int
-lost(void)
-{
-	if (errno == EAGAIN)
-		fail("no answer in 30 seconds");
-	close(conn);
-	conn = -1;
-	return 0;
-}
-
-static int
-ask(const char *method, const char *path, const void *data, size_t len)
-{
-	char head[1024], *end = NULL, *field;
-	size_t got = 0, want = SIZE_MAX;
-	ssize_t n;
-
-	if (conn == -1 && dial() == -1)
-		return lost();
-	n = snprintf(head, sizeof(head), "%s %s HTTP/1.1\r\nHost: localhost\r\n"
-	    "Accept: application/json\r\nContent-Length: %zu\r\n\r\n",
-	    method, path, len);
-	answer[0] = '\0';
-	if (send(conn, head, (size_t)n, MSG_NOSIGNAL |
-	    (len > 0 ? MSG_MORE : 0)) != n ||
-	    (len > 0 && send(conn, data, len, MSG_NOSIGNAL) != (ssize_t)len))
-		return lost();
-	while (got < want) {
-		n = recv(conn, answer + got, BIG - 1 - got, 0);
-		if (n <= 0)
-			return n == 0 ? (errno = 0, lost()) : lost();
-		answer[got += (size_t)n] = '\0';
-		if (end != NULL || (end = strstr(answer, "\r\n\r\n")) == NULL)
-			continue;
-		field = strcasestr(answer, "\r\nContent-Length:");
-		want = (size_t)(end + 4 - answer) + (field == NULL ||
-		    field > end ? 0 : strtoul(field + 17, NULL, 10));
-	}
-	n = atoi(answer + 9);
-	*end = '\0';
-	if (strcasestr(answer, "\r\nConnection: close") != NULL) {
-		close(conn);
-		conn = -1;
-	}
-	answer_len = got - (size_t)(end + 4 - answer);
-	memmove(answer, end + 4, answer_len + 1);
-	return (int)n;
-}
-
-static int
-ask_text(const char *method, const char *path, const char *text)
-{
-	return ask(method, path, text, strlen(text));
-}
-
-/* ---- states that can be told whole from torn ---- */
-
-static void
-state_make(unsigned serial)
-{
-	static const size_t sizes[] = { 300, 20000, 66000, 300000, 1000, 9 };
-	size_t n = sizes[serial % 6];
-
-	body_len = (size_t)sprintf(body, "{\"version\":4,\"serial\":%u,"
-	    "\"lineage\":\"load\",\"pad\":\"", serial);
-	memset(body + body_len, 'a' + (int)(serial % 26), n);
-	body_len += n;
-	body_len += (size_t)sprintf(body + body_len, "\",\"end\":%u}\n",
-	    serial);
-}
-
-/* The serial of the state in answer; a torn one ends the test. */
-static unsigned
-state_whole(const char *where)
-{
-	unsigned serial;
-
-	if (sscanf(answer, "{\"version\":4,\"serial\":%u", &serial) != 1)
-		fail("%s: not a state", where);
-	state_make(serial);
-	if (answer_len != body_len || memcmp(answer, body, body_len) != 0)
-		fail("%s: torn: %zu bytes", where, answer_len);
-	return serial;
-}
-
-static uint64_t
-hash(const char *p, size_t n)			/* FNV-1a; 0 is no state */
-{
-	uint64_t h = 14695981039346656037u;
-
-	while (n-- > 0)
-		h = (h ^ (unsigned char)*p++) * 1099511628211u;
-	return h;
-}
-
-/* ---- crash: names of its own, and all that was acknowledged ---- */
-
-struct name {
-	char path[64], lock[64];	/* lock: the ID that holds it, or "" */
-	unsigned serial, replaced;	/* replaced: is in the history */
-	uint64_t hash;			/* of the state; 0: there is none */
-	char pending;			/* P D L U: no answer came, or 0 */
-	unsigned new_serial;
-	uint64_t new_hash;
-	char new_lock[64];
-};
-
-static struct {
-	unsigned serial, id;
-	struct name name[NAMES];
-} know;
-static const char *client;
-
-static void
-save(void)
-{
-	char file[64];
-	FILE *f;
-
-	snprintf(file, sizeof(file), "know.%s", client);
-	f = fopen(file, "w");
-	if (f == NULL || fwrite(&know, sizeof(know), 1, f) != 1 ||
-	    fclose(f) != 0)
-		fail("%s: %s", file, strerror(errno));
-}
-
-static void
-load(void)
-{
-	char file[64];
-	FILE *f;
-
-	snprintf(file, sizeof(file), "know.%s", client);
-	if ((f = fopen(file, "r")) != NULL) {
-		if (fread(&know, sizeof(know), 1, f) != 1)
-			fail("%s: cut", file);
-		fclose(f);
-		return;
-	}
-	for (int i = 0; i < NAMES; i++)
-		snprintf(know.name[i].path, sizeof(know.name[i].path),
-		    i == 0 ? "/deep/er/%s" : "/c%s-%d", client, i);
-}
-
-/* The server is dead, or not: then the answer must be one of the two. */
-static int
-must(int status, int one, int other, const char *what, const char *path)
-{
-	if (status == 0) {
-		save();
-		exit(0);
-	}
-	if (status != one && status != other)
-		fail("%s %s: %d", what, path, status);
-	return status;
-}
-
-static const char *
-with(const struct name *n, const char *child, const char *id)
-{
-	static char path[256];
-
-	snprintf(path, sizeof(path), "%s%s%s%s", n->path, child,
-	    id[0] == '\0' ? "" : "?ID=", id);
-	return path;
-}
-
-static const char *
-info(const char *id)
-{
-	static char text[256];
-
-	snprintf(text, sizeof(text), "{\"ID\":\"%s\",\"Operation\":\"crash\","
-	    "\"Who\":\"load\",\"Created\":\"2026-11-22T13:21:24Z\"}", id);
-	return text;
-}
-
-/* Sends what is pending, and takes the answer's word for it. */
-static void
-deed(struct name *n)
-{
-	int status;
-
-	switch (n->pending) {
-	case 'P':
-		state_make(n->new_serial);
-		status = ask("POST", with(n, "", n->lock), body, body_len);
-		must(status, 200, 200, "POST", n->path);
-		n->replaced = n->hash != 0 && n->hash != n->new_hash ?
-		    n->serial : n->replaced;
-		n->serial = n->new_serial;
-		n->hash = n->new_hash;
-		break;
-	case 'D':
-		status = ask("DELETE", with(n, "", n->lock), "", 0);
-		must(status, 200, n->hash == 0 ? 404 : 200, "DELETE", n->path);
-		n->replaced = n->hash != 0 ? n->serial : n->replaced;
-		n->hash = 0;
-		break;
-	case 'L':
-		status = ask_text("LOCK", n->path, info(n->new_lock));
-		must(status, 200, 200, "LOCK", n->path);
-		strcpy(n->lock, n->new_lock);
-		break;
-	case 'U':
-		status = ask_text("UNLOCK", n->path, info(n->new_lock));
-		must(status, 200, 200, "UNLOCK", n->path);
-		n->lock[0] = '\0';
-		break;
-	}
-	n->pending = 0;
-}
-
-/* After a restart: what was acknowledged is in force; what was on its way
- * was done or was not. Then the request is repeated: promise 6. */
-static void
-verify(struct name *n)
-{
-	const char *path = n->path;
-	uint64_t h = 0;
-	char id[64] = "", text[64];
-	const char *p;
-
-	if (must(ask("GET", path, "", 0), 200, 404, "GET", path) == 200) {
-		state_whole(path);
-		h = hash(answer, answer_len);
-	}
-	if (h != n->hash && !(n->pending == 'P' && h == n->new_hash) &&
-	    !(n->pending == 'D' && h == 0))
-		fail("%s: acknowledged %u (%llx), pending %c %u, but there is "
-		    "%llx", path, n->serial, (unsigned long long)n->hash,
-		    n->pending ? n->pending : '-', n->new_serial,
-		    (unsigned long long)h);
-	if (h != n->hash && n->hash != 0)
-		n->replaced = n->serial;
-	if (h != n->hash && h != 0)
-		n->serial = n->new_serial;
-	n->hash = h;
-	path = with(n, "/lock", "");
-	if (must(ask("GET", path, "", 0), 200, 404, "GET", path) == 200 &&
-	    sscanf(answer, "{\"ID\":\"%60[^\"]", id) != 1)
-		fail("%s: not lock info", path);
-	if (strcmp(id, n->lock) != 0 &&
-	    !(n->pending == 'L' && strcmp(id, n->new_lock) == 0) &&
-	    !(n->pending == 'U' && id[0] == '\0'))
-		fail("%s: acknowledged '%s', pending %c, but there is '%s'",
-		    path, n->lock, n->pending ? n->pending : '-', id);
-	strcpy(n->lock, id);
-	if (n->replaced != 0) {
-		snprintf(text, sizeof(text), "/-/versions%s", n->path);
-		must(ask("GET", text, "", 0), 200, 200, "GET", text);
-		snprintf(text, sizeof(text), "\"serial\":%u", n->replaced);
-		p = strstr(answer, text);
-		if (p == NULL || strchr(",}", p[strlen(text)]) == NULL)
-			fail("%s: %u is not in the history", path,
-			    n->replaced);
-	}
-	deed(n);
-}
-
-/* A refusal: nothing changes, which the next verify() will see. */
-static void
-trespass(struct name *n)
-{
-	int held = n->lock[0] != '\0';
-
-	state_make(++know.serial);
-	must(ask("POST", with(n, "", "nobody"), body, body_len),
-	    held ? 423 : 409, 0, "POST by nobody", n->path);
-	if (!held)
-		return;
-	must(ask_text("LOCK", n->path, info("other")), 423, 0,
-	    "LOCK by another", n->path);
-	must(ask_text("UNLOCK", n->path, info("other")), 409, 0,
-	    "UNLOCK by another", n->path);
-	must(ask("DELETE", with(n, "", ""), "", 0), 423, 0,
-	    "DELETE without ID", n->path);
-}
-
-static void
-step(struct name *n)
-{
-	int dice = rand() % 100;
-	char path[64];
-
-	if (dice < 40) {
-		n->new_serial = ++know.serial;
-		state_make(n->new_serial);
-		n->new_hash = hash(body, body_len);
-		n->pending = 'P';
-	} else if (dice < 75) {
-		n->pending = n->lock[0] == '\0' ? 'L' : 'U';
-		if (n->pending == 'L')
-			snprintf(n->new_lock, sizeof(n->new_lock), "%s-%u",
-			    client, ++know.id);
-	} else if (dice < 82)
-		n->pending = 'D';
-	else if (dice < 90)
-		trespass(n);
-	else {
-		snprintf(path, sizeof(path), "/c%d-%d", rand() % 4,
-		    1 + rand() % (NAMES - 1));
-		if (must(ask("GET", path, "", 0), 200, 404, "GET", path) == 200)
-			state_whole(path);
-	}
-	deed(n);
-}
-
-static int
-crash(int check)
-{
-	load();
-	for (int i = 0; i < NAMES; i++)
-		verify(&know.name[i]);
-	save();
-	while (!check)
-		step(&know.name[rand() % NAMES]);
-	return 0;
-}
-
-/* ---- race: a lock, a counter in the state, several servers ---- */
-
-static struct shared {
-	atomic_int holder;		/* who was told 200 for a LOCK */
-	atomic_uint count;		/* the serial that must be there */
-} *shared;
-static char **ports;
-static int servers;
-
-/* Asks any server, again until one answers and knows. */
-static int
-insist(const char *method, const char *path, const char *data, size_t len,
-    int *doubt)
-{
-	static char copy[BIG];
-	int status, tries = 0;
-
-	memcpy(copy, data, len);
-	do {
-		if (tries++ > 0)
-			usleep(20000);
-		if (tries > 1500)
-			fail("%s %s: nobody answers", method, path);
-		if (conn != -1 && rand() % 2 == 0) {
-			close(conn);
-			conn = -1;
-		}
-		if (conn == -1)
-			port_file = ports[rand() % servers];
-		status = ask(method, path, copy, len);
-		*doubt |= tries > 1 || status == 0 || status >= 500;
-	} while (status == 0 || status >= 500);
-	return status;
-}
-
-static int
-race(int me, int seconds)
-{
-	unsigned mine = 0, refused = 0, serial;
-	char id[64], path[96], lock[256];
-	time_t end = time(NULL) + seconds;
-	int doubt, status, expected;
-
-	for (unsigned turn = 0; time(NULL) < end; turn++) {
-		snprintf(id, sizeof(id), "r%d-%u", me, turn);
-		snprintf(path, sizeof(path), "/race?ID=%s", id);
-		strcpy(lock, info(id));
-		doubt = 0;
-		status = insist("LOCK", "/race", lock, strlen(lock), &doubt);
-		if (status == 423) {
-			refused++;
-			usleep((useconds_t)(rand() % 30000));
-			continue;
-		}
-		expected = 0;
-		if (status != 200)
-			fail("LOCK: %d", status);
-		if (!atomic_compare_exchange_strong(&shared->holder, &expected,
-		    me))
-			fail("two holders: %d and %d", expected, me);
-		serial = shared->count;
-		status = insist("GET", "/race", "", 0, &doubt);
-		if (status != (serial == 0 ? 404 : 200) ||
-		    (serial != 0 && state_whole("/race") != serial))
-			fail("%s: lost update: %d, not serial %u", id, status,
-			    serial);
-		state_make(9999996 + serial);
-		status = insist("POST", "/race?ID=nobody", body, body_len,
-		    &doubt);
-		if (status != 423)
-			fail("%s: POST under a foreign lock: %d", id, status);
-		state_make(serial + 1);
-		status = insist("POST", path, body, body_len, &doubt);
-		if (status != 200)
-			fail("%s: POST under its own lock: %d", id, status);
-		shared->count = serial + 1;
-		mine++;
-		shared->holder = 0;
-		doubt = 0;
-		status = insist("UNLOCK", "/race", lock, strlen(lock), &doubt);
-		if (status != 200 && !(doubt && status == 409))
-			fail("%s: UNLOCK: %d", id, status);
-		if (rand() % 3 > 0)
-			continue;
-		status = insist("POST", path, body, body_len, &doubt);
-		if (status != 409 && status != 423)
-			fail("%s: POST under a released lock: %d", id, status);
-	}
-	printf("%u %u\n", mine, refused);
-	return 0;
-}
-
-/* ---- torn: six sizes in turn, read meanwhile ---- */
-
-static int
-torn(unsigned rounds)
-{
-	unsigned seen = 0, last, serial = 0, changes = 0;
-	int readers = 3, status, bad = 0;
-	pid_t writer = getpid();
-
-	state_make(1);
-	if (ask("POST", "/torn", body, body_len) != 200)
-		fail("first POST");
-	close(conn);
-	conn = -1;
-	while (readers > 0 && fork() != 0)
-		readers--;
-	if (readers == 0) {
-		for (unsigned i = 2; i <= rounds; i++) {
-			state_make(i);
-			if (ask("POST", "/torn", body, body_len) != 200)
-				fail("POST %u", i);
-		}
-		while (wait(&status) > 0)
-			bad |= status;
-		return bad != 0;
-	}
-	for (last = 0; serial < rounds && getppid() == writer; seen++) {
-		if ((status = ask("GET", "/torn", "", 0)) != 200)
-			fail("GET: %d", status);
-		serial = state_whole("/torn");
-		if (serial < last)
-			fail("%u after %u", serial, last);
-		changes += serial != last;
-		last = serial;
-	}
-	printf("%u reads, %u versions\n", seen, changes);
-	return 0;
-}
-
-int
-main(int argc, char **argv)
-{
-	int fd;
-
-	(void)argc;
-	setvbuf(stdout, NULL, _IOLBF, 0);
-	srand((unsigned)(getpid() ^ time(NULL)));
-	alarm(120);
-	if (strcmp(argv[1], "crash") == 0) {
-		client = argv[2];
-		port_file = argv[3];
-		return crash(argv[4] != NULL);
-	}
-	if (strcmp(argv[1], "torn") == 0) {
-		port_file = argv[3];
-		return torn((unsigned)atoi(argv[2]));
-	}
-	fd = open("shared", O_RDWR | O_CREAT, 0600);
-	if (fd == -1 || ftruncate(fd, sizeof(*shared)) == -1 ||
-	    (shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE,
-	    MAP_SHARED, fd, 0)) == MAP_FAILED)
-		fail("shared");
-	ports = argv + 4;
-	servers = argc - 4;
-	return race(atoi(argv[2]), atoi(argv[3]));
-}
-C
-	${CC:-cc} -std=gnu11 -O1 -Wall -o load load.c
-}
-
-# port_to FILE: tells the clients where the server is now.
-port_to() {
-	echo "$PORT" >"$1.new"
-	mv "$1.new" "$1"
+# says STATUS METHOD PATH [BODY [CURL OPTION...]]: for until_true.
+says() {
+	ask "${@:2}"
+	[ "$STATUS" = "$1" ]
 }
 
 # strays: what has no business in ./states: nothing, always.
 strays() {
-	find states -type f ! -name '*.tfstate' ! -name '*.lock' \
-		! -name '*.log' ! -path 'states/.guard' ! -path 'states/.tmp/*'
+	find states -type f ! -name '*.tfstate' ! -name '*.lock' ! -name '*.log' \
+		! -path 'states/.g*' ! -path 'states/.tmp/*'
 }
 
 no_uploads_left() {
 	[ -z "$(ls -A states/.tmp)" ]
 }
 
-# crash_rounds N: N times, clients load a server that is killed at a random
-# moment. After each restart every acknowledged write, lock and unlock must
-# be in force, what was on its way done or not done, and nothing left over.
-crash_rounds() {
-	local round client clients
-	load_client
-	for ((round = 1; round <= $1; round++)); do
-		serve_as "crash$((round % 2))" -d states
-		no_uploads_left || fail "round $round: $(ls -A states/.tmp)"
-		want "round $round, strays" '' "$(strays)"
-		port_to port
-		clients=()
-		for client in 0 1 2 3; do
-			./load crash $client port >load.$client &
-			clients+=($!)	# they end with the server
-		done
-		sleep "0.$((RANDOM % 4))$((RANDOM % 10))"
-		halt KILL
-		for client in 0 1 2 3; do
-			wait "${clients[client]}" ||
-				fail "round $round: $(cat load.$client)"
-		done
-	done
-	serve_as last -d states
-	port_to port
-	for client in 0 1 2 3; do
-		./load crash $client port check || fail "in the end"
-	done
-	until_true no_uploads_left
-	want "strays" '' "$(strays)"
-	! grep -v 'removed an empty lock' ./*.err || fail "see above"
+# files DIRECTORY TEST N: for until_true: how many files there are.
+files() {
+	test "$(find "$1" -type f | wc -l)" "${@:2}"
 }
 
-# ./test.sh crash ROUNDS
-crash() {
-	crash_rounds "${1:-100}" && echo "$1 rounds survived"
+# logged N PATTERN FILE: for until_true: that many lines.
+logged() {
+	[ "$(grep -c -E -- "$2" "$3")" -ge "$1" ]
 }
-
-# Promise 1 and 6: kill -9 at any moment under load.
-test_what_was_answered_200_survives_kill_9() {
-	need "${CC:-cc}"
-	grumbles			# of empty locks, and nothing else
-	crash_rounds 10
-}
-
-# Promise 2: a reader gets one whole version, whatever is written meanwhile
-# (PEERS bug 7: most file servers fail this).
-test_readers_see_one_whole_version_while_it_is_replaced() {
-	need "${CC:-cc}"
-	load_client
-	serve
-	port_to port
-	./load torn 120 port || fail "see above"
-	want "versions kept" 30 "$(find states/.history/torn -type f | wc -l)"
-}
-
-# An upload that is cut off leaves the old state, and nothing in .tmp: a
-# small one (memory) and a large one (disk).
-test_an_upload_cut_short_changes_nothing() {
-	local size
-	serve
-	state 1 >one
-	for size in 1000 600000; do
-		expect 200 POST /s @one
-		{
-			printf 'POST /s HTTP/1.1\r\nHost: localhost\r\n'
-			printf 'Content-Length: %s\r\n\r\n{"a":"' $size
-			head -c $((size - 100)) /dev/zero | tr '\0' x
-		} >part
-		exec 9<>"/dev/tcp/127.0.0.1/$PORT"
-		cat part >&9
-		[ $size = 1000 ] || until_true upload_begun
-		exec 9>&-
-		until_true no_uploads_left
-		cmp states/s.tfstate one
-	done
-}
-
-upload_begun() {
-	! no_uploads_left
-}
-
-# ---- the order on disk ----
 
 # spy OPTION...: strace watches the server until unspy; needs the right to.
 spy() {
+	need strace
 	: >spy.out
 	strace -f -y -s 256 -o trace "$@" -p "$PID" 2>spy.out &
 	SPY=$!				# it ends with the server, at the latest
@@ -7538,17 +3869,47 @@ spying() {
 }
 
 unspy() {
-	local late
-	kill -TERM "$SPY" 2>/dev/null || :
-	# strace 6.1 may wait for a thread of a process that was killed
-	{ sleep 10 && kill -9 "$SPY"; } 2>/dev/null &
-	late=$!
+	kill "-${1-TERM}" "$SPY" 2>/dev/null || :
 	wait "$SPY" 2>/dev/null || :
-	kill "$late" 2>/dev/null || :
 }
 
-# steps: the trace in words, in the order in which the steps were finished;
-# an answer counts from when it was begun.
+# slow CALL SECONDS [OPTION...]: each such call of the server takes that long.
+slow() {
+	spy -e trace="$1" -e inject="$1:delay_enter=$2s" "${@:3}"
+}
+
+# apart FLAG: the test goes on in namespaces of its own (unshare's flag), as
+# root there: its mounts and processes end with it, however it ends.
+apart() {
+	local rc=0 flags=(--mount --pid --fork --kill-child --mount-proc "$1")
+	[ "$1${APART-}" != --net1 ] || ip link set lo up
+	[ -z "${APART-}" ] || return 0
+	[ "$(id -u)" = 0 ] || flags+=(--map-root-user)
+	unshare "${flags[@]}" true 2>/dev/null || skip "no namespaces here"
+	{
+		declare -f
+		declare -p here PATIENCE STATESRV BUILD T
+		echo "set -eu; APART=1; ${FUNCNAME[1]}; settle"
+	} >apart.sh
+	unshare "${flags[@]}" bash apart.sh &
+	echo $! >>"$T/pids"
+	wait $! || rc=$?
+	exit $rc
+}
+
+# loop_disk TYPE MIB [OPTION]: ./states is a file system of its own.
+loop_disk() {
+	need "mkfs.$1"
+	[ "$(id -u)" = 0 ] || skip "needs root"
+	[ -e disk ] || { truncate -s "$2m" disk && "mkfs.$1" -q disk; }
+	mkdir -p states
+	mount -t "$1" -o "loop,${3-rw}" disk states || skip "no $1 on a loop device"
+}
+
+# ---- the order on disk -----------------------------------------------------
+
+# steps: the trace in words, in the order in which the steps were finished; an
+# answer counts from when it was begun. sync(x) is the sync of a directory.
 steps() {
 	awk '
 	{ thread = $1; what = "" }
@@ -7561,387 +3922,346 @@ steps() {
 		sub(/<unfinished.*/, "", part[thread])
 		next
 	}
-	/write.*\/\.tmp\// { what = "write" }
-	/write.*\.lock>/ { what = "write" }
-	/fsync.*<[^>]*states(\/[^.>]*)?>/ { what = "dirsync" }
-	/fsync.*<[^>]*\.history/ { what = "dirsync" }
-	/fsync.*(\/\.tmp\/|\.lock>)/ { what = "sync" }
-	/openat.*\.lock"/ { what = /O_EXCL/ ? "create" : "look" }
-	/fcntl.*SETLKW.*F_WRLCK/ { what = "guard" }
-	/fcntl.*SETLK.*F_UNLCK/ { what = "drop" }
-	/linkat/ { what = "link" }
-	/unlinkat/ { what = "unlink" }
-	/renameat/ { what = "rename" }
-	/mkdirat/ && / = 0/ { what = "mkdir" }
+	/ write.*(\/\.tmp\/|\.lock>)/ { what = "write" }
+	/ fsync.*(\/\.tmp\/|\.lock>)/ { what = "sync" }
+	/ fsync.*\/states(\/[^.>]*)?>/ {
+		what = $0
+		gsub(/.*\/states\/?|>.*/, "", what)
+		what = "sync(" (what == "" ? "." : what) ")"
+	}
+	/ fsync.*\/\.history/ { what = "sync(history)" }
+	/ openat.*\.lock"/ { what = /O_EXCL/ ? "create" : "look" }
+	/ fcntl.*SETLK.*F_WRLCK.* = 0/ { what = "guard" }
+	/ fcntl.*SETLK.*F_UNLCK/ { what = "drop" }
+	/ linkat/ { what = "link" }
+	/ unlinkat/ { what = "unlink" }
+	/ renameat/ { what = "rename" }
+	/ mkdirat/ && / = 0/ { what = "mkdir" }
 	/"HTTP\/1.1 200/ { what = "200" }
 	/"HTTP\/1.1 [^2]/ { what = "refusal" }
-	what != "" { printf "%s%s", sep, what; sep = " " }
-	what == "200" { exit }' trace
+	what != "" && what != last { printf "%s%s", sep, what; sep = " " }
+	what != "" { last = what }
+	/"HTTP\/1.1/ { exit }' trace
 }
 
-# Promise 1: the data, then its name, then the directory, and only then 200;
-# and the guard spans the look at the lock and the publishing, no sync of
-# the data. Each line: the request, and the steps it must consist of.
+# Promises 1, 3 and 6: the data, then its name, then the directory, and only then 200; the guard
+# spans the look at the lock and the publishing, and no sync of a state. A new name syncs every
+# directory down to it. In a line with a FILE, the first sync of it fails: what that made doubtful
+# is synced before a later 200, and a lock that could not be synced stays.
 test_nothing_is_answered_before_it_is_on_disk() {
-	local what method path body steps
-	need strace
+	local status file method path body steps
+	grumbles
 	serve
 	state 1 >one
-	expect 200 POST /s @one
-	expect 200 POST /s @one		# .history/s is there from now on
+	state 2 >two
 	info L >mine
-	while IFS='|' read -r what method path body steps; do
-		spy -e trace=file,desc,network
-		expect 200 "$method" "$path" "$body"
-		until_true answered
+	info M >other
+	for body in two one two; do
+		expect 200 POST /s @$body	# .history/s is there from now on
+		expect 200 POST /old/s @$body
+	done
+	while IFS='|' read -r status file method path body steps; do
+		if [ -n "$file" ]; then
+			spy -e trace=fsync -e inject=fsync:error=EIO:when=1 -P "$PWD/$file"
+		else
+			spy -e trace=file,desc,network
+		fi
+		ask "$method" "$path" "$body"
+		[ -n "$file" ] || until_true grep -q '"HTTP/1.1 ' trace
 		unspy
-		[[ $(steps) =~ ^(look )?($steps)$ ]] ||
-			fail "$what: $(steps), should be: $steps"
+		[[ $STATUS =~ ^$status$ && $(steps) =~ ^(guard (look )?drop )?($steps)$ ]] ||
+			fail "$method $path $body: $STATUS, $(steps), should be: $steps"
 	done <<-'END'
-	lock|LOCK|/s|@mine|(guard look create write drop sync |write sync guard look link (unlink )?drop (unlink )?)dirsync 200
-	the same|LOCK|/s|@mine|(write sync )?guard look (look )?drop (sync )?(unlink )?dirsync 200
-	write|POST|/s?ID=L|@one|write sync guard look link rename drop dirsync 200
-	unlock|UNLOCK|/s|@mine|guard look unlink drop dirsync 200
-	again|UNLOCK|/s|@mine|guard look drop dirsync 200
-	delete|DELETE|/s||guard look link (dirsync )?unlink drop dirsync 200
-	first|POST|/a/b|@one|write sync mkdir dirsync guard look rename drop dirsync 200
-	second|POST|/a/b|@one|write sync guard look (mkdir dirsync )+link rename drop dirsync 200
+	200||LOCK|/s|@mine|guard look create write sync (sync\(.\) )?drop (sync\(.\) )?200
+	200||LOCK|/s|@mine|guard look write sync (rename )?(sync\(.\) )?drop (sync\(.\) )?200
+	200||POST|/s?ID=L|@one|write sync (link guard look|guard look link) rename drop sync\(.\) 200
+	200||POST|/s?ID=L|@one|write sync guard look rename drop sync\(.\) 200
+	200||UNLOCK|/s|@mine|guard look unlink drop sync\(.\) 200
+	200||UNLOCK|/s|@mine|guard look drop sync\(.\) 200
+	200||DELETE|/s||(link )?guard look rename .*sync\(history\) .*sync\(.\) 200
+	200||POST|/a/b|@one|write sync mkdir .*guard look rename drop .*sync\(.\) sync\(a\) 200
+	200||POST|/a/b|@two|write sync .*guard look .*rename drop sync\(a\) 200
+	200||POST|/a/c|@two|write sync .*guard look rename drop sync\(.\) sync\(a\) 200
+	5..|states|POST|/new/a|@one|.*
+	200||POST|/old/s|@one|.*rename drop sync\(.\) sync\(old\) 200
+	200||POST|/new/a|@one|.*rename drop sync\(.\) sync\(new\) 200
+	5..|states/s.lock|LOCK|/s|@mine|.*
+	423||LOCK|/s|@other|.*refusal
+	200||LOCK|/s|@mine|guard look write sync (rename )?(sync\(.\) )?drop (sync\(.\) )?200
 	END
 }
 
-answered() {
-	grep -q '"HTTP/1.1 200' trace
-}
+# ---- faults ----------------------------------------------------------------
 
-# ---- faults ----
+# A deed is a request, and the files before and after it. The columns: its name; method, URL,
+# body; the state's name; state and lock before; the same after; what is answered. - is nothing.
+deeds='write	POST	/s?ID=L	new	s	old mine	new mine	-
+large	POST	/s	large	s	old -	large -	-
+first	POST	/s	new	s	- -	new -	-
+deep	POST	/d/e/s	new	d/e/s	- -	new -	-
+lock	LOCK	/s	mine	s	old -	old mine	-
+relock	LOCK	/s	mine	s	old mine	old mine	-
+break	LOCK	/s	mine	s	old stale	old mine	-
+unlock	UNLOCK	/s	mine	s	old mine	old -	-
+delete	DELETE	/s	-	s	old -	- -	-
+read	GET	/s	-	s	old -	old -	old
+big	GET	/s	-	s	big -	big -	big
+look	GET	/s/lock	-	s	old mine	old mine	mine
+list	GET	/	-	s	old mine	old mine	list'
 
 fault_files() {
-	state 1 >old
+	mkdir -p states/t
+	state 1 | tee states/t/u.tfstate >old
 	state 2 >new
 	info L >mine
 	info S >stale
-	printf '{"serial":3,"pad":"%0*d"}' 90000 7 >large
-	printf '{"serial":4,"pad":"%0*d"}' 90000 8 >big
+	pad 3 90000 >large
+	pad 4 90000 >big
 }
 
-# A deed's world: ./old is the state, ./mine the lock; then the deed, asked of
-# the server; then whether it was done, seen in the files.
-fault_world() {
-	rm -f states/s.lock
-	cat old >states/s.tfstate
-	case $1 in
-	first) rm states/s.tfstate ;;
-	write | unlock | relock | look) cat mine >states/s.lock ;;
-	list)
-		cat mine >states/s.lock
-		mkdir -p states/t
-		cat old >states/t/u.tfstate
+# deed NAME: makes the world as it is before it.
+deed() {
+	DEED=$1
+	read -r method path body name state0 lock0 state1 lock1 said \
+		<<<"$(sed -n "s/^$1	//p" <<<"$deeds")"
+	[ "$DEED" != deep ] || rm -rf states/d
+	rm -f "states/$name.tfstate" "states/$name.lock"
+	[ "$state0" = - ] || cp "$state0" "states/$name.tfstate"
+	[ "$lock0" = - ] || cp "$lock0" "states/$name.lock"
+	[ "$lock0" != stale ] || touch -d '3 hours ago' states/s.lock
+}
+
+# do_deed: sets STATUS, also where the answer is cut.
+do_deed() {
+	[ "$body" = - ] || set -- --data-binary "@$body"
+	: >answer
+	STATUS=$(curl -sS -m "$PATIENCE" -o answer -H Expect: -X "$method" "$@" \
+		-w '%{http_code}' "$URL$path" 2>curl.err) || STATUS="cut after $STATUS"
+}
+
+# is STATE LOCK: whether these are the files of the deed's name. An empty lock is
+# none: a LOCK that was cut short.
+is() {
+	if [ "$1" = - ]; then
+		[ ! -e "states/$name.tfstate" ] || return
+	else
+		cmp -s "states/$name.tfstate" "$1" || return
+	fi
+	if [ "$2" = - ]; then [ ! -s "states/$name.lock" ]; else cmp -s "states/$name.lock" "$2"; fi
+}
+
+is_done() {
+	is "$state1" "$lock1" || return
+	case $said in
+	-) ;;
+	list) # with less, a state or a lock would seem to be gone
+		grep -q '^t/u ' answer && grep -q -E '^s .*(test@here|cannot be read)' answer
 		;;
-	break)
-		cat stale >states/s.lock
-		touch -d '3 hours ago' states/s.lock
-		;;
-	big) cat big >states/s.tfstate ;;
+	*) cmp -s answer "$said" ;;
 	esac
 }
 
-fault_deed() {
-	local how
-	case $1 in
-	write) how=(POST '/s?ID=L' @new) ;;
-	large) how=(POST /s @large) ;;
-	first) how=(POST /s @new) ;;
-	lock | relock | break) how=(LOCK /s @mine) ;;
-	unlock) how=(UNLOCK /s @mine) ;;
-	delete) how=(DELETE /s) ;;
-	read | big) how=(GET /s) ;;
-	look) how=(GET /s/lock) ;;
-	list) how=(GET /) ;;
+# faults: runs the table on stdin. A line: system calls, @FILE if only those on that file count;
+# their error, or KILL, then the server dies and another starts; which of them in its thread, in
+# strace's words; the deed; the status; the world afterwards: before, after, either, honest: after
+# if the status is 200, else before, or late: after if the status is 200, else either. Then the
+# same request must get 200, with nothing left over.
+faults() {
+	local call error when status world what how
+	while read -r call error when deed status world; do
+		SITE="$call $error $when $deed"
+		deed "$deed"
+		what=${call%@*}
+		how=error=$error
+		[ "$error" != KILL ] || how=signal=KILL
+		set -- -e trace="$what" -e inject="$what:$how:when=$when"
+		[ "$what" = "$call" ] || set -- "$@" -P "$PWD/${call#*@}"
+		spy "$@"
+		do_deed
+		if [ "$error" = KILL ]; then start_again; else unspy; fi
+		judge "$status"
+		repeat_deed "$STATUS"
+		[ "$what" = unlinkat ] || no_uploads_left || blame "$(ls states/.tmp)"
+		rm -f states/.tmp/*
+		until_true says 200 GET /-/ready
+		echo "$SITE" >>all.sites
+	done
+	[ ! -e blamed ] || fail "$(cat blamed)"
+}
+
+start_again() {
+	local status=$STATUS
+	halt KILL 2>/dev/null || :	# or it is
+	unspy KILL			# strace 6.1 may wait for a thread that is gone
+	serve -k 2 -b 1
+	STATUS=$status
+	[ -z "$(strays)" ] || blame "left: $(strays)"
+}
+
+judge() {
+	[[ $STATUS =~ ^($1)$ ]] || blame "$STATUS: $(head -c 300 answer) $(cat curl.err)"
+	[[ $STATUS != 5?? ]] || grep -q '^cannot ' answer || blame "says: $(cat answer)"
+	[[ $error$STATUS != @(ENOSPC|EDQUOT)5* || $STATUS = 507 ]] || blame "no room: $STATUS"
+	case $world$STATUS in
+	after* | *[a-z]200) is_done || blame "$STATUS, but it is not done" ;;
+	before* | honest*) is "$state0" "$lock0" || blame "$STATUS, but the old is gone" ;;
+	*) is "$state0" "$lock0" || is "$state1" "$lock1" || blame "$STATUS, half done" ;;
 	esac
-	STATUS=$(curl -sS -m "$PATIENCE" -o answer -H Expect: -X "${how[0]}" \
-		${how[2]:+--data-binary "${how[2]}"} -w '%{http_code}' \
-		"$URL${how[1]}" 2>curl.err) || STATUS="cut after $STATUS"
 }
 
-fault_done() {
-	case $1 in
-	write | first) cmp -s states/s.tfstate new ;;
-	large) cmp -s states/s.tfstate large ;;
-	lock | relock | break) cmp -s states/s.lock mine ;;
-	unlock) [ ! -e states/s.lock ] ;;
-	delete) [ ! -e states/s.tfstate ] ;;
-	read) cmp -s answer old ;;
-	big) cmp -s answer big ;;
-	look) cmp -s answer mine ;;
-	list) # whole: with less, a state or a lock would seem to be gone
-		grep -q '^t/u ' answer &&
-			grep -q -E '^s .*(ID L|cannot be read)' answer
-		;;
+# What the same request must get once the trouble is over. $1: the first time.
+repeat_deed() {
+	do_deed
+	case $DEED$STATUS in
+	delete404) ;;
+	*200) is_done || blame "$1, then 200, but not done" ;;
+	*) blame "$1, then $STATUS: $(head -c 300 answer) $(cat curl.err)" ;;
 	esac
 }
 
-# Nothing of the deed, and nothing else, may have changed.
-fault_undone() {
-	local before=old lock=
-	case $1 in
-	write | unlock | relock | look | list) lock=mine ;;
-	break) lock=stale ;;
-	first) before= ;;
-	big) before=big ;;
-	esac
-	as_it_was states/s.tfstate "$before" && as_it_was states/s.lock "$lock"
+blame() {
+	echo "$SITE: $*" >>blamed
 }
 
-as_it_was() {
-	[ -n "$2" ] || { [ ! -e "$1" ] && return; }
-	cmp -s "$1" "$2"
+# Promises 1, 7 and 8: a fault that lasts gets the answer that fits it, and
+# leaves the old. Without hard links the earlier version is copied.
+test_a_fault_is_told_and_changes_nothing() {
+	serve -k 2 -b 1
+	grumbles
+	fault_files
+	faults <<-'END'
+	fsync		EIO	1+	write	5..	before
+	fsync		EDQUOT	1+	large	507	before
+	fsync@states	EIO	1	write	5..	after
+	fsync@states/s.lock	EIO	1	lock	5..	after
+	renameat,renameat2	ENOSPC	1+	write	507	before
+	renameat,renameat2	EDQUOT	1+	break	507	before
+	unlinkat	EIO	1+	unlock	5..	before
+	mkdirat		ENOSPC	1+	deep	507	before
+	openat		EMFILE	1+	write	5..	before
+	getdents64	EIO	1+	list	5..	before
+	fcntl		ENOLCK	1+	write	5..	before
+	linkat		EPERM	1+	write	200	after
+	linkat		EMLINK	1+	write	200	after
+	linkat		EXDEV	1+	write	200	after
+	linkat		EOPNOTSUPP	1+	write	200	after
+	END
 }
 
-# fault_sites DEED: its system calls that work on ./states, each as the how
-# manieth call of that name in its thread, and the errors to try. A large
-# upload is two jobs, in one thread or two: its write calls (another is to the
-# pipe that wakes the loop) cannot be told apart by counting.
+# fault_sites DEED: rows for faults. Its system calls that work on ./states,
+# each as the how manieth call of that name in its thread, with errors to try.
 fault_sites() {
-	fault_world "$1"
+	deed "$1"
 	spy -e trace=file,desc,network,futex
-	fault_deed "$1"
+	do_deed
 	until_true at_rest		# there is work after the answer, too
 	unspy
-	awk -v dir="<$PWD/states" '
+	awk -v dir="<$PWD/states" -v deed="$1" '
 	BEGIN {
-		e["openat"] = "EMFILE EIO ENOSPC"
-		e["write"] = e["mkdirat"] = "ENOSPC EDQUOT EIO EINTR"
-		e["fsync"] = "EIO ENOSPC EINTR"
-		e["linkat"] = e["renameat"] = e["unlinkat"] = "ENOSPC EIO"
-		e["fcntl"] = "EINTR ENOLCK EIO"
-		e["pread64"] = e["read"] = e["sendfile"] = "EIO EINTR"
-		e["newfstatat"] = e["fstat"] = e["fstatfs"] = "EIO"
-		e["getdents64"] = "EIO"
-		e["accept4"] = "EMFILE EINTR"
-		e["sendto"] = e["recvfrom"] = "EINTR"
+		e["fsync"] = e["linkat"] = e["renameat"] = "EIO KILL"
+		e["unlinkat"] = e["mkdirat"] = "EIO KILL"
+		e["write"] = e["pwrite64"] = "ENOSPC EINTR KILL"
+		e["openat"] = "EIO"
+		e["fcntl"] = "ENOLCK"
+		e["pread64"] = e["preadv2"] = e["read"] = e["sendfile"] = "EIO EINTR"
+		e["newfstatat"] = e["fstat"] = e["fstatfs"] = e["getdents64"] = "EIO"
+		e["accept4"] = "EMFILE"
+		e["sendto"] = e["sendmsg"] = e["recvfrom"] = "EINTR"
+		right = "200|5.." (deed == "big" ? "|cut.after.200" : "")
+		right = right (deed == "break" ? "|423" : "") " "
+		dead = "(cut.after.)?[02]00 either"
+		world = "honest"
 	}
 	/resumed>|^[0-9]+ +[-+]/ { next }
 	{
 		call = $2
 		sub(/\(.*/, "", call)
 		n = ++count[$1, call]
-		if (call in e && (index($0, dir) || /accept4|sendto|recvfrom/))
-			for (i = split(e[call], es, " "); i > 0; i--)
-				if (!seen[call, n, es[i]]++)
-					print call, n, es[i]
-	}' trace | if [ "$1" = large ]; then grep -v ^write; else cat; fi
+		if (!(call in e) || n > (call ~ /read|write|send/ ? 3 : 20) ||
+		    !(index($0, dir) || /accept4|sendto|sendmsg|recvfrom/))
+			next
+		for (i = split(e[call], es, " "); i > 0; i--)
+			if (!seen[call, n, es[i]]++)
+				print call, es[i], n, deed, (es[i] == "KILL" ? dead : right world)
+	}
+	/ (renameat|unlinkat|write).*\.(tfstate|lock)[">]/ { world = "late" }' trace
 }
 
-# at_rest: every thread of the server waits for something to do.
+# at_rest: every thread of the server waits for something to do, or has left.
 at_rest() {
 	awk '{ last[$1] = $0 }
-	END { for (t in last) if (last[t] !~ / (futex|poll)\(/) exit 1 }' trace
+	END { for (t in last) if (last[t] !~ / (futex|p?poll)\(|exited with/) exit 1 }' trace
 }
 
-# Promise 1 and 8: each system call of each deed fails in turn. There is an
-# answer; it is 200 only if the thing is done; else the old state and lock
-# are as they were, except that after a failing sync of the directory nobody
-# can know; the same request then says 200; nothing is left in .tmp.
+# Promises 1, 3, 6 and 8: each system call of each deed fails in turn, or the
+# server is killed on entering it. There is an answer; it is 200 only if the
+# thing is done. After a death there is the old or the new, or an empty lock.
 test_every_failing_system_call_is_survived() {
-	local deed call n error site
-	need strace
+	local names deed n
 	serve -k 2 -b 1
 	grumbles
 	fault_files
-	for deed in write large first lock relock break unlock delete read big \
-		look list; do
-		for n in 1 2 3 4; do	# the history is full, threads started
-			fault_world $deed
-			fault_deed $deed
+	mapfile -t names < <(cut -f 1 <<<"$deeds")
+	for deed in "${names[@]}"; do
+		for n in 1 2 3; do	# the history is full, threads started
+			deed "$deed"
+			do_deed
 			want "$deed, no fault" 200 "$STATUS"
 		done
-		fault_sites $deed >sites
+		fault_sites "$deed" >sites
 		[ -s sites ] || fail "$deed: no system calls: $(cat trace)"
-		while read -r call n error; do
-			site="$deed, $call $n is $error"
-			fault_world $deed
-			spy -e trace="$call" \
-				-e inject="$call:error=$error:when=$n"
-			fault_deed $deed
-			unspy
-			fault_judge $deed
-		done <sites
-		cat sites >>all.sites
+		[ "$BUILD" != sanitized ] || sed -i '/ KILL /d' sites
+		faults <sites
 	done
 	[ "$(wc -l <all.sites)" -gt 100 ] || fail "few faults: $(cat all.sites)"
-	[ ! -e blamed ] || fail "$(cat blamed)"
 }
 
-fault_judge() {
-	local status=$STATUS
-	case $status in
-	200) fault_done "$1" || blame "200, but it is not done" ;;
-	5??) grep -q '^cannot .' answer || blame "says: $(cat answer)" ;;
-	'cut after 200') [ "$1" = big ] || blame "$(cat curl.err)" ;;
-	*) blame "$status: $(cat answer curl.err)" ;;
-	esac
-	if [ "$status" != 200 ] && ! fault_undone "$1" &&
-		! { [ "$call" = fsync ] && fault_done "$1"; }; then
-		blame "$status, but the old is gone"
-	fi
-	fault_deed "$1"
-	fault_repeated "$1" "$status"
-	[ "$call" = unlinkat ] || no_uploads_left || blame "$(ls states/.tmp)"
-	rm -f states/.tmp/*
-	ask GET /-/ready
-	[ "$STATUS" = 200 ] || blame "not ready: $(cat answer)"
-}
+# ---- full and broken disks -------------------------------------------------
 
-# What the same request must get once the trouble is over.
-fault_repeated() {
-	case $1$STATUS in
-	delete404) ;;
-	*200) fault_done "$1" || blame "$2, then 200, but not done" ;;
-	*) blame "$2, then $STATUS: $(cat answer)" ;;
-	esac
-}
-
-blame() {
-	echo "$site: $*" >>blamed
-}
-
-# A lock that was created, and whose server died before it could write it: the
-# one leftover that can be seen. Its mode tells it from one made by hand.
-torso() {
-	[ -n "$(find states -name '*.lock' -empty -perm 0700)" ]
-}
-
-# Promise 1, 3 and 6: of two servers on one directory, one is killed on
-# entering each system call by which a deed changes something. What is left is
-# the old or the new, and the other server, which has not restarted, does the
-# client's repetition of the request.
-test_a_server_killed_at_any_step_leaves_the_other_no_trap() {
-	local deed call n site other victim
-	need strace
-	grumbles
-	fault_files
-	serve_as survivor -d states -k 2 -b 1
-	other=$URL
-	for deed in write large first lock break unlock delete; do
-		serve_as "sample$deed" -d states -k 2 -b 1
-		fault_sites $deed | awk '/openat|write|sync|link|rename|mkdir|\
-fcntl/ { print $1, $2 }' | uniq >sites
-		halt
-		while read -r call n; do
-			site="$deed, killed at $call $n"
-			serve_as victim -d states -k 2 -b 1
-			victim=$PID
-			no_uploads_left || blame "not swept"
-			fault_world $deed
-			spy -e trace="$call" -e inject="$call:signal=KILL:when=$n"
-			fault_deed $deed
-			unspy
-			halt KILL "$victim" 2>/dev/null || :	# or it is
-			want "$site, strays" '' "$(strays)"
-			fault_done $deed || fault_undone $deed || torso ||
-				blame "neither old nor new"
-			URL=$other
-			fault_deed $deed
-			fault_repeated $deed dead
-		done <sites
-		cat sites >>all.sites
-	done
-	[ "$(wc -l <all.sites)" -gt 30 ] || fail "few: $(cat all.sites)"
-	[ ! -e blamed ] || fail "$(cat blamed)"
-}
-
-# A short write, then EFBIG and SIGXFSZ: a file size limit does what a full
-# disk does, in the middle of a file.
-test_a_short_write_is_a_refused_write() {
-	ulimit -S -f 64
-	grumbles
-	serve
-	ulimit -S -f unlimited
-	state 1 >one
-	info L >mine
-	printf '{"serial":2,"pad":"%0*d"}' 300000 7 >big
-	expect 200 POST /s @one
-	expect 200 LOCK /s @mine
-	expect 507 POST '/s?ID=L' @big
-	cmp states/s.tfstate one
-	cmp states/s.lock mine
-	no_uploads_left || fail "left: $(ls states/.tmp)"
-	expect 200 POST '/s?ID=L' @one
-	expect 200 UNLOCK /s @mine
-}
-
-# apart FLAGS FUNCTION: runs it in namespaces of its own (unshare's flags),
-# as root there: its mounts and processes end with it, however it ends.
-apart() {
-	local rc=0 flags=(--mount --pid --fork --kill-child --mount-proc "$1")
-	need unshare
-	[ "$(id -u)" = 0 ] || flags+=(--map-root-user)
-	unshare "${flags[@]}" true 2>/dev/null || skip "no namespaces here"
-	mkdir apart
-	{
-		declare -f
-		declare -p here PATIENCE STATESRV
-		echo "set -eu; T=$PWD/apart; cd '$PWD'; $2"
-	} >apart.sh
-	unshare "${flags[@]}" bash apart.sh &
-	echo $! >>"$T/pids"
-	wait $! || rc=$?
-	[ $rc != 77 ] || mv apart/skipped "$T/skipped"
-	return $rc
-}
-
-# Issue 4, full disks: writes are refused while locks still work; stderr and
-# /-/ready tell of it, once each way; freed space ends it.
+# A full disk: writes are refused while locks still work; stderr and /-/ready
+# tell of it, once each way; freed space ends it.
 test_a_full_disk_refuses_writes_and_keeps_the_locks() {
+	local n
 	grumbles
-	apart --mount full_disk
-}
-
-full_disk() {
-	local n status
+	apart --mount
 	mkdir states
 	mount -t tmpfs -o size=2m tmpfs states || skip "no tmpfs here"
 	serve
-	printf '{"serial":1,"pad":"%0*d"}' 100000 0 >big
-	info L >mine
+	pad 1 100000 >big
+	pad 2 100000 >big2
 	for ((n = 1; n < 30; n++)); do
 		ask POST "/s$n" @big
 		[ "$STATUS" = 200 ] || break
 	done
-	want "write that does not fit" 507 "$STATUS"
-	has answer 'no room'
 	[ $n -gt 10 ] || fail "full after $n writes"
-	[ ! -e "states/s$n.tfstate" ] || fail "refused, but it is there"
-	want "strays" '' "$(strays)"
-	expect 200 LOCK /s1 @mine
-	expect 507 POST '/s1?ID=L' @big
-	until_true no_uploads_left
-	cmp states/s1.tfstate big
-	# Somebody else eats into the reserve, and then takes all of it.
-	fill_all_but 40
-	expect 507 POST '/s1?ID=L' '{"serial":2}'
-	expect 503 GET /-/ready
-	expect 503 GET /-/ready
-	has answer 'room|full'
-	want "told once" 1 "$(grep -c 'nearly full' server.err)"
-	expect 200 UNLOCK /s1 @mine
-	expect 200 LOCK /s2 @mine
-	expect 200 UNLOCK /s2 @mine
-	expect 200 LOCK /s3 @mine
+	rows <<-END
+	507	-	POST	/s$n	@big	no room|No space
+	404	-	GET	/s$n	-
+	200	-	LOCK	/s1	info:L
+	507	-	POST	/s1?ID=L	@big2	no room|No space
+	END
+	fill_all_but 40			# of the reserve
+	until_true says 503 GET /-/ready
+	has answer 'room|full|No space'
+	rows <<-'END'
+	507	-	POST	/s1?ID=L	state:2
+	200	-	UNLOCK	/s1	info:L
+	200	-	LOCK	/s3	info:L
+	END
 	fill_all_but 0
-	expect 507 LOCK /s1 @mine
-	[ ! -e states/s1.lock ] || fail "refused, but there is a lock"
-	expect 200 UNLOCK /s3 @mine
-	expect 200 UNLOCK /s3 @mine
-	[ ! -e states/s3.lock ] || fail "the lock is still there"
-	expect 200 GET /s3
+	rows <<-'END'
+	507	-	LOCK	/s1	info:L
+	404	-	GET	/s1/lock	-
+	200	-	UNLOCK	/s3	info:L
+	404	-	GET	/s3/lock	-
+	200	-	GET	/s1	-
+	END
 	cmp answer big
 	rm states/filler.log states/s4.tfstate states/s5.tfstate
-	expect 200 GET /-/ready
-	want "told once" 1 "$(grep -c 'room again' server.err)"
-	expect 200 LOCK /s1 @mine
-	expect 200 POST '/s1?ID=L' '{"serial":2}'
-	want "strays" '' "$(strays)"
+	until_true says 200 GET /-/ready
+	want "told once" '1 1' \
+		"$(grep -c 'nearly full' server.err) $(grep -c 'room again' server.err)"
+	expect 200 POST /s1 "$(state 2)"
 }
 
 # fill_all_but KIB: of the file system under ./states.
@@ -7952,234 +4272,590 @@ fill_all_but() {
 	[ "$1" -gt 0 ] || ! echo >>states/filler.log || fill_all_but 0
 }
 
-# Issue 4: the disk breaks and the kernel makes the file system read-only:
-# what is there is read, writes and locks are refused, nothing is lost.
+# The disk breaks and the kernel makes the file system read-only: what is there
+# is read, writes and locks are refused, nothing is lost.
 test_a_broken_disk_is_read_and_not_written() {
-	need mkfs.ext4
-	[ "$(id -u)" = 0 ] || skip "needs root"
-	grumbles
-	apart --mount broken_disk
-}
-
-broken_disk() {
 	local dev
-	mkdir states
-	truncate -s 16m disk
-	mkfs.ext4 -q disk
-	mount -o loop,errors=remount-ro disk states || skip "no loop device"
+	grumbles
+	apart --mount
+	loop_disk ext4 16 errors=remount-ro
 	rmdir states/lost+found
 	serve
-	state 1 >one
-	info L >mine
-	expect 200 POST /s @one
-	expect 200 LOCK /s @mine
+	expect 200 POST /s "$(state 1)"
+	expect 200 LOCK /s "$(info L)"
 	dev=$(findmnt -n -o SOURCE states)
 	echo broken >"/sys/fs/ext4/${dev#/dev/}/trigger_fs_error"
-	until_true read_only
-	local deed method path body
-	while read -r method path body; do
-		ask "$method" "$path" "$body"
-		[[ $STATUS = 5* ]] || fail "$method $path: $STATUS"
-		has answer 'cannot .*Read-only'
-		cmp states/s.lock mine
-		cmp states/s.tfstate one
-	done <<-'END'
-	POST /s?ID=L {"serial":2}
-	POST /new {"serial":2}
-	LOCK /new {"ID":"M"}
-	LOCK /s @mine
-	UNLOCK /s @mine
-	DELETE /s?ID=L
+	until_true bash -c '! touch states/probe 2>/dev/null'
+	rows <<-'END'
+	5..	-	POST	/s?ID=L	state:2	^cannot .*Read-only
+	5..	-	LOCK	/new	info:M	^cannot .*Read-only
+	5..	-	LOCK	/s	info:L	^cannot .*Read-only
+	5..	-	UNLOCK	/s	info:L	^cannot .*Read-only
+	5..	-	DELETE	/s?ID=L	-	^cannot .*Read-only
+	423	-	LOCK	/s	info:M
+	200	-	GET	/s/lock	-	"ID":"L"
+	200	-	GET	/s	-	"serial": 1
 	END
-	expect 503 GET /-/ready
-	expect 200 GET /s
-	cmp answer one
-	expect 200 GET /s/lock
-	expect 423 LOCK /s '{"ID":"M"}'
-	want "what is there" 's.lock s.log s.tfstate' "$(cd states && echo *)"
+	until_true says 503 GET /-/ready
+	want "files" 's.lock s.log s.tfstate' "$(cd states && echo *)"
 }
 
-read_only() {
-	! touch states/probe 2>/dev/null
+# Promise 1: XFS shuts itself down when it cannot write its metadata. The fsync of a directory
+# says 0 then, and the rename before it is lost. So the server asks the directory once more.
+test_a_sync_that_is_only_pretended_is_not_believed() {
+	grumbles
+	need xfs_io
+	apart --mount
+	loop_disk xfs 300
+	serve
+	expect 200 POST /s "$(state 1)"
+	expect 200 POST /s "$(state 2)"
+	slow fsync 15 -P "$PWD/states"
+	later third POST /s "$(state 3)"
+	until_true grep -q '"serial": 3' states/s.tfstate
+	xfs_io -x -c shutdown states
+	unspy
+	until_true [ -s third ]
+	halt KILL
+	umount states
+	loop_disk xfs 300
+	[[ $(cat third) = 5* ]] || fail "told $(cat third), but there is $(cat states/s.tfstate)"
+	want "the state on the disk" "$(state 2)" "$(cat states/s.tfstate)"
 }
 
 # Promise 2: 404 never means "could not look". The directory is moved, and
-# nobody notices; it is removed, and no state becomes "no state yet".
+# nobody notices; it is removed, and no state becomes "no state yet"; also on
+# overlayfs, in a container, where link counts tell nothing.
 test_a_directory_removed_under_the_server_is_no_404() {
-	local method path body
+	local dir
 	grumbles
-	serve
-	state 1 >one
-	expect 200 POST /team/s @one
-	expect 200 POST /s @one
-	mv states elsewhere
-	expect 200 GET /team/s
-	mv elsewhere states
-	expect 200 POST /s @one
-	rm -rf states
-	while read -r method path body; do
-		ask "$method" "$path" "$body"
-		[[ $STATUS = 5* ]] || fail "$method $path: $STATUS"
-		has answer '^cannot .*removed'
-	done <<-'END'
-	GET /s
-	GET /team/s
-	GET /other
-	GET /s/lock
-	GET /-/log/s
-	GET /-/versions/s
-	POST /s {"serial":2}
-	POST /new/s {"serial":2}
-	LOCK /s {"ID":"L"}
-	UNLOCK /s {"ID":"L"}
-	DELETE /s
-	GET /-/ready
+	apart --mount
+	mkdir -p layers plain all
+	mount -t tmpfs tmpfs layers || skip "no tmpfs here"
+	mkdir -p layers/low/states layers/up layers/work
+	(cd layers && mount -t overlay -o lowerdir=low,upperdir=up,workdir=work overlay ../all) ||
+		skip "no overlay here"
+	for dir in plain all; do
+		serve_as $dir -d $dir/states
+		expect 200 POST /team/s "$(state 1)"
+		expect 200 POST /s "$(state 1)"
+		if [ $dir = plain ]; then
+			mv plain/states elsewhere
+			expect 200 GET /team/s
+			mv elsewhere plain/states
+			expect 200 POST /s "$(state 2)"
+		fi
+		rm -rf $dir/states
+		nothing_is_there
+		mkdir $dir/states
+		nothing_is_there
+	done
+}
+
+nothing_is_there() {
+	rows <<-'END'
+	5..	-	GET	/s	-	^cannot
+	5..	-	GET	/team/s	-	^cannot
+	5..	-	GET	/other	-	^cannot
+	5..	-	GET	/-/log/s	-	^cannot
+	5..	-	GET	/-/versions/s	-	^cannot
+	5..	-	GET	/	-	^cannot
+	5..	-	POST	/s	state:2	^cannot
+	5..	-	POST	/new/s	state:2	^cannot
+	5..	-	LOCK	/s	info:L	^cannot
+	5..	-	DELETE	/s	-	^cannot
+	200	-	GET	/-/healthy	-
 	END
-	expect 200 GET /-/healthy
-	[ ! -e states ] || fail "it made a new directory in silence"
+	until_true says 503 GET /-/ready
 }
 
-# What servers share is .guard: a second file of that name guards nothing.
-test_a_guard_removed_under_the_server_stops_writes() {
+# A file system may begin below the directory: rename and link say EXDEV.
+test_names_may_lie_on_other_file_systems() {
+	local at
+	apart --mount
+	pad 2 300000 >big
+	for at in team .history .tmp; do
+		mkdir -p states/$at
+		mount -t tmpfs tmpfs states/$at || skip "no tmpfs here"
+		serve
+		rows <<-'END'
+		200	-	POST	/team/s	state:1
+		200	-	LOCK	/team/s	info:L
+		200	-	POST	/team/s?ID=L	@big
+		200	-	POST	/team/s?ID=L	state:3
+		200	-	UNLOCK	/team/s	info:L
+		200	-	GET	/team/s	-	"serial": 3
+		200	-	GET	/	-	^team/s 
+		200	-	DELETE	/team/s	-
+		404	-	GET	/team/s	-
+		END
+		until_true kept team/s '1 2 3'
+		cmp big states/.history/team/s/*-2.tfstate
+		want "what is there" s.log "$(ls -A states/team)"
+		want "strays" '' "$(strays)"
+		no_uploads_left || fail "left: $(ls states/.tmp)"
+		halt
+		umount states/$at
+		rm -r states
+	done
+}
+
+# ---- several servers: the guard, pauses, clocks ----------------------------
+
+# Promise 3: what servers share is the file called .guard. Where the one that
+# a server has open is another, its changes are refused, not guarded by half.
+test_a_guard_in_another_place_stops_changes() {
+	local how first
+	grumbles
+	for how in 'mv states/.guard states/guard' 'rm states/.guard' \
+		'cp -al states backup; rm states/.guard; serve_as second -d states'; do
+		serve
+		first=$URL
+		expect 200 POST /s "$(state 1)"
+		expect 200 LOCK /locked "$(info L)"
+		eval "$how"
+		URL=$first
+		rows <<-'END'
+		5..	-	POST	/s	state:2	^cannot
+		5..	-	LOCK	/s	info:L	^cannot
+		5..	-	UNLOCK	/locked	info:L	^cannot
+		5..	-	DELETE	/s	-	^cannot
+		404	-	GET	/s/lock	-
+		200	-	GET	/locked/lock	-
+		200	-	GET	/s	-	"serial": 1
+		END
+		until_true says 503 GET /-/ready
+		rm -rf states
+	done
+}
+
+# Promises 4 and 8: every wait for another server has an end. Here one stands
+# still before it publishes, for two names. What would come in between is
+# refused; nobody else waits; who asks for a held lock is told who holds it.
+test_a_guard_that_is_held_for_ever_holds_up_one_name() {
+	local i frozen waiting=30
+	[ "$BUILD" != sanitized ] || waiting=1	# it has few threads
+	grumbles
+	serve_as frozen -d states
+	frozen=$PID
+	rows <<-'END'
+	200	-	POST	/held	state:1
+	200	-	POST	/free	state:1
+	200	-	LOCK	/locked	info:L
+	END
+	slow renameat,renameat2,unlinkat 600
+	later stuck1 POST /held "$(state 9)"
+	later stuck2 UNLOCK /locked "$(info L)"
+	until_true grep -q renameat trace
+	until_true grep -q unlinkat trace
+	serve
+	later held0 POST /held "$(state 2)"
+	for ((i = 1; i <= waiting; i++)); do
+		later held$i LOCK /held "$(info M)"
+	done
+	rows <<-'END'
+	200	-	GET	/held	-	"serial": 1
+	200	-	GET	/	-	^held 
+	200	-	GET	/-/versions/held	-
+	200	-	POST	/free	state:2
+	200	-	LOCK	/free	info:M
+	200	-	GET	/-/ready	-
+	END
+	[ ! -e held0 ] || fail "the others waited with it"
+	rows <<-'END'
+	423	-	LOCK	/locked	info:M	"ID":"L"
+	503	-	LOCK	/locked	info:L	^cannot
+	END
+	for ((i = 0; i <= waiting; i++)); do
+		until_true [ -s held$i ]
+		want "status" 503 "$(cat held$i)"
+	done
+	has held0.d/head '^Retry-After: 10.$'
+	want "complaints: $(cat server.err)" 1 "$(grep -c ': held: ' server.err)"
+	kill -9 $frozen
+	unspy KILL
+	expect 200 POST /held "$(state 2)"
+	expect 200 UNLOCK /locked "$(info L)"
+}
+
+# paused METHOD PATH BODY: server A is stopped, a client sends it this, gives
+# up, and turns to server B with the rows on stdin. Then A goes on.
+paused() {
+	local before
+	before=$(grep -c ' method=' a.log) || :
+	kill -STOP "$a"
+	exec 9<>"/dev/tcp/127.0.0.1/$port_a"
+	printf '%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s' \
+		"$1" "$2" ${#3} "$3" >&9
+	exec 9>&-
+	rows
+	kill -CONT "$a"
+	until_true logged $((before + 1)) ' method=' a.log
+}
+
+# Promise 4: a change is made only for a client that is still there. A paused
+# server's late one does not undo what was done since at the other, to which a
+# client or its front has turned. But a state, perhaps the only copy, is kept.
+test_a_paused_server_does_no_harm_when_it_goes_on() {
+	local a port_a
+	serve_as a -d states
+	a=$PID port_a=$PORT
+	serve_as b -d states
+	paused POST /s "$(state 2)" <<-'END'
+	200	-	POST	/s	state:1
+	200	-	POST	/s	state:2
+	200	-	POST	/s	state:3
+	200	-	POST	/s	state:4
+	END
+	paused POST /s "$(state 4)" <<<$'200 - GET /s -\t"serial": 4'
+	kept s '1 2 3 2' || fail "$(versions s)"
+	has states/s.log '"abandoned"'
+	paused LOCK /s "$(info L)" <<-'END'
+	200	-	GET	/s	-	"serial": 4
+	200	-	LOCK	/s	info:L
+	200	-	UNLOCK	/s	info:L
+	END
+	paused LOCK /s "$(info L)" <<<'404 - GET /s/lock -'
+	paused UNLOCK /s '' <<-'END'
+	404	-	GET	/s/lock	-
+	200	-	LOCK	/s	info:L
+	200	-	UNLOCK	/s	-
+	200	-	LOCK	/s	info:N
+	END
+	paused UNLOCK /s "$(info L)" <<<$'200 - GET /s/lock -\t"ID":"N"'
+	# by ID it can end only its sender's own run: that is done
+	paused UNLOCK /s "$(info N)" <<<$'200 - GET /s/lock -\t"ID":"N"'
+	paused DELETE /s '' <<-'END'
+	404	-	GET	/s/lock	-
+	200	-	DELETE	/s	-
+	200	-	POST	/s	state:5
+	END
+	paused POST /s "$(pad 6 90000)" <<<$'200 - GET /s -\t"serial": 5'
+	rows <<<$'200 - GET /s -\t"serial": 5'
+	kept s '1 2 3 2 4 6' || fail "$(versions s)"
+}
+
+# Promise 7: each version's ID is later than all there are, though here the
+# clock of one server goes back a year and that of another goes ahead for ten
+# minutes, every other second. Under a lock, too, the oldest go then.
+test_clocks_that_jump_forget_no_new_version() {
+	local skew i urls=()
+	load_tools
+	for skew in -31536000 600; do
+		SKEW=$skew LD_PRELOAD=$PWD/skew.so ASAN_OPTIONS=verify_asan_link_order=0 \
+			serve_as "skew$skew" -d states -k 5
+		urls+=("$URL")
+	done
+	for i in {1..24}; do
+		URL=${urls[i % 2]}
+		expect 200 POST /s "$(state "$i")"
+		sleep 0.15
+	done
+	until_true kept s '19 20 21 22 23'
+	expect 200 LOCK /s "$(info L)"
+	for i in 25 26 27; do
+		expect 200 POST '/s?ID=L' "$(state $i)"
+	done
+	until_true kept s '22 23 24 25 26'
+	expect 200 DELETE '/s?ID=L'
+	until_true kept s '23 24 25 26 27'
+}
+
+# ---- nobody waits who need not, and nothing grows ---------------------------
+
+# Promise 8: old versions are removed in one pass, after the answer, and the
+# name's and the connection's next requests do not wait for it.
+test_nobody_waits_for_old_versions_to_be_removed() {
+	serve -k 5
+	expect 200 POST /s "$(state 1)"
+	mkdir -p states/.history/s
+	seq -f 'states/.history/s/20250101T1200%05.2f0Z-1.tfstate' 0 0.01 20 | xargs touch
+	state 2 >two
+	info L >mine
+	slow unlinkat 0.02
+	curl -sS -m "$PATIENCE" -w '%{http_code}\n' -o a1 --data-binary @two "$URL/s" \
+		--next -m "$PATIENCE" -w '%{http_code} %{num_connects}\n' -o a2 -X LOCK \
+		--data-binary @mine "$URL/s" >statuses
+	want "two statuses, one connection" '200 200 0' "$(paste -s -d ' ' statuses)"
+	expect 200 UNLOCK /s @mine
+	files states/.history/s -gt 1000 || fail "they waited"
+	unspy
+	until_true files states/.history/s -eq 5
+	hasnt <(versions s | tail -1) /2025
+}
+
+# A page of a client that has gone is not made to its end, and its place is
+# free. The walk through the directories is slow here.
+test_pages_of_clients_that_have_gone_are_not_made() {
+	local host='HTTP/1.1\r\nHost: localhost\r\n'
+	mkdir -p states/d{1..60}
+	serve
+	expect 200 POST /s "$(state 1)"
+	slow getdents64 0.1
+	hold 8 "GET /-/healthy $host\r\nGET / $host\r\n"
+	until_true grep -q getdents64 trace
+	expect 200 POST /s "$(state 2)"
+	hang_up				# with an answer unread: it is a reset
+	until_true says 200 GET /-/versions/s
+	until_true logged 8 'path=/ ' server.log
+	unspy
+	[ "$(grep -c getdents64 trace)" -lt 400 ] || fail "they were made for nobody"
+}
+
+# No fsync happens under anything that other names need: the root's sync is
+# slow, new directories wait for it, a write elsewhere does not.
+test_a_write_does_not_wait_for_those_that_make_directories() {
+	serve
+	expect 200 POST /team/s "$(state 1)"
+	expect 200 POST /team/s "$(state 2)"
+	slow fsync 15 -P "$PWD/states"
+	later new POST /new/s "$(state 1)"
+	until_true grep -q fsync trace
+	expect 200 POST /team/s "$(state 3)"
+	hasnt trace ' = 0'		# it has not waited for the other
+	unspy
+	until_true [ -s new ]
+	want "status" 200 "$(cat new)"
+}
+
+# A state that is not in memory is read by a thread; the loop answers others.
+test_reading_from_a_slow_disk_holds_nobody_up() {
+	local size
+	for size in 2000 3000000; do
+		serve
+		pad 1 $size >sent
+		expect 200 POST /s @sent
+		spy -e trace=pread64,preadv2,read,sendfile,splice -P "$PWD/states/s.tfstate" \
+			-e inject=preadv2:error=EAGAIN \
+			-e inject=pread64,read,sendfile,splice:delay_enter=15s
+		later get$size GET /s
+		until_true grep -q -E ' (pread64|read|sendfile|splice)\(' trace
+		for _ in {1..20}; do
+			expect 200 GET /-/healthy
+		done
+		[ ! -e get$size ] || fail "it held up the others"
+		unspy
+		until_true [ -s get$size ]
+		cmp get$size.d/answer sent
+		halt
+	done
+}
+
+# Strangers may ask as often as they like whether the server is ready: it
+# looks once a second at most. A look that does not come to its end is a no.
+test_ready_is_one_look_a_second_for_everybody() {
+	local begun=$SECONDS
 	grumbles
 	serve
-	state 1 >one
-	expect 200 POST /s @one
-	rm states/.guard
-	ask POST /s '{"serial":2}'
-	[[ $STATUS = 5* ]] || fail "POST without a guard: $STATUS"
-	ask LOCK /s '{"ID":"L"}'
-	[[ $STATUS = 5* ]] || fail "LOCK without a guard: $STATUS"
-	cmp states/s.tfstate one
-	[ ! -e states/s.lock ] || fail "a lock without a guard"
-	expect 200 GET /s
-}
-
-# ---- several servers on one directory ----
-
-# contend SECONDS PAUSE DIR DIR [AT_HALF_TIME]: a server on each of two
-# directories which are one; six clients increment a counter in a state under
-# its lock, through either; every PAUSE seconds one of the servers is killed
-# and comes back elsewhere.
-contend() {
-	local seconds=$1 dirs=("$3" "$4") half=${5:-:} end client pids=()
-	local client_pids=() which=0 n=0 mine=0 all=0
-	load_client
-	for which in 0 1; do
-		serve_as "s$which" -d "${dirs[which]}"
-		pids[which]=$PID
-		port_to "port.$which"
-	done
-	for client in 1 2 3 4 5 6; do
-		./load race $client "$seconds" port.0 port.1 >race.$client &
-		client_pids+=($!)
-		echo $! >>"$T/pids"
-	done
-	end=$((SECONDS + seconds / 2))
-	while racing; do
-		sleep "$2"
-		which=$((1 - which))
-		halt KILL "${pids[which]}"
-		serve_as "s$which.$((++n))" -d "${dirs[which]}"
-		pids[which]=$PID
-		port_to "port.$which"
-		[ "$SECONDS" -lt $end ] || { $half && half=:; }
-	done
-	for client in 1 2 3 4 5 6; do
-		wait "${client_pids[client - 1]}" ||
-			fail "client $client: $(cat race.$client)"
-		read -r mine _ <race.$client
-		all=$((all + mine))
-	done
-	[ $all -gt 10 ] || fail "only $all turns"
-	expect 404 GET /race/lock
-	expect 200 GET /race
-	has answer "\"serial\":$all,"
-	echo "$all turns: $(cat race.?)"
-}
-
-racing() {
-	local client
-	for client in "${client_pids[@]}"; do
-		! kill -0 "$client" 2>/dev/null || return 0
-	done
-	return 1
-}
-
-# Promise 3 and 4 across processes: no lock has two holders, no update is
-# lost, nothing lands under a foreign or a released lock.
-test_two_servers_share_a_directory() {
-	need "${CC:-cc}"
-	contend 5 0.4 states states
-	until_true no_uploads_left
-	want "strays" '' "$(strays)"
-}
-
-# Promise 4 across processes, in its narrowest gap: one server has looked at
-# the lock and is about to rename (strace holds it there); meanwhile the lock
-# is broken and taken through the other. That must wait, or the write must
-# fail: what the new holder reads does not change under it.
-test_no_write_lands_under_a_lock_taken_through_another_server() {
-	local post
-	need strace
-	state 1 >one
-	state 2 >two
-	serve_as other -d states
-	URL_OTHER=$URL
-	serve_as slow -d states
-	expect 200 POST /s @one
-	expect 200 LOCK /s "$(info L)"
-	spy -e trace=renameat,renameat2,linkat \
-		-e inject=renameat,renameat2:delay_enter=1500000:when=1
-	ask POST '/s?ID=L' @two -o post -D post.head &
-	post=$!
-	until_true grep -q linkat trace
-	URL=$URL_OTHER
-	expect 200 UNLOCK /s
-	expect 200 LOCK /s "$(info M)"
-	expect 200 GET /s
-	cp answer read
-	wait $post || fail "the POST: $(cat post)"
+	spy -e trace=fsync
+	curl -sS -o /dev/null -w '%{http_code}\n' "$URL/-/ready?[1-600]" >statuses
+	want "answers" "600 200" "$(uniq -c statuses | sed 's/^ *//')"
 	unspy
-	expect 200 GET /s
-	cmp answer read || fail "it changed under the lock M"
-	want "holder" "$(info M)" "$(cat states/s.lock)"
+	[ "$(grep -c fsync trace)" -le $((2 * (SECONDS - begun + 2))) ] ||
+		fail "$(grep -c fsync trace) syncs in $((SECONDS - begun)) s"
+	slow fsync 15
+	until_true says 503 GET /-/ready
+	expect 200 GET /-/healthy
+	unspy
+	until_true says 200 GET /-/ready
 }
 
-# The same on GlusterFS, replica 3, mounted twice as the README says; one
-# replica is killed meanwhile. All of it lives in namespaces: its daemons,
-# its mounts, its files and its network end with them.
+# kib WHAT: VmRSS, or VmHWM, which is its peak.
+kib() {
+	awk -v what="$1:" '$1 == what { print $2 }' "/proc/$PID/status"
+}
+
+# Promise 5: no page holds a state in memory, however many empty instances there are in it.
+test_no_page_takes_memory_by_the_size_of_a_state() {
+	local before
+	[ "$BUILD" != sanitized ] || return 0	# it keeps what was freed
+	serve
+	printf '{"version":4,"serial":1,"resources":[{"instances":[{}' >big
+	yes ',{}' | head -n 5600000 | tr -d '\n' >>big
+	printf ']}]}' >>big
+	expect 200 GET /-/healthy
+	before=$(kib VmHWM)
+	rows <<-'END'
+	200	-	POST	/s	@big
+	200	-	POST	/s	@big
+	200	-	GET	/	-
+	200	-	GET	/?q=s	-
+	200	-	GET	/-/versions/s	-
+	200	-	GET	/-/log/s	-
+	200	-	GET	/-/metrics	-
+	END
+	[ $(($(kib VmHWM) - before)) -lt 4096 ] || fail "from $before to $(kib VmHWM) KiB"
+}
+
+has_threads() {
+	test "$(find "/proc/$PID/task" -mindepth 1 -maxdepth 1 | wc -l)" "$@"
+}
+
+# begin_upload NAME: half of ./whole is sent, on a connection that FDS gets.
+begin_upload() {
+	local fd
+	exec {fd}<>"/dev/tcp/127.0.0.1/$PORT"
+	FDS+=("$fd")
+	printf 'POST /%s HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n' \
+		"$1" "${AUTH-}" "$(wc -c <whole)" >&"$fd"
+	head -c $(($(wc -c <whole) / 2)) whole >&"$fd"
+}
+
+# end_upload FD: sends the rest; the answer's first line, at once or later.
+end_upload() {
+	tail -c +$(($(wc -c <whole) / 2 + 1)) whole >&"$1"
+	timeout "$PATIENCE" head -1 <&"$1" | tr -d '\r'
+}
+
+hang_up() {
+	local fd
+	for fd in "${FDS[@]}"; do
+		exec {fd}>&-
+	done
+	FDS=()
+}
+
+# Threads come as needed, and leave when there is nothing to do; their memory
+# is back then, but for a few pages of each stack, which glibc keeps.
+test_threads_leave_after_a_flood() {
+	local i flood before='' FDS=()
+	serve
+	state 1 >whole
+	for flood in 3 100; do		# the first one only sets the mark
+		for ((i = 0; i < flood; i++)); do
+			begin_upload "s$i"
+		done
+		[ "$BUILD" = sanitized ] || until_true has_threads -gt $flood
+		hang_up
+		until_true has_threads -le 2
+		before=${before:-$(kib VmRSS)}
+	done
+	[ "$BUILD" = sanitized ] || [ $(($(kib VmRSS) - before)) -lt 2048 ] ||
+		fail "memory: from $before to $(kib VmRSS) KiB"
+}
+
+# Promise 8: stdout and stderr go into one pipe that nobody reads. What there
+# is to say waits or is dropped; no request does.
+test_a_full_pipe_for_the_logs_stops_nobody() {
+	local i line
+	mkdir -p states/s.log		# its log cannot be written: a complaint
+	touch states/empty.tfstate
+	mkfifo logs
+	exec 8<>logs
+	"$STATESRV" -l 127.0.0.1:0 -d states >&8 2>&8 &
+	PID=$!
+	echo $PID >>"$T/pids"
+	read -r -t "$PATIENCE" line <&8
+	URL=${line##* on }
+	dd if=/dev/zero of=logs oflag=nonblock bs=1 count=100000 2>/dev/null || :
+	for i in {1..40}; do
+		rows <<-END
+		200	-	POST	/s	state:$i
+		5..	-	GET	/empty	-
+		200	-	GET	/-/healthy	-
+		END
+	done
+	halt
+	want "exit status" 0 "$STATUS"
+}
+
+# No two threads touch the same memory unguarded: a mixed load with resets,
+# HUPs and slow readers, watched by ThreadSanitizer.
+test_source_has_no_data_race() {
+	local i users=() FDS=() AUTH='Authorization: Bearer s3cret\r\n'
+	need clang setarch
+	CC=clang build ./tsan -O1 -g -DNO_SANDBOX -DTHREAD_STACK=1048576 -fsanitize=thread
+	through 'exec setarch -R ./tsan'
+	install -m 600 <(echo 'ann s3cret write') users
+	serve -u users -k 2
+	pad 1 3000000 >whole
+	for i in 1 2 3; do
+		(mkdir user$i && cd user$i && use_all $i) &
+		users+=($!)
+	done
+	for i in {1..30}; do
+		kill -HUP "$PID"
+		begin_upload "s1?ID=nobody"
+		timeout 0.1 curl -sS -u ann:s3cret --limit-rate 99K "$URL/big" >slow || :
+		hang_up
+	done
+	for i in "${users[@]}"; do
+		wait "$i" || fail "a user, see above"
+	done
+	halt
+	want "exit status: $(cat server.err)" 0 "$STATUS"
+}
+
+use_all() {
+	for _ in {1..10}; do
+		rows -u ann:s3cret <<-END
+		200	-	LOCK	/team/s$1	info:L
+		200	-	POST	/team/s$1?ID=L	state:$RANDOM
+		200	-	UNLOCK	/team/s$1	info:L
+		200	-	POST	/big	@../whole
+		200	-	GET	/	-
+		200	-	GET	/-/metrics	-
+		200	-	GET	/-/versions/team/s$1	-
+		END
+	done
+}
+
+# Promises 1 to 4 on GlusterFS, replica 3, mounted twice as the README says:
+# two servers under load, one replica is killed meanwhile. One of three is not
+# enough: all is refused, and nothing is 404. Then they are back.
 test_two_servers_share_a_replicated_file_system() {
-	need "${CC:-cc}" glusterd gluster mount.glusterfs ip
+	local dir i urls=() fresh=attribute-timeout=0,entry-timeout=0,negative-timeout=0
+	need glusterd gluster mount.glusterfs ip
 	[ "$(id -u)" = 0 ] || skip "needs root"
 	[ -c /dev/fuse ] || skip "no /dev/fuse"
 	grumbles
-	apart --net shared_by_gluster
-	want "processes left" '' "$(pgrep -f "$PWD/brick" || :)"
-	hasnt /proc/self/mountinfo "$PWD"
-}
-
-shared_by_gluster() {
-	local dir
+	apart --net
+	load_tools
 	replicated_volume
 	for dir in a b; do
 		mkdir $dir
-		mount -t glusterfs -o "direct-io-mode=enable,$(printf %s, \
-			{attribute,entry,negative}-timeout=0)" \
-			192.0.2.1:/shared $dir
+		mount -t glusterfs -o direct-io-mode=enable,$fresh 192.0.2.1:/shared $dir
+		serve_as $dir -d $dir/states -b 1
+		echo "$PORT" >port.${#urls[@]}
+		urls+=("$URL")
 	done
-	mkdir a/states
-	contend 12 1.5 a/states b/states lose_a_replica
-	for dir in a b; do
-		want "uploads left in $dir" '' "$(ls -A $dir/states/.tmp)"
+	ln -s b/states states
+	./load contend lock 400 >record &
+	sleep 2
+	kill -9 "$(cat /run/gluster/vols/shared/*brick2.pid)"
+	wait $!
+	for i in {1..9}; do
+		URL=${urls[i % 2]}
+		rows <<-END
+		200	-	LOCK	/s	info:$i
+		200	-	POST	/s?ID=$i	state:$i
+		END
+		URL=${urls[(i + 1) % 2]}
+		rows <<-END
+		423	-	POST	/s	state:999
+		200	-	GET	/s	-	"serial": $i,
+		200	-	UNLOCK	/s	info:$i
+		END
 	done
-	cp answer last
-	lose_the_quorum
+	kill -9 "$(cat /run/gluster/vols/shared/*brick3.pid)"
+	rows <<-'END'
+	5..	-	GET	/s	-
+	5..	-	GET	/other	-
+	5..	-	POST	/s	state:0
+	5..	-	LOCK	/s	info:M
+	END
+	until_true says 503 GET /-/ready
+	until_true gluster --mode=script volume start shared force
+	until_true says 200 GET /s
+	rows <<-'END'
+	404	-	GET	/other	-
+	200	-	GET	/s	-	"serial": 9,
+	200	-	LOCK	/s	info:M
+	END
 }
 
 replicated_volume() {
 	local dir bricks=() set
-	ip link set lo up
 	ip addr add 192.0.2.1/32 dev lo		# RFC 5737: of no network
 	for dir in /run /var/lib/glusterd /var/log/glusterfs; do
 		mkdir -p $dir
@@ -8191,102 +4867,33 @@ replicated_volume() {
 	for dir in 1 2 3; do
 		bricks+=("192.0.2.1:$PWD/brick$dir")
 	done
-	gluster --mode=script volume create shared replica 3 "${bricks[@]}" \
-		force
+	gluster --mode=script volume create shared replica 3 "${bricks[@]}" force
 	# Caches above the replicas: of names, of contents, of writes.
 	for set in stat-prefetch quick-read open-behind write-behind; do
-		until_true gluster --mode=script volume set shared \
-			performance.$set off
+		until_true gluster --mode=script volume set shared performance.$set off
 	done
 	until_true gluster --mode=script volume start shared force
-}
-
-lose_a_replica() {
-	kill -9 "$(cat /run/gluster/vols/shared/*brick2.pid)"
-}
-
-# One replica of three is not enough: all is refused, and nothing is 404.
-# When they are back, all is as it was.
-lose_the_quorum() {
-	local method path body
-	kill -9 "$(cat /run/gluster/vols/shared/*brick3.pid)"
-	while read -r method path body; do
-		ask "$method" "$path" "$body"
-		[[ $STATUS = 5* ]] || fail "$method $path: $STATUS"
-	done <<-'END'
-	GET /race
-	GET /other
-	POST /race {"serial":0}
-	LOCK /race {"ID":"M"}
-	GET /-/ready
-	END
-	until_true gluster --mode=script volume start shared force
-	until_true unlocked_again
-	expect 200 GET /-/ready
-	expect 404 GET /other
-	expect 200 GET /race
-	cmp answer last
-	expect 200 LOCK /race '{"ID":"M"}'
-	expect 200 POST '/race?ID=M' '{"serial":0}'
-}
-
-# The replica that was lost first still has a lock, long since released.
-unlocked_again() {
-	ask GET /race/lock
-	[ "$STATUS" != 200 ] || fail "a released lock is back: $(cat answer)"
-	[ "$STATUS" = 404 ]
-}
-
-# ---- stopping and starting ----
-
-# begin_upload FD NAME: half of a state is sent, on a descriptor of its own.
-begin_upload() {
-	eval "exec $1<>/dev/tcp/127.0.0.1/$PORT"
-	{
-		printf 'POST /%s HTTP/1.1\r\nHost: localhost\r\n' "$2"
-		printf 'Content-Length: %s\r\n\r\n' "$(wc -c <whole)"
-		cat half.1
-	} >&"$1"
-}
-
-# end_upload FD: sends the rest; what the server said, at once or later.
-end_upload() {
-	cat half.2 >&"$1"
-	timeout "$PATIENCE" head -1 <&"$1" | tr -d '\r'
-	eval "exec $1>&-"
-}
-
-halves() {
-	printf '{"serial":1,"pad":"%0*d' "$1" 0 >half.1
-	printf '%0*d"}' "$1" 0 >half.2
-	cat half.1 half.2 >whole
 }
 
 deaf() {
 	! (exec 8<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null
 }
 
-# Issue 4: SIGTERM during 50 uploads: those complete, small and large; who
-# comes later is refused; the exit status is 0.
+# SIGTERM during uploads: they complete; who comes later is refused; the exit status is 0.
 test_sigterm_lets_uploads_finish() {
-	local fd
+	local i n=40 FDS=()
+	[ "$BUILD" != sanitized ] || n=2	# it has few threads
 	serve
-	halves 200
-	for ((fd = 100; fd < 125; fd++)); do begin_upload $fd "small$fd"; done
-	halves 300000
-	for ((fd = 125; fd < 150; fd++)); do begin_upload $fd "large$fd"; done
-	until_true uploads_begun 25
+	pad 1 600000 >whole
+	for ((i = 0; i < n; i++)); do
+		begin_upload "s$i"
+	done
+	until_true files states/.tmp -ge $n
 	kill -TERM "$PID"
 	until_true deaf
-	kill -0 "$PID" || fail "gone, with uploads under way"
-	for ((fd = 125; fd < 150; fd++)); do
-		want "upload $fd" 'HTTP/1.1 200 OK' "$(end_upload $fd)"
-		cmp whole states/large$fd.tfstate
-	done
-	halves 200
-	for ((fd = 100; fd < 125; fd++)); do
-		want "upload $fd" 'HTTP/1.1 200 OK' "$(end_upload $fd)"
-		cmp whole states/small$fd.tfstate
+	for ((i = 0; i < n; i++)); do
+		want "upload $i" 'HTTP/1.1 200 OK' "$(end_upload "${FDS[i]}")"
+		cmp whole "states/s$i.tfstate"
 	done
 	STATUS=0
 	wait "$PID" || STATUS=$?
@@ -8294,1024 +4901,1309 @@ test_sigterm_lets_uploads_finish() {
 	no_uploads_left || fail "left: $(ls states/.tmp)"
 }
 
-uploads_begun() {
-	[ "$(find states/.tmp -type f | wc -l)" -ge "$1" ]
-}
-
-# Who was told 200 on a connection that stays may ask again at once: that is
-# answered, although SIGTERM came before the loop had heard of the first. Its
-# wake-up is held back here, so that it is so each time.
-test_a_request_behind_an_early_answer_is_answered_at_the_end() {
-	need strace
-	local line n
-	serve
-	exec 9<>"/dev/tcp/127.0.0.1/$PORT"
-	put() {
-		printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 12\r\n\r\n'
-		printf '{"serial":%d}' "$1"
-	}
-	for n in 1 2 3; do
-		[ $n != 2 ] || spy -e trace=write -e inject=write:delay_enter=300000
-		put $n >&9
-		[ $n != 3 ] || kill -TERM "$PID"
-		read -r -t "$PATIENCE" line <&9 || line='no answer'
-		want "write $n" $'HTTP/1.1 200 OK\r' "$line"
-		while [ "$line" != $'\r' ]; do
-			read -r -t "$PATIENCE" line <&9 || break
-		done
-	done
-	exec 9>&-
-	grumbles			# a leak check cannot be made under strace
-	wait "$PID" || :
-	unspy
-	want state '{"serial":3}' "$(cat states/x.tfstate)"
-}
-
-# A second SIGTERM does not wait, and its exit status says so.
-test_a_second_sigterm_exits_at_once() {
-	serve
-	halves 300000
-	begin_upload 100 s
-	until_true uploads_begun 1
+# A second SIGTERM does not wait, and its exit status says so. Temporary files of a server that is
+# dead are swept by the next to start; those of a living one on the same directory are not.
+test_only_a_dead_servers_uploads_are_swept() {
+	local dead living FDS=()
+	pad 1 600000 >whole
+	serve_as dead -d states
+	begin_upload dead
+	until_true files states/.tmp -ge 1
+	dead=$(ls states/.tmp)
+	cp "states/.tmp/$dead" kept
 	kill -TERM "$PID"
 	until_true deaf
-	kill -0 "$PID" || fail "gone, with an upload under way"
 	halt TERM
 	[ "$STATUS" != 0 ] || fail "exit status 0, with an upload under way"
-	exec 100>&-
-	[ ! -e states/s.tfstate ] || fail "half a state is there"
-	serve_as next -d states
-	no_uploads_left || fail "not swept: $(ls states/.tmp)"
-}
-
-# Temporary files of a server that is dead are swept by the next to start;
-# those of a living one on the same directory are not.
-test_only_a_dead_servers_uploads_are_swept() {
-	local dead living
-	halves 300000
-	serve_as dead -d states
-	begin_upload 100 dead
-	until_true uploads_begun 1
-	dead=$(ls states/.tmp)
-	halt KILL
-	cp "states/.tmp/$dead" kept
+	cp kept "states/.tmp/$dead"
 	serve_as living -d states
 	no_uploads_left || fail "the dead one's upload is still there"
+	[ ! -e states/dead.tfstate ] || fail "half a state is there"
 	cp kept "states/.tmp/$dead"
-	begin_upload 101 living
-	until_true uploads_begun 2
+	begin_upload living
+	until_true files states/.tmp -ge 2
 	living=$(find states/.tmp -type f ! -name "$dead" -printf '%f\n')
 	serve_as third -d states
 	want "uploads left" "$living" "$(ls states/.tmp)"
-	want "the living upload" 'HTTP/1.1 200 OK' "$(end_upload 101)"
+	want "the living upload" 'HTTP/1.1 200 OK' "$(end_upload "${FDS[1]}")"
 	cmp whole states/living.tfstate
 	no_uploads_left
 }
 
-# An empty .lock at start is a LOCK that nobody was told of: it is removed
-# and reported (PEERS bug 9). One that says something stays.
-test_an_empty_lock_is_removed_at_start() {
-	grumbles
-	mkdir -p states/team
-	touch states/torn.lock states/team/torn.lock
-	echo 'frozen for the audit' >states/frozen.lock
-	info L >states/held.lock
-	serve
-	until_true test ! -e states/torn.lock -a ! -e states/team/torn.lock
-	until_true grep -q '^statesrv: team/torn: .*empty lock' server.err
-	until_true grep -q '^statesrv: torn: .*empty lock' server.err
-	want "complaints" 2 "$(wc -l <server.err)"
-	expect 200 LOCK /torn "$(info M)"
-	expect 423 LOCK /frozen "$(info M)"
-	expect 423 LOCK /held "$(info M)"
-	expect 200 LOCK /held "$(info L)"
+# ---- two servers under everything at once ----------------------------------
+#
+# Clients load two servers on one directory and record each request; meanwhile
+# the servers are killed and stopped, and their clocks jump.
+#
+# A line of the record: op name id what status begin end, the times when it was
+# sent, and when it was answered or given up:
+#	R P D	a state is read, posted, deleted; id: of the lock, 0 for none
+#	L U F G	a lock is taken, released, broken, read
+#	H	a version in the history, id is its place; the last is the state
+# what: a state's serial, 0 for none, -1 for a torn one; of L, U and G the ID
+# of the lock that is there. status: 0 if no answer came.
+
+# load_tools: builds skew.so, which makes a server's clock wrong by $SKEW
+# seconds, every other second, and the clients:
+#	load run DIR MILLISECONDS	the record goes to stdout
+#	load contend DIR ROUNDS		two LOCKs at once, that many times
+load_tools() {
+	need "${CC:-cc}"
+	cat >load.c <<'C'
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <err.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { NAMES = 4, CLIENTS = 8, BIG = 1 << 19 };
+
+static const char *dir;
+static long stop;			/* in microseconds */
+static int rounds, patience;		/* for an answer, in seconds */
+static atomic_int ids, states;
+static _Thread_local FILE *conn[2];	/* to server 0 and 1 */
+static _Thread_local char answer[BIG], body[BIG];
+
+static long
+now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+static size_t
+state_make(int serial)
+{
+	static const int sizes[] = { 300, 20000, 66000, 300000, 1000, 9 };
+
+	return (size_t)sprintf(body, "{\"version\":4,\"serial\":%d,\"pad\":"
+	    "\"%0*d\",\"end\":%d}", serial, sizes[serial % 6], serial, serial);
+}
+
+static void
+dial(int i)
+{
+	struct sockaddr_in a = { .sin_family = AF_INET };
+	FILE *f = fopen(i == 0 ? "port.0" : "port.1", "r");
+
+	(void)!fscanf(f, "%hu", &a.sin_port);
+	fclose(f);
+	a.sin_port = htons(a.sin_port);
+	a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+	conn[i] = fdopen(socket(AF_INET, SOCK_STREAM, 0), "r");
+	(void)!connect(fileno(conn[i]), (void *)&a, sizeof(a));
+}
+
+static void
+say(int i, char op, int name, int id, int what)
+{
+	static const char *const form[128] = { ['R'] = "GET /%s/n%d",
+	    ['P'] = "POST /%s/n%d?ID=L%d", ['D'] = "DELETE /%s/n%d?ID=L%d",
+	    ['L'] = "LOCK /%s/n%d", ['U'] = "UNLOCK /%s/n%d",
+	    ['F'] = "UNLOCK /%s/n%d", ['G'] = "GET /%s/n%d/lock" };
+	struct timeval wait = { patience, 50000 + random() % 300000 };
+	char head[300];
+	size_t len = op == 'P' ? state_make(what) : 0, n;
+
+	if (conn[i] == NULL)
+		dial(i);
+	if (op == 'L' || op == 'U')
+		len = (size_t)sprintf(body, "{\"ID\":\"L%d\"}", id);
+	sprintf(head, form[(int)op], dir, name, id);
+	n = id == 0 ? strcspn(head, "?") : strlen(head);
+	n += (size_t)sprintf(head + n, " HTTP/1.1\r\nHost: localhost\r\n"
+	    "Content-Length: %zu\r\n\r\n", len);
+	i = fileno(conn[i]);
+	setsockopt(i, SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait));
+	send(i, head, n, MSG_NOSIGNAL | (len > 0 ? MSG_MORE : 0));
+	send(i, body, len, MSG_NOSIGNAL);
+}
+
+/* The answer's status, or 0 if none came: then the client hangs up. */
+static int
+hear(int i)
+{
+	char line[1000] = "";
+	size_t len = 0;
+	int status = 0;
+
+	while (fgets(line, sizeof(line), conn[i]) != NULL && line[0] != '\r') {
+		(void)sscanf(line, "HTTP/1.1 %d", &status);
+		(void)sscanf(line, "Content-Length: %zu", &len);
+	}
+	if (line[0] != '\r' || fread(answer, 1, len, conn[i]) != len) {
+		fclose(conn[i]);
+		conn[i] = NULL;
+		return 0;
+	}
+	answer[len] = '\0';
+	return status;
+}
+
+static int
+ask(int i, char op, int name, int id, int what)
+{
+	long begin = now();
+	int status;
+
+	say(i, op, name, id, what);
+	status = hear(i);
+	if (op == 'R' && status == 200) {
+		(void)sscanf(answer, "{\"version\":4,\"serial\":%9u", &what);
+		state_make(what);
+		what = strcmp(answer, body) == 0 ? what : -1;
+	}
+	if (strchr("LUG", op) != NULL && status != 0)
+		(void)sscanf(answer, "{\"ID\":\"L%d\"", &what);
+	printf("%c %d %d %d %d %ld %ld\n", op, name, id, what, status, begin,
+	    now());
+	return status;
+}
+
+/* A client that waits in vain asks the other server, or gives up. */
+static int
+insist(char op, int name, int id)
+{
+	int what = op == 'P' ? ++states : 0, i = (int)random() % 2, status;
+
+	usleep((useconds_t)random() % 8000);
+	while ((status = ask(i, op, name, id, what)) == 0 || status >= 500) {
+		if (now() > stop + 40000000)
+			errx(1, "nobody answers: %d", status);
+		if (now() < stop && random() % 20 == 0)
+			break;
+		usleep(5000);
+		i = 1 - i;
+	}
+	return status;
+}
+
+/* Name 0 is written without locks, the others mostly under them. */
+static void *
+client(void *arg)
+{
+	int name, id, status;
+
+	while (now() < stop) {
+		name = (int)random() % NAMES;
+		for (long n = random() % 5; n > 0; n--)
+			insist(n > 1 ? 'R' : 'G', name, 0);
+		if (name == 0 || random() % 9 == 0) {
+			insist(random() % 6 > 0 ? 'P' : 'D', name, 0);
+			continue;
+		}
+		id = ++ids;
+		status = insist('L', name, id);
+		if (status == 423 && random() % 20 == 0)
+			insist('F', name, 0);
+		for (long n = random() % 4; n >= 0 && status == 200; n--) {
+			insist('R', name, 0);
+			insist(n == 0 ? 'U' : random() % 6 > 0 ? 'P' : 'D', name, id);
+		}
+	}
+	return arg;
+}
+
+/* Two LOCKs at once, one at each server: one of them is granted. In every
+ * other round there is a lock, and so old that it may be broken (-b). */
+static void *
+contender(void *arg)
+{
+	int name = (int)(long)arg, a, b;
+	char lock[100];
+
+	sprintf(lock, "states/%s/n%d.lock", dir, name);
+	for (int id = 1; id < 2 * rounds; id += 2) {
+		say(0, 'L', name, id, 0);
+		say(1, 'L', name, id + 1, 0);
+		a = hear(0);
+		b = hear(1);
+		if (a + b != 200 + 423)
+			errx(1, "LOCKs: %d and %d", a, b);
+		if (id % 4 == 1)
+			utimes(lock, (struct timeval[2]){ 0 });
+		else
+			ask(id % 3 % 2, 'U', name, a == 200 ? id : id + 1, 0);
+	}
+	return arg;
+}
+
+int
+main(int argc, char **argv)
+{
+	void *(*work)(void *) = argv[1][0] == 'r' ? client : contender;
+	pthread_t thread[CLIENTS];
+
+	srandom((unsigned)now());
+	dir = argv[argc - 2];
+	stop = now() + atol(argv[argc - 1]) * 1000;
+	rounds = atoi(argv[argc - 1]) / CLIENTS;
+	patience = work == client ? 0 : 60;
+	for (long i = 0; i < CLIENTS; i++)
+		pthread_create(&thread[i], NULL, work, (void *)i);
+	for (int i = 0; i < CLIENTS; i++)
+		pthread_join(thread[i], NULL);
+	patience = 10;
+	for (int i = 0; i < 3 * NAMES && work == client; i++)
+		insist("FRG"[i % 3], i / 3, 0);
+	return 0;
+}
+C
+	${CC:-cc} -std=gnu11 -O1 -Wall -pthread -o load load.c
+	${CC:-cc} -O1 -shared -fPIC -o skew.so -x c - <<'C'
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+int
+clock_gettime(clockid_t id, struct timespec *t)
+{
+	struct timespec up;
+	int r = (int)syscall(SYS_clock_gettime, id, t);
+
+	syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &up);
+	if (id == CLOCK_REALTIME && up.tv_sec % 2 == 0)
+		t->tv_sec += atol(getenv("SKEW"));
+	return r;
+}
+C
+}
+
+# on_disk DIR: the record's lines of what is on disk, in its order.
+on_disk() {
+	find "states/.history/$1" "states/$1" -name '*.tfstate' | LC_ALL=C sort |
+		xargs -s 999999 awk -F '[":,{}]+' '
+		FNR == 1 {
+			match(FILENAME, "/n[0-9][/.]")
+			print "H", substr(FILENAME, RSTART + 2, 1), ++place,
+				($7 + 0 == $5 && $9 == $5 ? $5 : -1), 200, 9e15, 9e15
+		}'
+}
+
+# check_record: says what breaks a rule in the record on stdin. A write that
+# nobody answered may have landed, but not behind one that was sent after it
+# was given up: the guard, and the look for its client, would not let it.
+check_record() {
+	awk '
+	function never(broken, rule, a, b) {
+		if (broken) {
+			print rule ": " line[a] " | " line[b]
+			exit failed = 1
+		}
+	}
+	function ends(a, lock) {
+		return op[a] == "F" || (op[a] == "U" && id[a] == lock)
+	}
+	# gone: when all knew that a write was replaced. till: when the end of
+	# a lock was asked for.
+	function learn(a, b) {
+		if (sent[a] && done[b] && what[a] != what[b] && from[b] > to[a] && to[b] < gone[a])
+			gone[a] = to[b]
+		if (from[b] < till[a] && to[b] > from[a] && ends(b, id[a]))
+			till[a] = from[b] > to[a] ? from[b] : to[a]
+	}
+	# What happened while the lock a was held.
+	function under(a, b, n) {
+		never(done[b] && id[b] != id[a], "a write under the lock of another", a, b)
+		never(op[b] == "G" ? status[b] == 404 : id[b] == id[a] && status[b] ~ /409|423/,
+			"a lock was lost", a, b)
+		if (op[b] == "R" && !was[a])
+			was[a] = b
+		never(op[b] == "R" && from[b] > to[was[a]] && what[b] != what[was[a]] &&
+			!((n, what[b], id[a]) in wrote), "a state changed under a lock", was[a], b)
+	}
+	# What was sent after a was answered.
+	function behind(a, b, n) {
+		never(done[b] && id[b] && ends(a, id[b]) && from[a] > asked[n, id[b]],
+			"a write under a broken lock", a, b)
+		never(op[b] ~ /[LUG]/ && what[b] && ends(a, what[b]) && from[a] > asked[n, what[b]],
+			"a broken lock is back", a, b)
+		never(done[a] && done[b] && last[n, what[b]] && first[n, what[a]] > last[n, what[b]],
+			"the history is out of order", a, b)
+	}
+	function judge(a, b, n) {
+		if (till[a] > to[a] && to[b] < till[a] && from[b] > to[a])
+			under(a, b, n)
+		if (status[a] == 200 && from[b] > to[a])
+			behind(a, b, n)
+		if (op[b] == "R" && sent[a] && what[a] == what[b] && from[a] < to[b] &&
+		    gone[a] >= from[b])
+			known[b]
+		never(a != b && till[a] > to[a] && till[b] > to[b] && to[b] < till[a] && to[a] < till[b],
+			"two holders", a, b)
+	}
+	function alone(a, n) {
+		never(op[a] == "R" && !(a in known), "a read of what was replaced or never sent", a)
+		never(op[a] == "H" && !((n, what[a]) in wrote), "a version that nobody wrote", a)
+		never(done[a] && what[a] && !((n, what[a]) in first), "a state is lost", a)
+	}
+	{
+		line[NR] = $0
+		op[NR] = $1 == "D" && $5 == 404 ? "R" : $1
+		id[NR] = $3
+		what[NR] = $4
+		status[NR] = $5
+		from[NR] = $6
+		to[NR] = $7
+		done[NR] = $1 ~ /[PD]/ && $5 == 200
+		sent[NR] = $1 ~ /[PD]/ && $5 !~ /4../
+		gone[NR] = 9e15
+		till[NR] = $1 == "L" && $5 == 200 ? 9e15 : 0
+		if ($1 != "R" || $5 ~ /[24]../)
+			at[$2, ++lines[$2]] = NR
+		if (sent[NR])
+			wrote[$2, $4] = wrote[$2, $4, $3] = 1
+		if ($1 == "L" && $7 > asked[$2, $3])
+			asked[$2, $3] = $7
+		if ($1 == "H" && !last[$2, $4])
+			first[$2, $4] = $3
+		if ($1 == "H")
+			last[$2, $4] = $3
+	}
+	END {
+		for (n in lines) {
+			for (i = 1; a = at[n, i]; i++)
+				for (j = 1; op[a] ~ /[LPD]/ && (b = at[n, j]); j++)
+					learn(a, b)
+			for (i = 1; a = at[n, i]; i++)
+				for (j = 1; op[a] ~ /[LPDUF]/ && (b = at[n, j]); j++)
+					judge(a, b, n)
+			for (i = 1; a = at[n, i]; i++)
+				alone(a, n)
+		}
+		exit failed
+	}'
+}
+
+# The checker can fail: each record breaks one rule, but for the first two.
+test_source_each_rule_for_records_of_requests_is_enforced() {
+	local verdict record
+	while IFS=$'\t' read -r verdict record; do
+		tr ";" "\n" <<<"D 1 0 0 200 -1 -1;$record" >record
+		check_record <record >said && echo right >said
+		has said "^$verdict"
+	done <<-'END'
+	right	P 1 0 5 200 1 2;P 1 0 6 0 3 9;R 1 0 5 200 10 11;R 1 0 6 200 12 13;H 1 1 5 200 9 9
+	right	L 1 7 0 200 1 2;G 1 0 7 200 3 4;R 1 0 0 404 3 5;P 1 7 5 200 6 7;R 1 0 5 200 8 9;F 1 0 0 200 10 13;L 1 8 0 200 11 14;H 1 1 5 200 9 9
+	a read of .* never sent	P 1 0 5 200 1 2;R 1 0 -1 200 3 4;H 1 1 5 200 9 9
+	a read of what was replaced	P 1 0 5 0 1 2;P 1 0 6 200 3 4;R 1 0 5 200 5 6;H 1 1 6 200 9 9
+	a read of what was replaced	P 1 0 5 200 1 2;R 1 0 0 404 3 4;H 1 1 5 200 9 9
+	two holders	L 1 7 0 200 1 2;L 1 8 0 200 3 4;U 1 7 0 200 5 6;U 1 8 0 200 7 8
+	a write under the lock of another	L 1 7 0 200 1 2;P 1 0 5 200 3 4;R 1 0 5 200 5 6
+	a lock was lost	L 1 7 0 200 1 2;P 1 7 5 409 3 4
+	a lock was lost	L 1 7 0 200 1 2;G 1 0 0 404 3 4
+	a state changed under a lock	P 1 0 5 0 1 2;L 1 7 0 200 3 4;R 1 0 0 404 5 6;R 1 0 5 200 7 8
+	a write under a broken lock	L 1 7 0 200 1 2;F 1 0 0 200 3 4;P 1 7 5 200 5 6;R 1 0 5 200 7 8
+	a broken lock is back	L 1 7 0 0 1 2;L 1 7 0 200 3 4;U 1 7 0 200 5 6;L 1 8 7 423 7 8
+	a version that nobody wrote	P 1 0 5 423 1 2;H 1 1 5 200 9 9
+	a state is lost	P 1 0 5 200 1 2;P 1 0 6 200 3 4;R 1 0 6 200 5 6
+	the history is out of order	P 1 0 5 200 1 2;P 1 0 6 200 3 4;D 1 0 0 200 5 6;R 1 0 0 404 7 8;H 1 1 6 200 9 9;H 1 2 5 200 9 9
+	END
+}
+
+# come S [OPTION...]: server S comes, or comes back, with another clock.
+come() {
+	SKEW=${skews[RANDOM % ${#skews[@]}]} LD_PRELOAD=$PWD/skew.so \
+		ASAN_OPTIONS=verify_asan_link_order=0 \
+		serve_as "s$1.$((++come))" -d states -k 100000 "${@:2}"
+	pids[$1]=$PID
+	echo "$PORT" >"port.$1"
+}
+
+# trouble: a server is stopped, and then goes on, ends as it should, or is killed.
+trouble() {
+	local s=$((RANDOM % 2)) how=$((RANDOM % 4))
+	sleep "0.$((RANDOM % 6))"
+	kill -STOP "${pids[s]}"
+	sleep "$((RANDOM % 2)).$((RANDOM % 10))"
+	[ $how = 0 ] || kill -CONT "${pids[s]}"
+	[ $how -lt 2 ] || return 0
+	[ $how = 0 ] && halt KILL "${pids[s]}" || halt TERM "${pids[s]}"
+	[ $how = 0 ] || want "exit status" 0 "$STATUS"
+	come $s
+}
+
+# crash_rounds N: N times clients in troubled times, and the record of it is
+# checked. In the end nothing is left over.
+crash_rounds() {
+	local round come=0 pids=() clients skews=(0 0 600 -600 86400 -31536000)
+	load_tools
+	come 0
+	come 1
+	for ((round = 1; round <= $1; round++)); do
+		printf 'D %s 0 0 200 -1 -1\n' 0 1 2 3 >record
+		./load run "r$round" 4000 >>record &
+		clients=$!
+		while kill -0 $clients 2>/dev/null; do
+			trouble
+		done
+		wait $clients || fail "round $round"
+		on_disk "r$round" >>record
+		check_record <record || fail "round $round"
+	done
+	halt TERM "${pids[0]}"
+	halt TERM "${pids[1]}"
+	come 0
+	until_true no_uploads_left
+	want "strays" '' "$(strays)"
+	! grep -v guard ./s*.err || fail "see above"
+}
+
+# ./test.sh crash ROUNDS
+crash() {
+	trap 'reap; rm -rf "$work"' EXIT
+	set -e
+	crash_rounds "$1"
+	echo "$1 rounds survived"
+}
+
+# Promises 1 to 4, 6 and 7, for the clients of two servers.
+test_two_servers_under_everything_at_once_keep_their_promises() {
+	grumbles
+	crash_rounds 3
+}
+
+# contend_for_locks ROUNDS: promise 3, for LOCKs sent at once to two servers.
+# Pages that look at the locks meanwhile do not end the guard.
+contend_for_locks() {
+	local come=0 pids=() clients skews=(0)
+	load_tools
+	come 0 -b 1
+	come 1 -b 1
+	./load contend c "$1" >record &
+	clients=$!
+	while kill -0 $clients 2>/dev/null; do
+		expect 200 GET /
+		expect 200 GET /-/ready
+	done
+	wait $clients || fail "see above"
+}
+
+test_no_lock_is_granted_twice_by_two_servers() {
+	contend_for_locks 2000
+}
+
+# macOS and OpenBSD have only locks that belong to a process.
+test_source_with_classic_record_locks_grants_no_lock_twice() {
+	build classic "${shipped[@]}" -DNO_OFD
+	STATESRV=./classic
+	contend_for_locks 10000
+}
+
+# ---- the protocol, as a model ----------------------------------------------
+
+# How two servers keep promises 1, 3 and 4, checked for all that can happen in
+# three troubles; and each step of it is needed.
+test_source_the_protocol_of_locks_and_writes_holds_in_a_model() {
+	local steps=(-DGUARD=1 -DINODE=1 -DLOOK=1 -DSYNC=1 -DSTAY=1) step
+	need spin "${CC:-cc}"
+	cat >model.pml <<'PML'
+/*
+ * Two servers on one directory; in each, a thread for each of two clients. A
+ * client that waits in vain hangs up and asks either server again, while the
+ * first may be stopped anywhere. GUARD, INODE, LOOK, SYNC, STAY: 0 takes the
+ * step out.
+ */
+#define NONE	2
+#define ID(c)	(2 * run_no[c] + c + 1)			/* of its lock */
+#define T	thread[2 * s + c]
+#define THERE	(at[c] == s)
+#define FREE	(lock == 0 || lock == T.id)
+#define ASKS	(at[c] == NONE && op[c] != DONE)
+#define SYNCED	old_lock = lock; old_state = state
+#define HEARS(what)	(THERE && op[c] == what)
+
+mtype = { LOCK, POST, UNLOCK, FORCE, DONE, IDLE, ASKED, INSIDE, PUBLISHED, ANSWERED };
+typedef request { mtype is = IDLE, op; byte id, new };
+request thread[4];
+byte lock, old_lock, state, old_state;	/* old: perhaps, after a power cut */
+byte named, opened[2];			/* inodes: of .guard, the servers' */
+bool guard[2];				/* by inode: one is inside */
+mtype op[2] = LOCK;			/* what a client wants, */
+byte at[2] = NONE, new[2], run_no[2];	/* of which server */
+bool holds[2], forced[2], ended[6];	/* what it believes of its locks */
+byte made, acked;			/* states: sent, answered 200 */
+byte trouble = 3, forces = 1;
+
+inline set(s, c, is_now, what, lock_id, number) {
+	T.is = is_now;
+	T.op = what;
+	T.id = lock_id;
+	T.new = number
+}
+
+inline end(s, c) {			/* of a thread, and of a wait for it */
+	at[c] = (THERE -> NONE : at[c]);
+	set(s, c, IDLE, 0, 0, 0)
+}
+
+inline go_on() {			/* under the lock */
+	if
+	:: made < 2 -> made++; new[c] = made; op[c] = POST
+	:: new[c] = 0; op[c] = UNLOCK; holds[c] = false
+	fi
+}
+
+inline answer(ok) {
+	if
+	:: !THERE || (HEARS(LOCK) && !ok)
+	:: HEARS(LOCK) && !ok && c == 1 && forces > 0 ->
+		forces--; op[1] = FORCE; holds[0] = false; forced[0] = true
+	:: HEARS(FORCE) -> op[c] = LOCK
+	:: HEARS(LOCK) && ok -> holds[c] = !forced[c]; go_on()
+	:: HEARS(POST) && ok -> acked = (new[c] > acked -> new[c] : acked); go_on()
+	:: HEARS(POST) && !ok -> new[c] = 0; op[c] = UNLOCK
+	:: HEARS(UNLOCK) -> ended[ID(c)] = ok; run_no[c]++;
+		forced[c] = (op[1 - c] == FORCE);
+		op[c] = (run_no[c] < 2 - c -> LOCK : DONE)
+	fi;
+	end(s, c)
+}
+
+active [2] proctype client() {
+	byte c = _pid;
+	do
+	:: atomic { ASKS && thread[c].is == IDLE ->
+		at[c] = 0; set(0, c, ASKED, op[c], ID(c), new[c]) }
+	:: atomic { ASKS && thread[2 + c].is == IDLE ->
+		at[c] = 1; set(1, c, ASKED, op[c], ID(c), new[c]) }
+	:: atomic { at[c] != NONE && trouble > 0 -> trouble--; at[c] = NONE }
+	od
+}
+
+active [4] proctype server() {
+	byte s = (_pid - 2) / 2, c = _pid % 2;
+	do
+	:: atomic { T.is == ASKED && !(GUARD && guard[opened[s]]) ->
+		if
+		:: INODE && opened[s] != named -> end(s, c)		/* 503 */
+		:: LOOK && !THERE && T.op != UNLOCK -> end(s, c)
+		:: T.op == POST && lock != T.id -> answer(false)
+		:: (T.op == LOCK || T.op == UNLOCK) && !FREE -> answer(false)
+		:: else -> guard[opened[s]] = true; T.is = INSIDE
+		fi }
+	:: atomic { T.is == INSIDE -> guard[opened[s]] = false; T.is = PUBLISHED;
+		if
+		:: T.op == LOCK && FREE -> lock = T.id
+		:: T.op == LOCK && !FREE -> end(s, c)			/* O_EXCL */
+		:: T.op == POST -> assert(lock == T.id); state = T.new
+		:: T.op == UNLOCK || T.op == FORCE -> lock = 0
+		fi }
+	:: atomic { T.is == PUBLISHED && SYNC -> SYNCED; answer(true) }
+	:: atomic { T.is == PUBLISHED && !SYNC -> answer(true); T.is = ANSWERED }
+	:: atomic { T.is == ANSWERED -> SYNCED; T.is = IDLE }
+	:: atomic { T.is == PUBLISHED && trouble > 0 -> trouble--;	/* no sync: 503 */
+		lock = (!STAY && T.op == LOCK && FREE -> 0 : lock);
+		end(s, c) }
+	od
+}
+
+inline restart(s) {
+	guard[opened[s]] = guard[opened[s]] &&
+	    thread[2 * s].is != INSIDE && thread[2 * s + 1].is != INSIDE;
+	opened[s] = named;
+	end(s, 0);
+	end(s, 1)
+}
+
+active proctype troubles() {
+	do
+	:: atomic { trouble > 0 -> trouble--; restart(0) }
+	:: atomic { trouble > 0 -> trouble--; restart(1) }
+	:: atomic { trouble > 0 -> trouble--; restart(0); restart(1);
+		if					/* the power was cut */
+		:: lock = old_lock
+		:: lock != old_lock -> lock = 0
+		:: state = old_state
+		:: lock = old_lock; state = old_state
+		fi;
+		SYNCED }
+	:: atomic { trouble > 0 && named == 0 && !guard[0] ->	/* inside, it would be too late */
+		trouble--; named = 1 }
+	od
+}
+
+active proctype promises() {
+	do
+	:: holds[0] && lock != ID(0) -> assert(false)	/* one holder: each */
+	:: holds[1] && lock != ID(1) -> assert(false)	/* has the lock */
+	:: ended[lock] -> assert(false)			/* it is not back */
+	:: state < acked -> assert(false)		/* no write is lost */
+	od
+}
+PML
+	for step in nothing GUARD INODE LOOK SYNC STAY; do
+		spin "${steps[@]/$step=1/$step=0}" -a model.pml
+		${CC:-cc} -w -O2 -DSAFETY -DMEMLIM=1500 -o pan pan.c
+		./pan -E -m10000 >found
+		case $step in
+		nothing) has found 'errors: 0' && hasnt found 'not completed|too small' ;;
+		*) has found 'assertion violated' ;;
+		esac
+	done
+}
 # ---- what stands around the server ----------------------------------------
 #
-# Fronts that speak TLS, systemd, a container engine, a browser: each is
-# started for real where it is installed. The configurations are not written
-# here but taken from the README, so that what it shows is what was tried.
+# Each for real, where it is installed, and by what the README shows.
 
-# recipe FILE: the text that the README shows under the line "# FILE".
-recipe() {
-	awk -v head="# $1" '
+# shown LINE: the text that the README shows under that line.
+shown() {
+	awk -v head="$1" '
 		!/^[ \t]/ && NF { on = 0 }
 		{ sub(/^(\t|    )/, "") }
-		/^# [^ ]*[.\/][^ ]*$/ { on = $0 == head }
-		on' "$here/README" >recipe
-	[ -s recipe ] || fail "the README has no $1"
-	cat recipe
+		/^# (recipe: |[^ ]*[.\/][^ ]*$)/ { on = $0 == head }
+		on' "$here/README" >shown
+	[ -s shown ] || fail "the README has no $1"
+	cat shown
 }
 
-# behind FILE OPTION...: a server on ./sock; the README's FILE in ./front,
-# for paths here and $FRONT, a port that was free a moment ago. (A socket's
-# path has room for 107 bytes, hence the short way to this directory.)
-behind() {
-	local file=$1 dir=/proc/$BASHPID/cwd
-	shift
-	serve_as probe -d probe
-	FRONT=$PORT
-	halt
-	serve -l unix:sock "$@"
-	recipe "$file" | sed "s|/etc/statesrv/|$T/|g; s|/run/statesrv.sock|$dir/sock|
-		s|states.example.org {|localhost:$FRONT {|; s|states.example.org|localhost|
-		s|\<443\>|127.0.0.1:$FRONT|" >front
-	recipe certificates.sh | sed 's|states.example.org|localhost|' >make-certs
-	bash -e make-certs 2>openssl.out || fail "$(cat openssl.out)"
-	URL=https://localhost:$FRONT
-}
-
-# front COMMAND...: starts it, waits until it takes connections.
+# front COMMAND...: starts it, waits until it takes connections on $FRONT.
 front() {
-	"$@" >front.out 2>&1 &
-	echo $! >>"$T/pids"
-	until_true front_is_up
+	"$@" >front.log 2>front.out &
+	PID=$!
+	until_true eval '(: <>"/dev/tcp/127.0.0.1/$FRONT") 2>/dev/null'
 }
 
-front_is_up() {
-	(: <>"/dev/tcp/127.0.0.1/$FRONT") 2>/dev/null
+# nginx_front: nginx with what is in ./front.
+nginx_front() {
+	mkdir tmp
+	cat >nginx.conf <<-EOF
+	daemon off; master_process off; pid nginx.pid; error_log stderr; events {}
+	http {
+		access_log off; client_body_temp_path tmp/1; proxy_temp_path tmp/2;
+		fastcgi_temp_path tmp/3; uwsgi_temp_path tmp/4; scgi_temp_path tmp/5;
+		include $T/front;
+	}
+	EOF
+	front nginx -p "$T" -c nginx.conf
 }
 
-# mtls METHOD PATH [BODY [OPTION...]]: ask, with a client certificate.
-mtls() {
-	ask "$1" "$2" "${3-}" --cacert ca.crt --cert client.crt --key client.key \
-		"${@:4}"
-}
-
-# What must hold behind any front: terraform's whole round, TLS and client
-# certificate from the environment; force-unlock's empty chunked body; an
-# early answer to a large upload; the client's address, which it cannot forge.
-lives_behind_the_front() {
-	local id=11111111-2222-4333-8444-555555555555 mark
+# behind FILE: a server, and in ./front the README's FILE, on a machine that is
+# called states.example.org and has an /etc and a /run of its own.
+behind() {
+	terraform_here
+	mount -t tmpfs none /run
+	mkdir /run/{etc,work}
+	mount -t overlay -o lowerdir=/etc,upperdir=/run/etc,workdir=/run/work none /etc
+	echo 127.0.0.1 localhost states.example.org >/etc/hosts
+	mkdir -p /etc/statesrv
+	shown '# certificates.sh' >certificates.sh
+	(cd /etc/statesrv && bash -e "$T/certificates.sh") 2>openssl.out || fail "$(cat openssl.out)"
+	serve -l unix:/run/statesrv.sock
+	shown "# $1" >front
+	export FRONT=443 URL=https://states.example.org CURL_HOME=$T
+	printf '%s = /etc/statesrv/%s\n' cacert ca.crt cert client.crt key client.key >.curlrc
 	resources work
 	backend work
-	recipe client.sh | sed "s|states.example.org|localhost:$FRONT|" >env.sh
+	shown '# client.sh' >env.sh
 	# shellcheck source=/dev/null
-	. ./env.sh
+	cd /etc/statesrv && . "$T/env.sh" && cd "$T"
+}
+
+# Terraform's whole round, TLS and client certificate from the environment; an
+# early answer to a large upload; the client's address, which it cannot forge.
+test_terraform_lives_behind_nginx_with_client_certificates() {
+	local mark
+	need terraform nginx openssl ip
+	apart --net
+	behind /etc/nginx/conf.d/statesrv.conf
+	nginx_front
 	works work init
 	works work apply -auto-approve
-	has states/demo.tfstate '"serial": 1,'
 	works work apply -auto-approve -var v=2
-	until_true grep -q -E "client=127\.0\.0\.1[: ](.* )?method=POST .*status=200" \
-		server.log
-
-	mtls LOCK /demo "$(info "$id")"
-	want "LOCK" 200 "$STATUS"
+	until_true grep -q -E 'client=127\.0\.0\.1[: ](.* )?method=POST .*status=200' server.log
+	expect 200 LOCK /demo "$(info 4711)"
 	fails work apply -auto-approve -var v=3
-	has work.out "$id"
+	has work.out 4711
 	{ state 9 && head -c 20000000 /dev/zero | tr '\0' ' '; } >large
 	# HTTP/1.1, for curl may lose an answer of HTTP/2 that comes that early.
-	mtls POST /demo @large --http1.1 -H 'X-Forwarded-For: 192.0.2.66'
-	want "a large upload without the lock" 423 "$STATUS"
-	has answer "$id"
+	rows --http1.1 -H 'X-Forwarded-For: 192.0.2.66' <<<'423 - POST /demo @large	4711'
 	hasnt server.log '192\.0\.2\.66'
-	mtls GET /demo/lock
-	want "the lock" 200 "$STATUS"
-	works work force-unlock -force "$id"
-	[ ! -e states/demo.lock ] || fail "force-unlock did not"
-	mtls POST /demo @large
-	want "a large upload" 200 "$STATUS"
+	works work force-unlock -force 4711
+	expect 200 POST /demo @large
 	cmp large states/demo.tfstate
+	want "states left in nginx's files" '' "$(find tmp -type f)"
 
 	unset TF_HTTP_CLIENT_CERTIFICATE_PEM TF_HTTP_CLIENT_PRIVATE_KEY_PEM
 	export TF_HTTP_RETRY_MAX=0
 	mark=$(wc -l <server.log)
 	fails work plan
-	curl -s --cacert ca.crt "$URL/demo" >answer 2>&1 || :
-	hasnt answer lineage
-	want "lines in the log without a certificate" "$mark" "$(wc -l <server.log)"
+	curl -q -s --cacert /etc/statesrv/ca.crt "$URL/demo" >answer 2>&1 || :
+	want 'lines in the log without a certificate' "$mark" "$(wc -l <server.log)"
 }
 
-# Issue 7.4: the smallest front, with the PROXY protocol to a unix socket.
-test_terraform_lives_behind_stunnel_with_client_certificates() {
-	need terraform stunnel4 openssl
-	terraform_here
-	behind /etc/stunnel/statesrv.conf
-	sed -i '1i foreground = yes' front
-	front stunnel4 front
-	lives_behind_the_front
-}
-
-# Issue 7.4: a front that tells the client's address in X-Forwarded-For.
-test_terraform_lives_behind_nginx_with_client_certificates() {
-	need terraform nginx openssl
-	terraform_here
-	behind /etc/nginx/conf.d/statesrv.conf
-	mkdir tmp
-	cat >nginx.conf <<-EOF
-	daemon off;
-	master_process off;
-	pid nginx.pid;
-	error_log stderr;
-	events {}
-	http {
-		access_log off;
-		client_body_temp_path tmp/1;
-		proxy_temp_path tmp/2;
-		fastcgi_temp_path tmp/3;
-		uwsgi_temp_path tmp/4;
-		scgi_temp_path tmp/5;
-		include $T/front;
-	}
-	EOF
-	front nginx -p "$T" -c nginx.conf
-	lives_behind_the_front
-	want "states left in nginx's files" "" "$(find tmp -type f)"
-}
-
-# Issue 7.4: a front that would fetch its certificates by itself.
+# The other front: its own check of the file, and an apply through it.
 test_terraform_lives_behind_caddy_with_client_certificates() {
-	need terraform caddy openssl
-	terraform_here
+	need terraform caddy openssl ip
+	apart --net
 	behind /etc/caddy/Caddyfile
-	sed -i "1i {\nadmin off\nauto_https off\ndefault_bind 127.0.0.1\n}" front
 	export HOME=$T XDG_DATA_HOME=$T XDG_CONFIG_HOME=$T
+	caddy validate --config front --adapter caddyfile >check 2>&1 || fail "$(cat check)"
 	front caddy run --config front --adapter caddyfile
-	lives_behind_the_front
+	works work init
+	works work apply -auto-approve
+	has states/demo.tfstate '"serial": 1,'
 }
 
-# DESIGN, Decisions: who the client is, is believed from a unix socket's
-# peer alone: the PROXY line, or the last element of X-Forwarded-For.
-test_the_clients_address_is_believed_on_a_unix_socket_alone() {
-	local path header told
+# From a unix socket the last element of X-Forwarded-For is believed, which the
+# front itself has written, if it is an address.
+test_the_clients_address_is_believed_of_a_front_on_a_socket() {
+	local n=0 header told
 	serve -l unix:sock
-	while IFS='|' read -r path header told; do
-		expect 404 GET "/$path" '' -H "$header" --unix-socket sock
-		until_true grep -q "name=$path " server.log
-		has server.log "client=$told.* name=$path "
+	while IFS='|' read -r header told; do
+		n=$((n + 1))
+		expect 404 GET /n$n '' -H "X-Forwarded-For: $header" --unix-socket sock
+		until_true grep -q -E "client=$told .*name=n$n " server.log
 	done <<-'EOF'
-	one|X-Forwarded-For: 192.0.2.7|192\.0\.2\.7
-	two|X-Forwarded-For: 192.0.2.66, 192.0.2.7|192\.0\.2\.7
-	v6|x-forwarded-for: 2001:db8::7|\[?2001:db8::7
-	junk|X-Forwarded-For: <script> why="no"|unix
-	last|X-Forwarded-For: 192.0.2.66, unix:|unix
-	none|X-Other: 192.0.2.66|unix
+	192.0.2.66, 192.0.2.7|192\.0\.2\.7
+	2001:db8::7|\[?2001:db8::7\]?
+	<script> why="no"|unix
+	192.0.2.66, unix:|unix
 	EOF
-	expect 404 GET /proxied '' --unix-socket sock --haproxy-protocol \
-		-H 'X-Forwarded-For: 192.0.2.66' # the PROXY line is the front's
 	expect 404 GET /tcp '' -H 'X-Forwarded-For: 192.0.2.66'
-	want "a PROXY line on a TCP port" 400 "$(raw_status <<-'EOF'
-	PROXY TCP4 192.0.2.66 192.0.2.8 5 6
-	GET / HTTP/1.0
-
-	EOF
-	)"
-	until_true grep -q 'name=tcp ' server.log
-	has server.log 'client=127\.0\.0\.1:[0-9]+ .* name=tcp '
+	until_true grep -q -E 'client=127\.0\.0\.1:[0-9]+ .*name=tcp ' server.log
 	hasnt server.log '192\.0\.2\.66|script'
 }
 
-# a_starter: ./starter ADDRESS PID COMMAND... passes a TCP and a unix socket
-# as systemd does, with the PID it was told, or its own for 0.
-a_starter() {
-	need "${CC:-cc}"
-	"${CC:-cc}" -x c -o starter - <<-'EOF'
-	#include <arpa/inet.h>
-	#include <stdio.h>
-	#include <stdlib.h>
-	#include <string.h>
-	#include <sys/socket.h>
-	#include <sys/un.h>
-	#include <unistd.h>
-
-	int
-	main(int argc, char **argv)
-	{
-		struct sockaddr_in in = { .sin_family = AF_INET };
-		struct sockaddr_un un = { .sun_family = AF_UNIX };
-		int a = socket(AF_INET, SOCK_STREAM, 0);
-		int b = socket(AF_UNIX, SOCK_STREAM, 0);
-		char pid[16];
-
-		if (argc < 4 || inet_pton(AF_INET, argv[1], &in.sin_addr) != 1)
-			return 2;
-		strcpy(un.sun_path, "passed");
-		if (bind(a, (void *)&in, sizeof in) || listen(a, 99) ||
-		    bind(b, (void *)&un, sizeof un) || listen(b, 99) ||
-		    dup2(a, 13) < 0 || dup2(b, 4) < 0 || dup2(13, 3) < 0)
-			return 2;
-		snprintf(pid, sizeof pid, "%d", (int)getpid());
-		setenv("LISTEN_PID", atoi(argv[2]) ? argv[2] : pid, 1);
-		setenv("LISTEN_FDS", "2", 1);
-		execv(argv[3], argv + 3);
-		return 2;
-	}
-	EOF
-}
-
-# started NAME ARGUMENT...: a server by the starter, with NAME.log, NAME.err.
-started() {
-	local name=$1
-	shift
-	rm -f passed
-	: >"$name.log"
-	./starter "$@" >"$name.log" 2>"$name.err" &
-	PID=$!
-	echo "$PID" >>"$T/pids"
-}
-
-# Issue 7.5, sd_listen_fds(3): passed sockets are used as they are and no
-# other; those meant for another process are left alone; what a public
-# address needs, a passed one needs too.
+# sd_listen_fds(3): passed sockets are used as they are, and no other; those
+# meant for another process are left alone; a public one needs users, too.
 test_sockets_passed_by_systemd_are_used_as_they_are() {
-	a_starter
-	started server 127.0.0.1 0 "$STATESRV" -d states
-	until_true listening server
-	want "listeners" 2 "$(grep -c 'listening on' server.log)"
-	has server.log 'listening on unix:.*passed'
-	URL=$(sed -n 's/.*listening on \(http:.*\)/\1/p' server.log)
+	need systemd-socket-activate ip
+	apart --net
+	FRONT=8080 URL=http://127.0.0.1:8080
+	front systemd-socket-activate -l "127.0.0.1:$FRONT" -l /proc/self/cwd/passed \
+		"$STATESRV" -d states
+	until_true grep -q ' on unix:.*passed' front.log
+	want listeners 2 "$(grep -c '^statesrv: .* on [hu]' front.log)"
 	expect 200 POST /demo "$(state 1)"
 	expect 200 GET /demo '' --unix-socket passed
 	halt
-	want "exit status" 0 "$STATUS"
+	want 'exit status' 0 "$STATUS"
 	[ -S passed ] || fail "the socket was systemd's, and it is gone"
-
-	started other 127.0.0.1 1 "$STATESRV" -d states -l 127.0.0.1:0
-	until_true listening other
-	want "listeners of its own" 1 "$(grep -c 'listening on' other.log)"
-	halt
-
-	started public 0.0.0.0 0 "$STATESRV" -d states
-	STATUS=0
-	wait "$PID" || STATUS=$?
-	want "a public socket without users" 1 "$((STATUS != 0))"
-	has public.err 'TF_HTTP_USERNAME'
-	rm public.err
+	LISTEN_PID=1 LISTEN_FDS=1 serve_as other -d states
+	expect 200 GET /demo
+	front systemd-socket-activate -l "0.0.0.0:$FRONT" "$STATESRV" -d states
+	! wait $PID || fail 'a public socket without users'
+	has front.out TF_HTTP_USERNAME
 }
 
-# Issue 7.5: systemd has nothing to say against the units, and little is
-# left open by them (0 is locked up, 10 is anything goes).
-test_the_units_of_the_readme_please_systemd_analyze() {
-	need systemd-analyze
-	recipe /etc/systemd/system/statesrv.socket >statesrv.socket
-	recipe /etc/systemd/system/statesrv.service |
-		sed "s|/usr/local/bin/statesrv|$STATESRV|" >statesrv.service
-	systemd-analyze verify --man=no ./statesrv.socket >verify 2>&1 ||
-		fail "$(cat verify)"
-	hasnt verify 'statesrv\.'
-	systemd-analyze security --offline=yes --threshold=10 \
-		./statesrv.service >security 2>&1 || fail "$(tail -n 3 security)"
-}
-
-# Issue 7.5: the units themselves, under a systemd of our own that sees the
-# machine's files through an overlay. In there, as root: a write, a restart
-# on the held socket, another user who may not connect, a stop.
+# systemd has nothing to say against the units. The service runs under a systemd
+# of our own, which sees the machine's files through an overlay: a write, a
+# restart on the held socket, a user who may not connect.
 test_the_units_of_the_readme_serve_under_systemd() {
 	local etc=upper/etc/systemd/system
-	need systemd-nspawn unshare
-	[ "$(id -u)" = 0 ] || skip "only root may start a systemd"
-	mkdir -p $etc/statesrv.service.d upper/usr/local/bin upper/etc/statesrv \
-		work root told
+	need systemd-nspawn systemd-analyze
+	apart --mount
+	mkdir -p $etc/statesrv.service.d upper/usr/local/bin upper/etc/statesrv work root told user
+	cp "$STATESRV" upper/usr/local/bin/statesrv
+	shown '# /etc/systemd/system/statesrv.socket' >$etc/statesrv.socket
+	shown '# /etc/systemd/system/statesrv.service' >$etc/statesrv.service
+	shown '# recipe: login' | sed -n "s|/usr/local/bin/statesrv|$STATESRV|
+		/^\[Service/,/^end/{/^end/d;p;}" >user/statesrv.service
 	printf '[Service]\nEnvironment=ASAN_OPTIONS=detect_leaks=0\n' \
 		>$etc/statesrv.service.d/sanitized.conf # has no ptrace(2) there
-	recipe /etc/systemd/system/statesrv.socket >$etc/statesrv.socket
-	recipe /etc/systemd/system/statesrv.service >$etc/statesrv.service
-	cp "$STATESRV" upper/usr/local/bin/statesrv
 	(umask 077 && echo 'ci hunter2 write' >upper/etc/statesrv/users)
-	printf '[Unit]\nRequires=statesrv.socket\nWants=try.service\n' \
-		>$etc/try.target
-	cat >$etc/try.service <<-'EOF'
-	[Unit]
-	After=statesrv.socket
-	[Service]
-	Type=oneshot
-	ExecStart=-/bin/sh /try
-	ExecStopPost=/bin/systemctl exit 0
-	EOF
+	printf '[Unit]\nRequires=statesrv.socket\nWants=try.service\n' >$etc/try.target
+	printf '%s\n' '[Unit]' After=statesrv.socket '[Service]' Type=oneshot \
+		'ExecStart=-/bin/sh /try' 'ExecStopPost=/bin/systemctl exit 0' >$etc/try.service
 	cat >upper/try <<-'EOF'
 	exec >/told/all 2>&1
-	ask() {
-		curl -s -m 9 --unix-socket /run/statesrv.sock -o /told/answer \
-			-w '%{http_code}\n' "$@"
-	}
-	ask -u ci:hunter2 -d '{"serial": 7}' http://states/team/prod
-	ask http://states/team/prod
+	ask="curl -s -m 9 --unix-socket /run/statesrv.sock -o /told/answer -w %{http_code}\n"
+	$ask -u ci:hunter2 -d '{"version": 4, "serial": 7}' http://states/team/prod
+	$ask http://states/team/prod
 	systemctl restart statesrv.service
-	ask -u ci:hunter2 http://states/team/prod
-	setpriv --reuid nobody --clear-groups \
-		curl -s --unix-socket /run/statesrv.sock http://states/-/ready
-	echo "exit $?"
+	$ask -u ci:hunter2 http://states/team/prod
+	setpriv --reuid nobody --clear-groups $ask http://states/-/ready || echo "exit $?"
 	stat -L -c %a /var/lib/statesrv /var/lib/statesrv/team/prod.tfstate
 	systemctl stop statesrv.socket statesrv.service
 	systemctl show -p Result --value statesrv.service
 	journalctl -q -o cat -u statesrv.service >/told/journal
 	EOF
-	unshare --mount bash -e >nspawn.out 2>&1 <<-'EOF' || :
 	mount -t tmpfs none /run
 	mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work none root
-	SYSTEMD_LOG_LEVEL=err timeout 60 systemd-nspawn -q -D root \
-		--bind "$PWD/told:/told" --link-journal=no --private-network \
-		--register=no --keep-unit --console=pipe \
-		/lib/systemd/systemd --unit=try.target </dev/null
-	EOF
+	XDG_RUNTIME_DIR=/run systemd-analyze verify --man=no --user user/statesrv.service 2>verify
+	systemd-analyze verify --man=no --root=root statesrv.socket 2>>verify
+	hasnt verify 'statesrv\.'
+	SYSTEMD_LOG_LEVEL=err timeout 60 systemd-nspawn -q -D root --bind "$PWD/told:/told" \
+		--link-journal=no --private-network --register=no --keep-unit --console=pipe \
+		/lib/systemd/systemd --unit=try.target </dev/null >nspawn.out 2>&1 || :
 	rmdir /sys/fs/cgroup/{,*/}{payload/*,payload,supervisor} 2>/dev/null || :
 	[ -e told/all ] || skip "no systemd starts here: $(tail -n 1 nspawn.out)"
-	want "what was told inside" "200 401 200 exit 7 700 600 success" \
-		"$(xargs <told/all)"
-	want "the state" '{"serial": 7}' "$(cat told/answer)"
+	want 'what was told' '200 401 200 000 exit 7 700 600 success' "$(xargs <told/all)"
+	want 'the state' '{"version": 4, "serial": 7}' "$(cat told/answer)"
 	has told/journal 'method=POST name=team/prod status=200'
 }
 
-# engine: a docker engine in name spaces of its own: its network, mounts and
-# processes end with it. From here on curl and terraform run on its machine.
+# engine: docker's, in the test's own name spaces, until the test ends.
 engine() {
-	need docker dockerd unshare nsenter ip pgrep musl-gcc
-	[ "$(id -u)" = 0 ] || skip "only root may start dockerd"
+	mount -t tmpfs none /run
+	mount -t tmpfs none /opt
 	unset "${!DOCKER_@}"
-	DOCKER=$(mktemp -d) # a short name, for sockets
-	export DOCKER_HOST=unix://$DOCKER/socket
-	unshare --net --mount --pid --fork --kill-child --mount-proc bash -c '
-		for dir in /run /opt /etc/docker; do
-			[ ! -d $dir ] || mount -t tmpfs none $dir
-		done
-		ip link set lo up
-		exec dockerd "$@"' - -H "$DOCKER_HOST" --data-root "$DOCKER/data" \
-		--exec-root "$DOCKER/exec" --pidfile "$DOCKER/pid" \
-		--cgroup-parent "/${DOCKER##*/}" >dockerd.log 2>&1 &
+	dockerd --data-root "$PWD/docker" --cgroup-parent "/${T##*/}" >dockerd.log 2>&1 &
 	ENGINE=$!
-	echo "$ENGINE" >>"$T/pids"
-	trap engine_ends EXIT
+	trap 'docker rm -f -v states; find /sys/fs/cgroup -depth -path "*/${T##*/}*" -type d \
+		-exec rmdir {} +' EXIT
 	until_true engine_is_up
-	INSIDE=$(pgrep -P "$ENGINE")
-	curl() { nsenter -t "$INSIDE" -n curl "$@"; }
-	terraform() { nsenter -t "$INSIDE" -n terraform "$@"; }
-	URL=http://127.0.0.1:8080
-	mkdir source
+	mkdir source states
+	chown 12345:12345 states
 	cp "$here/statesrv.c" "$here/Makefile" source
-	make -C source image >make.out 2>&1 || fail "$(cat make.out)"
-}
-
-engine_ends() {
-	kill -9 "$ENGINE"
-	wait "$ENGINE" || :
-	until_true cgroups_gone "*/${DOCKER##*/}*"
-	rm -rf "$DOCKER"
-} 2>/dev/null
-
-# cgroups_gone PATTERN: removes the empty ones, true if none is left.
-cgroups_gone() {
-	find /sys/fs/cgroup -depth -type d -path "$1" -exec rmdir {} + || :
-	[ -z "$(find /sys/fs/cgroup -type d -path "$1")" ]
 }
 
 engine_is_up() {
 	docker info >/dev/null 2>&1 && return
-	kill -0 "$ENGINE" 2>/dev/null ||
-		skip "no dockerd starts here: $(tail -n 1 dockerd.log)"
+	kill -0 "$ENGINE" 2>/dev/null || skip "no dockerd starts here: $(tail -n 1 dockerd.log)"
 	return 1
 }
 
-# container OPTION... [-- ARGUMENT...]: the image as `states', on 8080.
-container() {
-	local options=()
-	while [ $# -gt 0 ] && [ "$1" != -- ]; do
-		options+=("$1")
-		shift
-	done
-	docker run -d --pull never --name states -p 127.0.0.1:8080:8080 \
-		"${options[@]}" statesrv "${@:2}" >id
-	until_true answers
-}
-
-answers() {
-	curl -s -o /dev/null "$URL/-/ready"
-}
-
-health_is() {
-	[ "$(docker inspect -f '{{.State.Health.Status}}' states)" = "$1" ]
-}
-
-# Issue 6.2: small; says what to do when nobody is let in; the README's
-# command as a user of any number; healthy by its own account; terraform on
-# the host; and a stop under load in good time, with nothing lost.
-test_source_makes_an_image_that_serves_and_stops_with_nothing_lost() {
-	local n=1
+# Small; says what to do when nobody is let in; the README's command, locked up, and
+# what it exports; healthy; a stop under load, nothing lost (promise 1). Then another
+# processor's image (by qemu); root's state in a named volume, 0644, is kept.
+test_source_makes_images_that_serve_and_stop_with_nothing_lost() {
+	local n=1 volume=docker/volumes/kept/_data
+	local locked_up='--read-only --cap-drop ALL --security-opt no-new-privileges'
+	need docker dockerd ip musl-gcc aarch64-linux-gnu-gcc qemu-aarch64-static
 	terraform_here
+	apart --net
 	engine
-	[ "$(docker image inspect -f '{{.Size}}' statesrv)" -lt 200000 ] ||
-		fail "$(docker images)"
-	docker run --rm --pull never statesrv >out.txt 2>&1 &&
-		fail "it let anyone in"
-	has out.txt 'TF_HTTP_USERNAME'
-
-	recipe docker.sh | sed 's/docker run/& --pull never/' >run.sh
-	mkdir states
-	chown 12345:12345 states
+	make -C source image >make.out
+	[ "$(docker image inspect -f '{{.Size}}' statesrv)" -lt 200000 ] || fail "$(docker images)"
+	! docker run --rm --pull never statesrv >out.txt 2>&1 || fail 'it let anyone in'
+	has out.txt TF_HTTP_USERNAME
+	shown '# recipe: container' | sed "s/docker run/& --pull never $locked_up/" >run.sh
 	id() { echo 12345; }
 	# shellcheck source=/dev/null
-	. ./run.sh >id
-	unset -f id
-	until_true answers
+	. ./run.sh >docker.out
+	URL=http://127.0.0.1:8080
+	until_true curl -s -o answer $URL/-/ready
 	expect 401 GET /demo
-	export TF_HTTP_USERNAME=me TF_HTTP_PASSWORD=secret
 	resources work
-	backend work "address = \"$URL/demo\"" "lock_address = \"$URL/demo\"" \
-		"unlock_address = \"$URL/demo\""
-	works work init
-	works work apply -auto-approve
-	want "owner and mode" "12345 600" "$(stat -c '%u %a' states/demo.tfstate)"
-	expect 200 LOCK /held "$(info held)" -u me:secret
-	until_true health_is healthy
-
-	while state $n | curl -s -f -u me:secret --data-binary @- "$URL/busy"; do
+	aim work demo
+	works work init -input=false
+	works work apply -input=false -auto-approve -lock-timeout=10m
+	want 'owner and mode' '12345 600' "$(stat -c '%u %a' states/demo.tfstate)"
+	until_true eval '[ "$(docker inspect -f "{{.State.Health.Status}}" states)" = healthy ]'
+	while state $n | curl -s -f -u "$TF_HTTP_USERNAME:$TF_HTTP_PASSWORD" \
+		--data-binary @- $URL/busy; do
 		echo $n >acknowledged
 		n=$((n + 1))
 	done &
 	until_true test -s acknowledged
-	docker stop -t 3 states >id # and then it would be killed: status 137
+	docker stop -t 3 states >docker.out # and then it would be killed: status 137
 	wait $!
-	want "exit status" 0 "$(docker inspect -f '{{.State.ExitCode}}' states)"
+	want 'exit status' 0 "$(docker inspect -f '{{.State.ExitCode}}' states)"
 	[ "$(serial busy)" -ge "$(cat acknowledged)" ] ||
 		fail "$(cat acknowledged) was acknowledged, $(serial busy) is there"
-	docker start states >id
-	until_true answers
-	expect 423 LOCK /held "$(info other)" -u me:secret
-	works work plan -detailed-exitcode
+
+	docker rm -v states >docker.out
+	make -C source image ARCH=arm64 >make.out
+	want architecture linux/arm64 "$(docker image inspect -f '{{.Os}}/{{.Architecture}}' statesrv)"
+	[ ! -e source/statesrv ] || fail 'a binary that does not run here is left'
+	docker run -d --pull never --name states -v kept:/states -u 12345:12345 -p 127.0.0.1:8080:8080 \
+		-e TF_HTTP_USERNAME -e TF_HTTP_PASSWORD --entrypoint /qemu \
+		-v "$(command -v qemu-aarch64-static):/qemu:ro" statesrv \
+		/statesrv -d /states -l 0.0.0.0:8080 >docker.out 2>&1
+	until_true docker exec states /qemu /statesrv -c -l 127.0.0.1:8080
+	state 7 >$volume/demo.tfstate
+	chmod 644 $volume/demo.tfstate
+	works work apply -auto-approve
+	state 7 | cmp - $volume/.history/demo/*-7.tfstate
 }
 
-# Issue 6.2: users from a mounted secret, nothing else writable, no rights,
-# as the README's compose.yaml has it.
-test_source_makes_an_image_for_the_compose_file_of_the_readme() {
-	compose() { docker compose "$@"; }
-	docker compose version >/dev/null 2>&1 ||
-		{ need docker-compose && compose() { docker-compose "$@"; }; }
-	engine
-	recipe compose.yaml >compose.yaml
-	mkdir states
-	(umask 077 && printf 'ann s3cret write\nbob hush read\n' >users)
-	chown 1000:1000 states users
-	compose up -d >compose.out 2>&1 || fail "$(cat compose.out)"
-	until_true answers
-	expect 200 POST /team/prod "$(state 1)" -u ann:s3cret
-	expect 403 POST /team/prod "$(state 2)" -u bob:hush
-	expect 200 GET /team/prod '' -u bob:hush
-	expect 401 GET /team/prod
-	want "owner" 1000 "$(stat -c %u states/team/prod.tfstate)"
-	compose logs >logs 2>&1
-	has logs 'user=bob method=POST name=team/prod status=403'
-	hasnt logs 's3cret|hush'
-	compose down >compose.out 2>&1 || fail "$(cat compose.out)"
-	has states/team/prod.tfstate '"serial": 1,'
+# browse DARK: a chromium runs the script on stdin in a page of nginx's own, which
+# passes /tf/ on to us, as a front with a prefix does (but for our ban on frames).
+# The script must find all as it must() be, and the console stay silent.
+browse() {
+	FRONT=8000
+	mkdir www
+	cat >front <<-EOF
+	map \$upstream_http_content_security_policy \$policy {
+		"~(.*)frame-ancestors[^;]*(.*)" \$1\$2;
+	}
+	log_format said \$args;
+	server {
+		listen 127.0.0.1:$FRONT;
+		location / { root $T/www; }
+		location /say { access_log $T/said said; return 204; }
+		location /tf/ {
+			proxy_pass $URL/;
+			proxy_hide_header Content-Security-Policy;
+			proxy_hide_header X-Frame-Options;
+			add_header Content-Security-Policy \$policy;
+		}
+	}
+	EOF
+	{
+		cat <<-'EOF'
+		<!doctype html><meta charset=utf-8><link rel=icon href=data:,>
+		<iframe width=320></iframe><script>
+		const base = location.origin + '/tf/', frame = document.querySelector('iframe');
+		const say = text => fetch('/say?' + encodeURIComponent(text));
+		const must = (what, ok) => ok || say(what);
+		const loaded = () => new Promise(f => frame.onload = () => f(frame.contentDocument));
+		const go = url => (frame.src = url, loaded());
+		const link = (d, text) => [...d.links].find(a => a.textContent == text);
+		const calm = async d => { // no markup from outside, links that lead on
+			must('markup in ' + d.URL, d.title != 1 &&
+				!d.querySelector('script, img, iframe, object, embed, [onerror], #x'));
+			for (const a of d.links) {
+				must('a link to ' + a.href, a.href.startsWith(base));
+				must('no ' + a.href, a.href.match('/frozen$') || (await fetch(a.href)).ok);
+			}
+			for (const e of frame.contentWindow.performance.getEntriesByType('resource'))
+				must('loaded ' + e.name, e.name.startsWith(base));
+			must(d.URL + ' is too wide', d.scrollingElement.scrollWidth <= 320);
+			const [colour] = d.defaultView.getComputedStyle(d.body).color.match(/[0-9]+/);
+			must(d.URL + ' has text of ' + colour, (colour > 127) == dark);
+		};
+		EOF
+		echo "const dark = $1; (async () => {"
+		cat
+		echo '})().catch(e => say("error: " + e)).then(() => say("end"))</script>'
+	} >www/index.html
+	nginx_front
+	mount -t tmpfs none /run
+	HOME=$T TMPDIR=/run chromium --headless --no-sandbox --disable-gpu --disable-background-networking \
+		--enable-logging=stderr --user-data-dir="$T/profile" \
+		--blink-settings=preferredColorScheme=$((1 - $1)) \
+		--host-resolver-rules='MAP evil.example 127.0.0.1' "http://127.0.0.1:$FRONT/" \
+		>chromium.out 2>&1 &
+	until_true grep -q '^end' said
+	want 'what the script said' end "$(sed 's/%/\\x/g' said | xargs -0 printf %b)"
+	hasnt chromium.out 'CONSOLE.*source: [^ ]*/tf/'
 }
 
-writes_are() {
-	docker logs states >logs
-	[ "$(grep -c 'user=ci method=POST .*status=200' logs)" = "$1" ]
-}
-
-# Issue 6.2: what the README's CI jobs run, with the variables they set, on
-# a container that got the same variables, as their services do.
-test_source_makes_an_image_for_the_ci_jobs_of_the_readme() {
-	local job
-	terraform_here
-	engine
-	for job in .github/workflows/apply.yml .github/workflows/try.yml \
-		.gitlab-ci.yml; do
-		unset "${!TF_HTTP_@}"
-		# shellcheck disable=SC2016
-		recipe $job | sed 's|https://states.example.org|http://127.0.0.1:8080|
-			s|http://states:|http://127.0.0.1:|
-			s|\${{ secrets.STATES_PASSWORD }}|hunter2|' >job.yml
-		sed -n 's/^ *\(TF_HTTP_[A-Z_]*\): \(.*\)/export \1=\2/p' job.yml >env.sh
-		sed -n 's/^ *- \(run: \)*\(terraform .*\)/\2/p' job.yml >commands
-		# shellcheck source=/dev/null
-		. ./env.sh
-		container -e TF_HTTP_USERNAME -e TF_HTTP_PASSWORD
-		rm -rf work
-		resources work
-		backend work
-		while read -r _ command; do
-			# shellcheck disable=SC2086
-			works work $command </dev/null
-		done <commands
-		until_true writes_are "$(grep -c -E 'apply|destroy' commands)"
-		docker rm -f -v states >id
-	done
-}
-
-# browser: a chromium with an empty profile, spoken to over its DevTools
-# pipe. In it no name but loopback's leads anywhere, evil.example to us.
-browser() {
-	need chromium jq setsid stdbuf
-	mkfifo to from
-	exec 7<>to 8<>from
-	HOME=$T setsid chromium --headless --no-sandbox --disable-gpu --disable-quic \
-		--no-first-run --disable-background-networking \
-		--disable-component-update --disable-sync --disable-breakpad \
-		--host-resolver-rules='MAP evil.example 127.0.0.1,MAP * ~NOTFOUND,EXCLUDE 127.0.0.1' \
-		--user-data-dir="$T/profile" --remote-debugging-pipe about:blank \
-		3<&7 4>&8 >chromium.out 2>&1 &
-	CHROMIUM=$!
-	trap 'kill -9 -- "-$CHROMIUM"' EXIT
-	stdbuf -o0 tr '\0' '\n' <&8 >events &
-	echo $! >>"$T/pids"
-	SESSION=''
-	devtools Target.createTarget '{"url":"about:blank"}'
-	devtools Target.attachToTarget \
-		"$(jq -c '.result + {flatten: true}' reply)"
-	SESSION=$(jq -c '{sessionId: .result.sessionId}' reply)
-	devtools Page.enable
-	devtools Runtime.enable
-	devtools Log.enable
-	devtools Network.enable
-}
-
-# devtools METHOD [PARAMETERS]: the answer is in ./reply.
-devtools() {
-	CALL=$((${CALL:-0} + 1))
-	jq -nc --arg method "$1" --argjson params "${2:-{\}}" \
-		--argjson id "$CALL" "{id: \$id, method: \$method, params: \$params}
-			+ ${SESSION:-{\}}" | tr '\n' '\0' >&7
-	until_true replied
-}
-
-replied() {
-	grep "^{\"id\":$CALL," events >reply
-}
-
-# js EXPRESSION: sets VALUE to what it is worth in the page.
-js() {
-	devtools Runtime.evaluate "$(jq -nc --arg e "$1" \
-		'{expression: $e, returnByValue: true, awaitPromise: true}')"
-	hasnt reply exceptionDetails
-	VALUE=$(jq -r .result.result.value reply)
-}
-
-# shows EXPECTED EXPRESSION
-shows() {
-	js "$2"
-	want "$2" "$1" "$VALUE"
-}
-
-# visit URL: until it is there, whole.
-visit() {
-	devtools Page.navigate "{\"url\": \"$1\"}"
-	until_true arrived "$1"
-}
-
-arrived() {
-	js 'document.readyState + " " + location.href'
-	[ "$VALUE" = "complete $1" ]
-}
-
-# no_complaint: nothing on the console, nothing asked of another server.
-no_complaint() {
-	want "what was on the console" "" "$(jq -c 'select(.method ==
-		"Log.entryAdded" or .method == "Runtime.consoleAPICalled" or
-		.method == "Runtime.exceptionThrown").params' events)"
-	want "what was asked elsewhere" "" "$(jq -r 'select(.method ==
-		"Network.requestWillBeSent").params.request.url' events |
-		grep -v -e "^$URL/" -e '^data:')"
-}
-
-# quoted TEXT: as it stands in a JSON or JavaScript string.
-quoted() {
-	jq -n --arg text "$1" '$text'
-}
-
-# Issue 6.3: names, holders, versions and addresses that would be markup or
-# script are shown as they are and do nothing; each link on each page leads
-# somewhere; nothing comes from elsewhere, nothing is complained of.
-test_the_pages_show_hostile_text_and_stay_calm() {
+# The way that a person goes: search, in any case; the name; the state's page with
+# what releases its lock; on to what it links. Then names, holders and versions
+# that would be markup or script: they are shown as they are and do nothing.
+test_the_pages_are_good_to_use_and_stay_calm() {
 	local name evil='<img src=//evil.example/ onerror=document.title=1>'
-	local names=("<img src=x onerror=document.title=1>" "\"'><b id=x>"
-		'&lt;b&gt;' 'a?b#c' '100%25 & more' 'javascript:alert(1)'
-		'{{7*7}}' $'\u202Edemo' 'data:text/html,x' 'ünï/cödé')
-	browser
+	local names=('<img src=x onerror=document.title=1>' "\"'><b id=x>" '&lt;b&gt;' 'a?b#c' 'x'
+		'100%25 & more' 'javascript:alert(1)' '{{7*7}}' 'data:text,x' 'ünï/cödé')
+	need chromium nginx jq ip
+	apart --net
 	serve
+	rows <<-'EOF'
+	200 - POST /web/shop state:1
+	200 - POST /web/shop state:2
+	200 - LOCK /web/shop info:4711
+	EOF
+	evil=$(jq -nc --arg e "$evil" '{ID: $e, Who: $e, Operation: $e, Info: $e,
+		terraform_version: $e, lineage: $e, version: 4, serial: 1}')
+	expect 200 LOCK /x "$evil"
+	expect 200 POST '/x?ID=%3Cimg%20src=//evil.example/%20onerror=document.title=1%3E' "$evil"
 	for name in "${names[@]}"; do
-		name=$(jq -nr --arg n "$name" '$n | split("/") | map(@uri) | join("/")')
-		ask POST "/$name" "$(jq -nc --arg e "$evil" '{serial: 1,
-			terraform_version: $e, resources: []}')"
-		want "/$name" 200 "$STATUS"
-		ask POST "/$name" "$(jq -nc --arg e "$evil" '{serial: 2,
-			terraform_version: $e, resources: [{mode: "managed",
-			type: $e, name: $e, instances: [{index_key: $e}]}]}')"
+		mkdir -p "$(dirname "states/$name")"
+		echo "$evil" | tee "states/$name".{lock,log} >"states/$name.tfstate"
 	done
-	ask LOCK /a%3Fb%23c "$(jq -nc --arg e "$evil" '{ID: $e, Who: $e,
-		Operation: $e, Info: $e}')"
-	want "LOCK" 200 "$STATUS"
-	echo "$evil" >states/frozen.lock
-
-	visit "$URL/"
-	for name in "${names[@]}" frozen; do
-		shows true "[...document.links].some(a =>
-			a.textContent == $(quoted "$name"))"
-	done
-	shows true "document.body.innerText.split($(quoted "$evil")).length > 4"
-	js '[...document.links].map(a => a.href).join("\n")'
-	grep -v /frozen <<<"$VALUE" >links
-	while read -r name; do
-		want "$name" 200 "$(curl -s -o answer -w '%{http_code}' "$name")"
-	done <links
-	sed -n '\|/-/versions/|{ p; s//\/-\/changes\//p; }' links >pages
-	echo "$URL/?q=%3Cimg%20src=x%3E" >>pages
-	while read -r name; do
-		visit "$name"
-		shows 0 'document.querySelectorAll(`img, iframe, object, embed,
-			script[src], link[href^=http], #x`).length'
-		shows false 'document.title == "1"'
-		[[ $name != */-/changes/* ]] ||
-			shows true "document.body.innerText.includes($(quoted "$evil"))"
-	done <pages
-	no_complaint
+	jq -r .ID <<<"$evil" >states/frozen.lock
+	browse 1 <<-EOF
+	const names = $(jq -nc '$ARGS.positional' --args frozen "${names[@]}");
+	const evil = $(jq .ID <<<"$evil");
+	const list = await go('/tf/'), pages = names.map(name => link(list, name).href);
+	await calm(list);
+	must('the holders', list.body.innerText.split(evil).length > names.length);
+	list.querySelector('[name=q]').value = 'WEB/SH';
+	list.forms[0].requestSubmit();
+	let d = await loaded();
+	must('only what was found', !link(d, 'x'));
+	link(d, 'web/shop').click();
+	d = await loaded();
+	await calm(d);
+	must(d.URL, d.URL.startsWith(base + '-/versions/web/shop'));
+	must('the way out', d.body.innerText.match(/test@here[^]*terraform force-unlock '?4711/));
+	must('the way back', d.body.innerText.match(/curl .*Z-1'\ncurl .*old.tfstate .*web.shop'/));
+	for (const to of [/web.shop\$/, /-.log.web.shop\$/, /versions.web.shop.[0-9T.]+Z-1\$/])
+		must('a link ' + to, [...d.links].some(a => a.href.match(to)));
+	for (const page of pages) {
+		d = await go(page);
+		must('evil on ' + page, d.body.innerText.includes(evil));
+		await calm(d);
+	}
+	await calm(await go('/tf/?q=%3Cimg%20src=x%3E'));
+	EOF
 }
 
-# Issue 6.3: search as you type; the block to copy follows it; the keyboard
-# gets everywhere; narrow, dark, without scripts, and with a thousand states.
-test_the_page_is_good_to_use() {
-	local n light visible='[...document.querySelectorAll("tbody tr")].filter(
-		row => row.checkVisibility()).length'
-	browser
-	serve
-	expect 200 POST /web/shop "$(state 1)"
-	expect 200 LOCK /web/shop "$(info 4711 ann@build)"
-	mkdir -p states/many
-	for n in {001..998}; do
-		printf '{"serial": 1}' >states/many/state-"$n".tfstate
-	done
-	visit "$URL/"
-	shows 999 "$visible"
-	shows true 'document.body.innerText.includes("ann@build")'
-	shows search document.activeElement.type
-	devtools Input.insertText '{"text": "Many/state-77"}'
-	shows 10 "$visible"
-	js 'document.querySelector("input").select()'
-	devtools Input.insertText '{"text": "web/new"}'
-	shows 0 "$visible"
-	shows true "[...document.querySelectorAll('pre')].some(
-		pre => pre.innerText.includes('\"$URL/web/new\"'))"
-	visit "$URL/?q=web"
-	shows 1 "$visible"
-	for n in web/shop versions log; do
-		devtools Input.dispatchKeyEvent \
-			'{"type": "keyDown", "key": "Tab", "code": "Tab"}'
-		shows "$n" document.activeElement.textContent
-	done
-
-	devtools Emulation.setDeviceMetricsOverride \
-		'{"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": true}'
-	shows 320 'document.scrollingElement.scrollWidth'
-	js 'getComputedStyle(document.body).color'
-	light=$VALUE
-	devtools Emulation.setEmulatedMedia '{"features":
-		[{"name": "prefers-color-scheme", "value": "dark"}]}'
-	js 'getComputedStyle(document.body).color'
-	[ "$VALUE" != "$light" ] || fail "$light on dark, too"
-	devtools Emulation.setScriptExecutionDisabled '{"value": true}'
-	visit "$URL/?q=state-99"
-	shows 9 "$visible"
-	no_complaint
-}
-
-# Issue 7.2: what a page of somebody else's can do from a real browser, and
-# one whose name leads to us: nothing.
+# What a page of another site can do: nothing.
 test_other_sites_can_do_nothing_through_a_browser() {
-	local how there
-	browser
-	serve_as other -d other
-	there=$URL
+	need chromium nginx ip
+	apart --net
 	serve
 	expect 200 POST /demo "$(state 1)"
-	cp states/demo.tfstate before
-	devtools Page.setBypassCSP '{"enabled": true}'
-	for how in "'POST', mode: 'no-cors'" "'POST'" "'PUT'" "'DELETE'" "'LOCK'"; do
-		visit "$there/"
-		js "fetch('$URL/demo', {method: $how, body: '{\"serial\": 66}'})
-			.then(r => 'an answer: ' + r.type, e => 'refused')"
-		[[ $VALUE == refused || $how == *no-cors* ]] || fail "$how: $VALUE"
-	done
-	has server.log 'method=POST .*status=403'
-	visit "$there/"
-	js "document.body.innerHTML = \`<form method=post enctype=text/plain
-		action=$URL/demo><input name='{\"a\": \"' value='\"}'></form>\`;
-		document.forms[0].submit()"
-	until_true arrived "$URL/demo"
-	visit "http://evil.example:$PORT/demo"
-	shows false 'document.body.innerText.includes("lineage")'
-	shows true 'fetch("/demo").then(r => r.status == 403)'
-	cmp before states/demo.tfstate
-	[ ! -e states/demo.lock ] || fail "somebody took the lock"
+	browse 0 <<-EOF
+	for (const how of [{method: 'POST', mode: 'no-cors'}, {method: 'POST'}, {method: 'PUT'},
+	    {method: 'DELETE'}, {method: 'LOCK'}, {}])
+		await fetch('$URL/demo', {body: how.method && '{"version": 4, "ID": "x"}', ...how})
+			.then(r => must('read, by ' + how.method, how.mode), e => 0);
+	await fetch('http://evil.example:$PORT/demo', {mode: 'no-cors'});
+	const d = frame.contentDocument, form = d.createElement('form');
+	form.innerHTML = '<textarea name=\'{"version": 4, "a": "\'>"}</textarea>';
+	Object.assign(form, {method: 'post', enctype: 'text/plain', action: '$URL/demo'});
+	d.body.append(form);
+	form.submit();
+	await loaded();
+	await calm(await go('/tf/'));
+	EOF
+	want 'refused for their origin' 3 "$(grep -c 'method=POST name=demo status=403' server.log)"
+	until_true grep -q -- 'method=GET name=demo status=403' server.log
+	want 'the state' "$(state 1)" "$(cat states/demo.tfstate)"
+	[ ! -e states/demo.lock ] || fail 'somebody took the lock'
 }
 
-# state_of SIZE: a state of that many bytes.
-state_of() {
-	printf '{"serial": 1, "x": "'
-	head -c $(($1 - 22)) /dev/zero | tr '\0' x
-	printf '"}'
-}
-
-# Issue 3.2: what comes right behind a body is answered, whatever the body's
-# size; wrk found one that filled the head's buffer and hung up on the next.
-test_a_request_right_behind_a_body_is_answered() {
-	local size
-	serve
-	for size in 100 16000 16384 20000 65536 65537 300000; do
-		{
-			printf 'PUT /x HTTP/1.1\r\nHost: localhost\r\n'
-			printf 'Content-Length: %d\r\n\r\n' $size
-			state_of $size
-			printf 'GET /x HTTP/1.1\r\nHost: localhost\r\n'
-			printf 'Connection: close\r\n\r\n'
-		} | raw >answers
-		want "answers to $size bytes and what came behind" 2 \
-			"$(grep -a -o 'HTTP/1.1 200 OK' answers | wc -l)"
-		tail -c $size answers | cmp - states/x.tfstate
-	done
-}
-
-# Issue 6.4: Prometheus' own checker has nothing to say.
+# Prometheus' own checker has nothing to say.
 test_promtool_is_content_with_the_metrics() {
 	need promtool
-	serve
-	expect 200 POST /demo "$(state 1)"
-	expect 200 LOCK /demo "$(info x)"
-	expect 423 POST /demo "$(state 2)"
-	expect 400 POST /other "no JSON"
+	served
+	expect 200 LOCK /x "$(info x)"
 	expect 200 GET /-/metrics
-	promtool check metrics <answer >promtool 2>&1 || fail "$(cat promtool)"
-	want "what promtool says" "" "$(cat promtool)"
+	want 'what promtool says' '' "$(promtool check metrics <answer 2>&1)"
+}
+
+# Warnings are errors for OpenBSD, as far as a compiler sees without its headers;
+# for a Mac; for Linux on other processors (a macro of musl's casts const away).
+test_source_compiles_for_other_machines() {
+	local cc target openbsd=(-U__linux__ -D__OpenBSD__ -D_DEFAULT_SOURCE -include calls.h)
+	printf '%s(const char *, const char *);\n' 'int pledge' 'int unveil' 'char *strcasestr' >calls.h
+	for cc in gcc clang; do
+		need $cc
+		CC=$cc build out -fsyntax-only "${openbsd[@]}"
+	done
+	need zig
+	export ZIG_GLOBAL_CACHE_DIR=$T/zig ZIG_LOCAL_CACHE_DIR=$T/zig
+	for target in {aarch64,x86_64}-macos {aarch64,s390x,riscv64}-linux-musl arm-linux-musleabihf; do
+		CC="zig cc -target $target" build out.o -Os -c -Wno-cast-qual
+	done
+}
+
+# foreign MACHINE [FLAG...]: the server is that one's from here on, built by CROSS.
+foreign() {
+	CROSS=$1-linux-gnu-gcc
+	[ "$1" != arm ] || CROSS=arm-linux-gnueabihf-gcc
+	need "$CROSS" "qemu-$1-static"
+	CC=$CROSS build "foreign.$1" -O1 -static "${@:2}"
+	through "exec qemu-$1-static $T/foreign.$1"
+}
+
+# The digests, JSON, names and the parser by their tables; a whole session,
+# its secrets by SHA-256 and its states by MD5, a large one too; a version.
+test_source_serves_on_other_processors() {
+	local machine id auth=(-u ann:s3cret) other='Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg=='
+	{ state 1 && head -c 300000 /dev/zero | tr '\0' ' '; } >one
+	install -m 600 <(echo "ann sha256:$(printf s3cret | sha256sum | cut -c 1-64) write") users
+	units_source >units.c
+	for machine in aarch64 arm s390x; do
+		foreign $machine
+		"$CROSS" -std=gnu11 -w -O1 -static -pthread -o units units.c
+		units_pass "qemu-$machine-static" ./units
+		serve_as $machine -d $machine -u users
+		rows <<-'EOF'
+		401 ann:other LOCK /team/a info:me
+		200 ann:s3cret LOCK /team/a info:me
+		423 ann:s3cret LOCK /team/a info:you	"ID":"me"
+		400 ann:s3cret LOCK /a//b info:me
+		400 ann:s3cret POST /b {"version":4,}
+		EOF
+		expect 400 POST '/team/a?ID=me' @one "${auth[@]}" -H "$other"
+		expect 200 POST '/team/a?ID=me' @one "${auth[@]}" \
+			-H "Content-MD5: $(openssl md5 -binary <one | base64)"
+		expect 200 GET /team/a '' "${auth[@]}"
+		cmp answer one
+		rows <<-'EOF'
+		423 ann:s3cret POST /team/a state:2	"ID":"me"
+		200 ann:s3cret POST /team/a?ID=me state:2
+		200 ann:s3cret UNLOCK /team/a info:me
+		EOF
+		id=$(basename $machine/.history/team/a/* .tfstate)
+		expect 200 GET "/-/versions/team/a/$id" '' "${auth[@]}"
+		cmp answer one
+	done
+}
+
+# Promise 3 on machines of both byte orders: both wait for who has the name's byte of
+# .guard; of two that ask at once one gets the lock. The byte never changes: SHA-256,
+# two words of four bytes, each with its lowest byte first, without the highest 2 bits.
+test_source_guards_the_same_byte_on_every_machine() {
+	local native=$STATESRV big name statuses h
+	need perl
+	grumbles
+	foreign s390x
+	serve_as big -d states
+	big=$URL
+	STATESRV=$native serve_as little -d states
+	h=$(printf held | sha256sum)
+	h=${h:6:2}${h:4:2}${h:2:2}${h:0:2}${h:14:2}${h:12:2}${h:10:2}${h:8:2}
+	perl -MFcntl -e 'open F, "+<", "states/.guard" and fcntl(F, F_SETLK, pack("s2x4q2lx4",
+		F_WRLCK, 0, $ARGV[0], 1, 0)) or die "$!"; system "touch held"; sleep 60' \
+		$((16#$h & (1 << 62) - 1)) &
+	echo $! >>"$T/pids"
+	until_true test -e held
+	while read -r name statuses; do
+		curl -s -m 9 -o a -w '%{http_code}\n' -X LOCK -d '{"ID":"big"}' "$big/$name" >st.1 &
+		curl -s -m 9 -o b -w '%{http_code}\n' -X LOCK -d '{"ID":"little"}' "$URL/$name" >st.2
+		wait $!
+		want "LOCK $name" "$statuses" "$(sort st.? | xargs)"
+	done < <(echo held 503 503; printf '%s 200 423\n' free{1..20})
+}
+
+# A clock twenty years ahead and a file of 2040, where a long has 32 bits.
+test_source_knows_dates_after_2038_on_32_bits() {
+	local ahead=631139040
+	need arm-linux-gnueabihf-gcc
+	cat >ahead.c <<-EOF
+	#include <time.h>
+	int __real___clock_gettime64(clockid_t, struct timespec *);
+	int __wrap___clock_gettime64(clockid_t which, struct timespec *t)
+	{
+		int rc = __real___clock_gettime64(which, t);
+		t->tv_sec += which == CLOCK_REALTIME ? $ahead : 0;
+		return rc;
+	}
+	EOF
+	arm-linux-gnueabihf-gcc -D_TIME_BITS=64 -D_FILE_OFFSET_BITS=64 -c ahead.c
+	foreign arm ahead.o -Wl,--wrap=__clock_gettime64
+	mkdir states
+	state 1 >states/demo.tfstate
+	touch -d 2040-02-03T12:00Z states/demo.tfstate
+	serve
+	rows -H 'Accept: application/json' <<-EOF
+	200 - GET / -	"modified": *"2040-02-03
+	200 - POST /demo state:2
+	200 - GET /-/versions/demo -	"replaced": *"$(date -u -d "$ahead seconds" +%Y)-
+	EOF
+}
+
+# Where Demo and demo would be one file under two guards and two rights, names
+# keep to small letters: where a build pretends it, and on exFAT.
+test_source_refuses_capitals_where_a_file_system_would_fold_them() {
+	build folding -O1 -DFOLD
+	STATESRV=$T/folding small_letters
+}
+
+test_source_finds_a_file_system_that_folds() {
+	need mkfs.exfat mount.exfat-fuse
+	grumbles # FUSE may be a network's
+	apart --mount
+	truncate -s 16M image
+	mkfs.exfat image >mkfs.out
+	mkdir states
+	mount -t exfat-fuse -o loop,umask=077 image states 2>mount.out || skip "$(cat mount.out)"
+	small_letters
+}
+
+small_letters() {
+	install -m 600 <(printf 'ann s3cret write\ndan s3cret write D*\n') users
+	serve -u users
+	rows <<-'EOF'
+	400 ann:s3cret POST /Demo state:1	case
+	400 ann:s3cret LOCK /team/Prod info:a	case
+	400 ann:s3cret GET /%C3%BC -	case
+	200 ann:s3cret POST /demo state:1
+	200 ann:s3cret LOCK /demo info:a
+	200 ann:s3cret POST /demo?ID=a state:2
+	403 dan:s3cret GET /demo
+	EOF
+	want 'the version' "$(state 1)" "$(cat states/.history/demo/*-1.tfstate)"
 }
 
 # ---- ./test.sh bench ------------------------------------------------------
 #
-# What a user would notice, beside nginx (one process, no access log, sendfile,
-# PUT by its dav module). statesrv syncs each write before it answers and keeps
-# the version before; nginx does neither. Turn about, three rounds, ratios of
-# medians: absolute figures say more about the machine than about a server.
+# What a user would notice, beside nginx (one process, sendfile, PUT by its dav
+# module), which neither syncs a write nor keeps the version before. Turn about,
+# three rounds, ratios of medians: absolute figures are those of the machine.
 
 bench() {
-	local tool
-	for tool in nginx wrk curl taskset; do
-		command -v $tool >/dev/null ||
-			{ echo "SKIP bench: no $tool here" && return; }
-	done
-	if [ "$(id -u)" != 0 ]; then
-		(bench_here)
-	else # with a loopback of our own, that nothing else paces
-		export STATESRV here PATIENCE
-		unshare --net bash <(
-			declare -f
-			echo 'set -u; ip link set lo up'
-			echo 'echo reno >/proc/sys/net/ipv4/tcp_congestion_control'
-			echo bench_here
-		)
-	fi
-}
-
-bench_here() {
-	local round
-	T=$(mktemp -d)
-	cd "$T" || return
-	trap 'kill "$(<statesrv.pid)" "$(<nginx.pid)"; rm -rf "$T"' EXIT
-	bench_prepare
-	for round in 1 2 3; do
-		echo "round $round of 3" >&2
-		bench_round
-	done
-	bench_table
-}
-
-bench_prepare() {
-	local size
-	mkdir -p www/tmp states/tmp
+	local size server row what connections options
+	declare -A pid url
+	T=${T:-$work} BUILD=release
+	cd "$T" || exit 1
+	type nginx wrk curl ip >/dev/null || return
+	apart --net
+	echo reno >/proc/sys/net/ipv4/tcp_congestion_control # that nothing is paced
+	mkdir states www
 	for size in 4096 65536 1048576 209715200; do
-		state_of $size >states/get$size.tfstate
-		ln states/get$size.tfstate www/get$size
+		printf '{"version": 4, "serial": 1, "x": "%0*d"}' $((size - 36)) 1 >www/get$size
+		ln www/get$size states/get$size.tfstate
 	done
-	serve_as one -d one
-	BENCH_NGINX=$PORT
-	serve_as two -d two
-	kill "$(head -1 pids)" "$PID"
-	wait
-	cat >nginx.conf <<-EOF
-	daemon off; master_process off; pid pid; error_log stderr crit;
-	events { worker_connections 4096; }
-	http {
-		access_log off; sendfile on; tcp_nopush on; client_max_body_size 0;
-		keepalive_requests 1000000000; client_body_temp_path www/tmp;
-		proxy_temp_path tmp; fastcgi_temp_path tmp;
-		uwsgi_temp_path tmp; scgi_temp_path tmp;
-		server {
-			listen 127.0.0.1:$BENCH_NGINX backlog=4096;
-			root $T/www; dav_methods PUT;
-		}
-	}
-	EOF
+	serve_as server -d states -k 1
+	pid[statesrv]=$PID url[statesrv]=$URL
+	FRONT=8080
+	echo "sendfile on; tcp_nopush on; client_max_body_size 0; keepalive_requests 1000000000;
+		server { listen 127.0.0.1:$FRONT backlog=4096; root $T/www; dav_methods PUT; }" >front
+	nginx_front
+	pid[nginx]=$PID url[nginx]=http://127.0.0.1:$FRONT
+	# No body is like another: each has a serial of its own.
 	cat >put.lua <<-'EOF'
-	local size, n, requests = tonumber(os.getenv("SIZE")), 0, {}
-	local names = size > 100000 and 32 or 256
-	wrk.method = "PUT"
-	function init()
-		local body = '{"serial": 1, "x": "' .. ("x"):rep(size - 22) .. '"}'
-		for i = 1, names do
-			requests[i] = wrk.format(nil, "/put" .. size .. "-" .. i, nil, body)
-		end
-	end
+	local size, n, x = tonumber(os.getenv("SIZE")), 0
+	local names = size > 100000 and 64 or 256
+	function init() x = ', "x": "' .. ("x"):rep(size - 45) .. '"}' end
 	function request()
-		n = n % names + 1
-		return requests[n]
+		n = n + 1
+		return wrk.format("PUT", "/put" .. size .. "-" .. n % names, nil,
+			'{"version": 4, "serial": ' .. 1000000000 + n .. x)
 	end
 	EOF
-}
-
-# bench_up SERVER: started anew; "start" is the time to its first answer.
-bench_up() {
-	local from line
-	[ ! -s "$1.pid" ] || { kill "$(<"$1.pid")" && wait "$(<"$1.pid")"; } || :
-	rm -rf states/put* states/.history www/put*
-	from=${EPOCHREALTIME/./}
-	case $1 in
-	statesrv) "$STATESRV" -d states -l "127.0.0.1:$PORT" >/dev/null & ;;
-	nginx) nginx -p "$T" -c nginx.conf & ;;
-	esac
-	echo $! >"$1.pid"
-	until { exec 9<>"/dev/tcp/127.0.0.1/$2"; } 2>/dev/null; do :; done
-	printf 'GET /get4096 HTTP/1.0\r\n\r\n' >&9
-	read -r line <&9
-	echo "start to first answer, time|$1|$((${EPOCHREALTIME/./} - from))" >>rates
-	exec 9>&-
-	[[ $line == *200* ]] || fail "$1: $line"
-}
-
-bench_round() {
-	local row size connections what server port url pid
-	for server in statesrv nginx; do
-		[ $server = nginx ] && port=$BENCH_NGINX || port=$PORT
-		bench_up "$server" "$port"
-	done
-	while IFS='|' read -r row size connections what <&3; do
+	while IFS='|' read -r row what size connections options <&3; do
 		for server in statesrv nginx; do
-			[ $server = nginx ] && port=$BENCH_NGINX || port=$PORT
-			url=http://127.0.0.1:$port
-			pid=$(<"$server.pid")
-			"bench_$what" >>rates
+			# shellcheck disable=SC2086
+			echo "$row|$server|$("bench_$what" $options)" >>rates
 		done
-	done 3<<-'EOF'
-	GET 4 KiB, 1 connection|4096|1|alone
-	GET 4 KiB, 64 connections|4096|64|get
-	GET 64 KiB, 16 connections|65536|16|get
-	GET 1 MiB, 16 connections|1048576|16|get
-	GET 4 KiB, a connection each, 16 at once|4096|16|new
-	GET 4 KiB, 4 connections, beside 16 writers|4096|4|beside
-	write 4 KiB, 1 connection|4096|1|put
-	write 4 KiB, 16 connections|4096|16|put
-	write 4 KiB, 64 connections|4096|64|put
-	write 64 KiB, 16 connections|65536|16|put
-	write 1 MiB, 16 connections|1048576|16|put
-	peak memory, 200 MiB up and down|209715200|1|memory
+	done 3< <(bench_rows && bench_rows && bench_rows)
+	printf 'binary, bytes|%s|%s\n' statesrv "$(stat -L -c %s "$STATESRV")" \
+		nginx "$(stat -L -c %s "$(command -v nginx)")" >>rates
+	echo 'statesrv / nginx'
+	sort -t '|' -k 3n rates | awk -F '|' '
+	NR == FNR { if (!seen[$1]++) row[++rows] = $1; next }
+	{ key = $1 FS $2; value[key, ++n[key]] = $3 }
+	function median(key) { return value[key, int((n[key] + 1) / 2)] }
+	END { for (r = 1; r <= rows; r++) printf "%9.2f  %s\n",
+		median(row[r] FS "statesrv") / median(row[r] FS "nginx"), row[r] }' rates -
+}
+
+bench_rows() {
+	cat <<-'EOF'
+	memory, 200 MiB up and down|memory|209715200|1
+	GET 4 KiB, 1 connection|wrk|4096|1
+	GET 4 KiB, 64 connections|wrk|4096|64
+	GET 64 KiB, 16 connections|wrk|65536|16
+	GET 1 MiB, 16 connections|wrk|1048576|16
+	GET 4 KiB beside 16 writers|beside|4096|4
+	GET 4 KiB, new connections|wrk|4096|16|-H Connection:close
+	write 4 KiB, 1 connection|wrk|4096|1|-s put.lua
+	write 4 KiB, 16 connections|wrk|4096|16|-s put.lua
+	write 4 KiB, 64 connections|wrk|4096|64|-s put.lua
+	write 1 MiB, 16 connections|wrk|1048576|16|-s put.lua
 	EOF
 }
 
-# bench_wrk OPTION...: requests a second, if each was answered well.
+# What each prints: requests a second, and on stderr if any failed; or KiB.
 bench_wrk() {
-	SIZE=$size wrk -t 1 -c "$connections" -d 1 "$@" "$url/get$size" >wrk.out
-	! grep -e Non-2xx -e 'Socket errors' wrk.out >&2 || row="$row ($server ERRED)"
-	awk -v row="$row|$server|" '/^Requests\/sec/ { print row $2 }' wrk.out
-}
-
-bench_get() { bench_wrk; }
-bench_put() { bench_wrk -s put.lua; }
-bench_new() { bench_wrk -H 'Connection: close'; }
-
-# Server and load on one processor: else it is the waking up that is measured.
-bench_alone() {
-	taskset -apc 0 "$pid" >/dev/null
-	taskset -c 0 wrk -t 1 -c 1 -d 1 "$url/get$size" |
-		awk -v row="$row|$server|" '/^Requests\/sec/ { print row $2 }'
-	taskset -apc "0-$(($(nproc) - 1))" "$pid" >/dev/null
+	SIZE=$size wrk -t 1 -c "$connections" -d 1 "$@" "${url[$server]}/get$size" |
+		sed -n -e '/Non-2xx\|Socket errors/w /dev/stderr' -e 's/^Requests.sec: *//p'
 }
 
 bench_beside() {
-	SIZE=4096 wrk -t 1 -c 16 -d 2 -s put.lua "$url" >/dev/null &
+	connections=16 bench_wrk -s put.lua -d 2 >/dev/null &
 	sleep 0.5
 	bench_wrk
 	wait $!
 }
 
 bench_memory() {
-	bench_up "$server" "$port"
-	pid=$(<"$server.pid")
-	curl -s -f -o /dev/null -T "www/get$size" "$url/big"
-	curl -s -f -o /dev/null "$url/big"
-	awk -v row="$row|$server|" '/^VmHWM/ { print row $2 }' "/proc/$pid/status"
+	echo 5 >"/proc/${pid[$server]}/clear_refs" # the peak from here on
+	curl -s -f -o /dev/null -T "www/get$size" "${url[$server]}/big"
+	curl -s -f -o /dev/null "${url[$server]}/big"
+	sed -n 's/^VmHWM:[^0-9]*\([0-9]*\).*/\1/p' "/proc/${pid[$server]}/status"
 }
-
-bench_table() {
-	printf 'binary, bytes|%s|%s\n' \
-		statesrv "$(stat -L -c %s "$STATESRV")" \
-		nginx "$(stat -L -c %s "$(command -v nginx)")" >>rates
-	echo "statesrv / nginx"
-	sort -t '|' -k 3n rates | awk -F '|' '
-	NR == FNR { if (!seen[$1]++) row[++rows] = $1; next }
-	{ key = $1 FS $2; value[key, ++n[key]] = $3 }
-	function median(key) { return value[key, int((n[key] + 1) / 2)] }
-	END { for (r = 1; r <= rows; r++) printf "%9.2f  %s\n",
-		median(row[r] FS "statesrv") / median(row[r] FS "nginx"),
-		row[r] }' rates -
-}
-
 # ---- the source itself -----------------------------------------------------
 
 # The map in the opening comment is the banner titles, in their order.
@@ -9332,21 +6224,20 @@ test_source_has_a_test_for_each_promise() {
 	done
 }
 
-# Warnings are errors, under every compiler there is, and in C99.
+# Warnings are errors, under every compiler there is.
 test_source_is_clean_under_every_compiler() {
 	local cc
 	for cc in gcc clang musl-gcc; do
 		need $cc
 		CC=$cc build out -O2
-		CC=$cc build out -O2 -std=c99
 	done
 }
 
-# The program as it is shipped: less than 100 KiB, or 200 KiB with its libc.
+# The program as it is shipped: below 100 KiB, or 160 KiB with its libc.
 test_source_is_a_small_program() {
 	need gcc musl-gcc
 	CC=musl-gcc build out "${shipped[@]}" -static -s
-	[ "$(wc -c <out)" -lt 204800 ] || fail "static: $(wc -c <out) bytes"
+	[ "$(wc -c <out)" -lt 163840 ] || fail "static: $(wc -c <out) bytes"
 	[ "$(uname -m)" = x86_64 ] || return 0
 	CC=gcc build out "${shipped[@]}" -s
 	[ "$(wc -c <out)" -lt 102400 ] || fail "dynamic: $(wc -c <out) bytes"
@@ -9359,39 +6250,35 @@ test_source_is_clean_under_cppcheck_and_shellcheck() {
 	shellcheck "$here/test.sh" "$here/.ci/run"
 }
 
-# Nothing is read before it was written, nothing is lost, nothing is read
-# after it was freed.
+# Nothing is read before it was written, nothing is lost, nothing is read after it was freed.
 test_valgrind_finds_nothing() {
 	need valgrind
 	grumbles
-	printf '#!/bin/sh\nexec valgrind -q --error-exitcode=99 \\\n%s \\\n%s' \
-		' --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite' \
-		" '$work/release' \"\$@\"" >watched
-	chmod +x watched
+	through "exec valgrind -q --error-exitcode=99 --leak-check=full \
+		--show-leak-kinds=definite --errors-for-leak-kinds=definite '$work/release'"
 	[ -x "$work/release" ] || build "$work/release" "${shipped[@]}"
-	echo 'ann s3cret write' >users
-	chmod 600 users
-	STATESRV=./watched PATIENCE=60
+	install -m 600 <(echo 'ann s3cret write') users
+	PATIENCE=60
 	serve -u users -k 2
-	local auth=(-u ann:s3cret) i
-	for i in 1 2 3 4; do
-		expect 200 LOCK /team/a "$(info me)" "${auth[@]}"
-		expect 200 POST '/team/a?ID=me' "$(state $i)" "${auth[@]}"
-		expect 423 LOCK /team/a "$(info you)" "${auth[@]}"
-		expect 200 UNLOCK /team/a "$(info me)" "${auth[@]}"
+	local i
+	pad 1 300000 >whole
+	(mkdir user && cd user && use_all 1)
+	rows -H 'Transfer-Encoding: chunked' <<<'200 ann:s3cret PUT /big @whole'
+	rows <<-'EOF'
+		200 ann:s3cret LOCK /team/s1 info:me
+		423 ann:s3cret LOCK /team/s1 info:you
+		400 ann:s3cret PUT /big {"a":
+		401 - GET /big -
+		401 ann:wrong GET /big -
+	EOF
+	for i in / '/?q=A' '/?locked' /-/metrics /-/ready /-/versions/team/s1 \
+		/-/log/team/s1 /big /team/s1; do
+		rows -H 'Accept: text/html' <<<"200 ann:s3cret GET $i -"
+		rows -H 'Accept: application/json' <<<"200 ann:s3cret GET $i -"
 	done
-	head -c 300000 /dev/zero | tr '\0' ' ' | sed 's/^/{/;s/$/}/' >big
-	expect 200 PUT /big @big "${auth[@]}"
-	expect 200 PUT /big @big "${auth[@]}" -H 'Transfer-Encoding: chunked'
-	expect 400 PUT /big '{"a":' "${auth[@]}"
-	expect 401 GET /big
-	expect 401 GET /big '' -u ann:wrong
-	for i in / /-/metrics /-/ready /-/versions/team/a /-/changes/team/a \
-		/-/log/team/a /big /team/a; do
-		expect 200 GET $i '' "${auth[@]}" -H 'Accept: text/html'
-		expect 200 GET $i '' "${auth[@]}" -H 'Accept: application/json'
-	done
-	expect 200 DELETE /team/a '' "${auth[@]}"
+	rows <<<'200 ann:s3cret DELETE /team/s1?ID=me -'
+	printf 'PUT /big HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{' |
+		raw 1 >answers
 	kill -HUP "$PID"
 	halt
 	want "exit status: $(cat server.err)" 0 "$STATUS"
@@ -9420,10 +6307,8 @@ build() {
 # limits so near that growing and refusing happens all the time.
 build_both() {
 	build "$work/release" "${shipped[@]}" &&
-		build "$work/sanitized" -O1 -g -DNO_SANDBOX -DBODY_MEM=512 \
-			-DSPOOL=4096 -DCACHE_FILE=256 -DCACHE_SLOTS=2 -DCACHE_BYTES=400 \
-			-DFLAT=2 \
-			-DTHREADS_MAX=3 -DSEND_MAX=8192 -DTHREAD_STACK=1048576 \
+		build "$work/sanitized" -O1 -g -DNO_SANDBOX -DSMALL=256 \
+			-DPIECE=512 -DTHREADS_MAX=24 -DTHREAD_STACK=1048576 \
 			-fsanitize=address,undefined -fno-sanitize-recover=all
 }
 
@@ -9451,7 +6336,10 @@ run_one() {
 	[ $rc != 77 ] || result=skip
 	case $result in
 	ok) echo "ok    $BUILD $1" ;;
-	skip) echo "SKIP  $BUILD $1: $(cat "$T/skipped")" ;;
+	skip)
+		echo "SKIP  $BUILD $1: $(cat "$T/skipped")"
+		sed 's/^no \(.*\) here$/\1/' "$T/skipped" >"$T.skip"
+		;;
 	fail)
 		echo "FAIL  $BUILD $1"
 		tail -n 20 "$T.out" | sed 's/^/	/'
@@ -9506,6 +6394,23 @@ chosen() {
 	done
 }
 
+# known WORD...: each word is a part of some test's name.
+known() {
+	local word
+	for word; do
+		[ -n "$(chosen "$word")" ] ||
+			{ echo "no test has a name with $word in it" >&2 && return 1; }
+	done
+}
+
+# skipped: how many tests were skipped, and for what.
+skipped() {
+	local why
+	why=$(cat "$work"/run/*.skip 2>/dev/null | sort | uniq -c | sort -rn |
+		sed 's/^ *\([0-9]*\) \(.*\)/\2 \1/' | paste -s -d , | sed 's/,/, /g')
+	[ -z "$why" ] || echo "$(count skip) skipped: $why"
+}
+
 # run_all WORD...: on each build, JOBS tests at a time. What tests the source,
 # or the sandbox, which only the first has, runs once.
 run_all() {
@@ -9539,6 +6444,10 @@ main() {
 	case ${1-} in
 	list) all_tests | sed 's/^test_//' && return ;;
 	esac
+	case ${1-} in
+	crash | fuzz | bench) ;;
+	*) known "$@" || exit 2 ;;
+	esac
 	[ -n "${STATESRV-}" ] || build_both || exit 1
 	case ${1-} in
 	crash | fuzz)
@@ -9560,6 +6469,7 @@ main() {
 		grep -l '^fail$' "$work"/run/*.result |
 			sed 's|.*/run/\(.*\).result|	\1|'
 	}
+	skipped
 	echo "$(count ok) passed, $failed failed, $(count skip) skipped"
 	[ "$failed" = 0 ]
 }
