@@ -33,13 +33,15 @@
  * given with its connection to one thread of a pool, which does it from the
  * first line to the last. So every wait has an end, every piece of work has
  * somebody who wants it, and no lock of the program is held over a disk, but
- * for a name's own guard. To follow one request, read these in order:
+ * for a name's own guard, and the output's where stdout is a file. To follow
+ * one request, read these in order:
  *
  *	loop_turn, conn_drive, head_read, request_new, admit: in the loop
  *	GET of a small state: now_state, cache_get, conn_answer, reply_send
- *	POST: pool_give, then in a thread thread_serve, do_write,
- *	state_receive, state_check, change, change_prepare, guard_take,
- *	write_publish, change_end, reply_send, and at last change_free
+ *	POST: pool_give, then in a thread thread_serve, do_write; change, a
+ *	first look: may it land at all? state_receive, state_check; change,
+ *	now with change_prepare, guard_take, write_publish; change_end,
+ *	reply_send, and at last change_free
  *
  * What it does not do: TLS (put a front before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
@@ -158,14 +160,15 @@
 
 /* ==== limits and config ==================================================
  *
- * Every number of the program, most of them to be overridden with
- * -DNAME=VALUE (the tests do, so that limits are near), and the options,
- * which main fills in and all others only read.
+ * Every number of the program; those behind #ifndef can be overridden with
+ * -DNAME=VALUE (the tests do, so that limits are near). And the options, which
+ * main fills in and all others only read.
  *
  * What one connection may cost: 250 bytes while it is idle; HEAD_MAX and a
- * struct request while its head comes; a thread (some 30 KiB of its stack are
- * touched) and PIECE while its request waits for anything; and of the
- * kernel's memory UNSENT_MAX, for an answer that nobody reads.
+ * struct request from its head's first byte to its answer; a thread (some 30
+ * KiB of its stack are touched) while its request waits for anything, and
+ * LOCK_INFO_MAX for a small body; and of the kernel's memory UNSENT_MAX, for an
+ * answer that nobody reads.
  */
 #define VERSION "2.0"
 #define HEAD_MAX 16384		/* bytes: request line and fields */
@@ -184,7 +187,6 @@
 #ifndef ANY_OBJECT
 #define ANY_OBJECT 0		/* 1: any JSON object is taken for a state */
 #endif
-#define ROWS_MAX 5000		/* of an HTML page */
 #define HASH_MAX 16384		/* bytes: up to this MD5 is logged, unasked */
 #define META_MAX 65536		/* bytes searched for serial and lineage */
 #define TAIL_MAX 65536		/* bytes of a log that a page looks at */
@@ -192,9 +194,6 @@
 #define SMALL 65536		/* bytes: the loop answers such a state */
 #endif
 #define CACHE_SLOTS 256		/* of them are kept in memory */
-#ifndef PIECE
-#define PIECE 131072		/* bytes that a thread moves at a time */
-#endif
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
 #endif
@@ -409,8 +408,8 @@ struct change {
 	struct lock asked;		/* the lock info that was sent */
 	struct tmp tmp;			/* the new state, */
 	struct meta meta;
-	int64_t size;			/* in bytes, */
-	char md5[33];			/* and in hex, or "" */
+	int64_t size;			/* of the body, in bytes */
+	char md5[33];			/* of the body, in hex; "": unknown */
 	int old;			/* the state that is there, or -1 */
 	struct stat old_st;
 	struct meta old_meta;
@@ -418,7 +417,8 @@ struct change {
 	int history;			/* the history's directory, or -1 */
 	struct tmp kept;		/* a second name of old, in there */
 	struct names ids;		/* the versions in it, oldest first */
-	bool writes;			/* what is refused is logged */
+	bool writes;			/* changes the state: is prepared for, and
+					 * logged even if it is refused */
 	const char *event;		/* what was done, for the state's log */
 };
 
@@ -476,8 +476,8 @@ struct request {
 
 /* ==== small helpers ======================================================
  *
- * Clocks and the only wait; complain and die in the err(3) manner; bytes that
- * grow; text for people.
+ * Clocks and a request's only wait; complain and die in the err(3) manner;
+ * bytes that grow; text for people.
  */
 static int64_t
 clock_us(clockid_t id)
@@ -493,7 +493,7 @@ clock_us(clockid_t id)
 #define time_ms() (clock_us(CLOCK_REALTIME) / 1000)
 
 /* Waits for a descriptor, or with fd -1 only for the time, until a moment
- * (milliseconds, monotonic). No thread waits elsewhere. What poll says of the
+ * (milliseconds, monotonic). No request waits elsewhere. What poll says of the
  * descriptor, or 0: it is too late. */
 static short
 wait_until(int fd, short events, int64_t until)
@@ -2017,7 +2017,8 @@ enum enter { D_OPEN, D_MAKE, D_SYNC };
 
 /* Finds where a name's files lie. What is missing is made by D_MAKE; for
  * D_OPEN it is no error: then dir is -1, and errno ENOENT. D_SYNC syncs each
- * directory from the root down. Left by dir_leave(p->dir). */
+ * directory from the root down. Left by dir_leave(p->dir). -1 with errno: then
+ * dir is -1, too. */
 static int
 place_open(const char *name, enum enter how, struct place *p)
 {
@@ -2088,6 +2089,7 @@ place_file(const struct place *p, const char *suffix, int how,
 	    file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
 }
 
+/* Opens a file of a name, for reading; as place_file. */
 static int
 name_file(const char *name, const char *suffix, struct stat *st)
 {
@@ -2198,7 +2200,8 @@ store_room(uint64_t *room, uint64_t *reserve)
 	return 0;
 }
 
-/* 0 if n more bytes leave the reserve alone, else -1 with ENOSPC. */
+/* 0 if n more bytes leave the reserve alone, else -1; errno may be ENOSPC in
+ * either case. */
 static int
 store_fits(int64_t n)
 {
@@ -2234,6 +2237,8 @@ tmp_remove(struct tmp *t)
 	errno = saved;
 }
 
+/* Makes one and opens it; ended by tmp_remove, after a rename too. -1 with
+ * errno: nothing is left of it. */
 static int
 tmp_create(struct tmp *t, int dir)
 {
@@ -2241,8 +2246,8 @@ tmp_create(struct tmp *t, int dir)
 
 	tmp_name(t, dir);
 	t->fd = file_open(dir, t->name, how, NULL);
-	if (t->fd == -1 && errno == ENOENT &&	/* somebody tidied up */
-	    mkdirat(store.root, ".tmp", 0700) == 0)
+	if (t->fd == -1 && errno == ENOENT && dir == store.root &&
+	    mkdirat(dir, ".tmp", 0700) == 0)	/* somebody tidied up */
 		t->fd = file_open(dir, t->name, how, NULL);
 	if (t->fd != -1)
 		return 0;
@@ -2684,6 +2689,7 @@ guard_drop(struct guard *g)
  * -1 with errno: ETIMEDOUT; EBUSY: too many wait for it; EIDRM: .guard was
  * removed or replaced. The byte is 62 bits of a hash, so that no two names
  * meet. It never changes, or an old and a new server would exclude nobody.
+ * Ended by guard_drop; after -1 there is nothing to drop.
  */
 static int
 guard_take(struct guard *g, const char *name, int64_t ms)
@@ -2774,6 +2780,7 @@ users_hold(void)
 	return users;
 }
 
+/* Gives a hold back; the last one frees. */
 static void
 users_drop(struct users *u)
 {
@@ -3035,7 +3042,7 @@ struct listener {
 
 enum conn_state {
 	C_HEAD,		/* between requests, or a head is coming */
-	C_DENY,		/* a wrong secret waits for its answer */
+	C_DENY,		/* its answer waits for its time: see pool_relieve, too */
 	C_DRAIN,	/* told all: the client may finish, and close */
 	C_GONE		/* to be closed */
 };
@@ -3092,17 +3099,21 @@ cut(struct request *r, const char *why)
 }
 
 /* The one place where an errno becomes a status: what stands here, or 503,
- * which invites the client to try again. */
+ * which invites the client to try again. The first two mean that the guard was
+ * not to be had: such a wait is long, and do_lock knows them by it. */
 static const struct { int error, status; const char *why; } errnos[] = {
 	{ ETIMEDOUT, 503, "another request for it takes too long" },
 	{ EBUSY, 503, "too many requests wait for it" },
 	{ EIDRM, 500, "its directory, or .guard, was removed or replaced" },
 	{ ELOOP, 500, "it is a symbolic link" },
+	{ ENOTDIR, 500, "a part of its path is a link, or no directory" },
 	{ EISDIR, 500, "it is not an ordinary file" },
 	{ ENOSPC, 507, NULL }, { EDQUOT, 507, NULL }, { EFBIG, 507, NULL },
 	{ EACCES, 500, NULL }, { EROFS, 500, NULL }, { 0, 503, NULL }
 };
 
+/* Takes errno. Returns the status; complains on stderr, unless all it needs is
+ * another try. */
 static int
 refuse_errno(struct request *r, const char *what)
 {
@@ -3121,7 +3132,8 @@ refuse_errno(struct request *r, const char *what)
 	return refuse(r, errnos[i].status, "cannot %s: %s", what, why);
 }
 
-/* -v: what goes over the wire, on stderr, credentials blanked. */
+/* -v: what goes over the wire, on stderr, credentials blanked. For debugging:
+ * it waits for whoever reads stderr. */
 static void
 trace(const char *mark, const char *data, size_t len)
 {
@@ -3168,7 +3180,8 @@ conn_moved(struct conn *c, size_t n)
 }
 
 /* After recv or send gave -1: waits for the client if that helps. False: it
- * has left, or is too slow, or had to make room for others. */
+ * has left, or is too slow, or had to make room for others. (Of that, the next
+ * recv or send may tell first, as an end.) */
 static bool
 conn_wait(struct conn *c, short events)
 {
@@ -3298,7 +3311,7 @@ body_chunk(struct request *r)
 	if (status == 413 || (status == 0 && size > (uint64_t)r->room))
 		return refuse(r, r->too_large, "the body is too large");
 	if (status != 0)
-		return refuse(r, status, "a chunk begins without its size");
+		return refuse(r, status, "a chunk's first line is malformed");
 	r->chunk = (int64_t)size;
 	r->room -= r->chunk;
 	if (r->chunk > 0)
@@ -3360,13 +3373,14 @@ body_whole(struct request *r)
 
 /* ==== commits ============================================================
  *
- * What a thread does to change a state or a lock, first step to last: receive
- * and check the body; write the temporary file and sync it; take the name's
- * guard; look at the lock, and whether the client is still there; only then
- * publish; drop the guard; sync the directory; append to the state's log;
- * answer. What fails leaves state and lock as they were, except where only
- * the last sync failed: then the answer is 5xx, and the client's own
- * repetition of the request finds it done, or does it again.
+ * What a thread does to change a state or a lock, first step to last: look
+ * whether it may; receive the body into a temporary file, check it there, and
+ * sync it; take the name's guard; look again at the lock, and whether the
+ * client is still there; only then publish; drop the guard; sync the
+ * directory; append to the state's log; answer. What fails leaves state and
+ * lock as they were, except where only the last sync failed: then the answer
+ * is 5xx, and the client's own repetition of the request finds it done, or
+ * does it again.
  *
  * Functions return 0, a status, or -1: the request was cut.
  */
@@ -3641,8 +3655,7 @@ lock_body(struct request *r)
  * Writes the lock, and syncs it: another host that found it empty would take
  * it for none. What could not be written is removed again. What could not be
  * synced stays: a lock too many is an inconvenience, one too few a disaster.
- * One that is there, to be broken or the sender's own from a try that may not
- * have got to the disk, is replaced: at no moment is there none.
+ * One that is broken is replaced: at no moment is there none.
  */
 static int
 lock_write(struct request *r)
@@ -3671,6 +3684,38 @@ lock_write(struct request *r)
 	return status;
 }
 
+/*
+ * The sender has the lock, from a try that may not have got to the disk. Its
+ * bytes are written anew, for a sync that failed may say 0 the next time; what
+ * it is for, and since when, stays. Without room for that, what is there is
+ * synced.
+ */
+static int
+lock_again(struct request *r)
+{
+	const struct place *p = &r->change->place;
+	const struct lock *l = &r->change->lock;
+	const struct timespec times[2] = { l->since, l->since };
+	struct tmp t = { .fd = -1 };
+	char leaf[LEAF];
+	int status = 0, fd;
+
+	if (tmp_create(&t, p->dir) == -1 ||
+	    write_all(t.fd, l->raw, l->len) == -1 ||
+	    futimens(t.fd, times) == -1 || sync_fd(t.fd) == -1 ||
+	    tmp_rename(&t, p->dir, leaf_name(leaf, p, LOCK)) == -1)
+		status = -1;
+	if (status == -1 && (errno == ENOSPC || errno == EDQUOT)) {
+		fd = place_file(p, LOCK, O_RDONLY, NULL);
+		status = fd == -1 ? -1 : sync_fd(fd);
+		close_quietly(fd);
+	}
+	if (status == -1)
+		status = refuse_errno(r, "sync the lock");
+	tmp_remove(&t);
+	return status;
+}
+
 /* Under the guard: takes the lock, if it may be had. -b breaks one that is
  * old, but never a freeze: that is somebody's word. */
 static int
@@ -3685,9 +3730,12 @@ lock_publish(struct request *r)
 
 	if (l->held && !own && (!stale || r->right < R_WRITE))
 		return refuse_locked(r, 423);
+	if (own && r->right < R_WRITE && !lock_plans(l))
+		return refuse(r, 403, "%s may take only a plan's lock of %s",
+		    r->user, r->name);
 	if (!client_there(r))
 		return refuse_gone(r);
-	if ((status = lock_write(r)) == 0)
+	if ((status = own ? lock_again(r) : lock_write(r)) == 0)
 		ch->event = l->held && !own ? "break" : "lock";
 	return status;
 }
@@ -4159,6 +4207,7 @@ struct row {
 	const char *name, *id;		/* id: "" of the present version */
 	bool exists;
 	bool failed;			/* it could not be looked at */
+	bool deleted;			/* only the history has it */
 	char serial[24], size[24], when[32];	/* "": not known */
 	int64_t age;			/* seconds */
 	struct meta meta;
@@ -4192,16 +4241,23 @@ row_read(struct row *row, const char *name)
 {
 	struct place p;
 	struct stat st;
+	int dir;
 
 	*row = (struct row){ .name = name, .id = "", .failed = true };
 	if (place_open(name, D_OPEN, &p) == -1)
 		return -1;
 	if (lock_look(&p, name, &row->lock) == -1) /* better than "unlocked" */
 		row->lock = (struct lock){ .held = true, .foreign = true,
-		    .id = "unknown", .info = "the lock cannot be read" };
+		    .info = "the lock cannot be read" };
 	free(row->lock.raw);
 	row_file(row, place_file(&p, STATE, O_RDONLY, &st), &st);
 	dir_leave(p.dir);
+	row->deleted = !row->exists && !row->failed;
+	if (row->deleted && row->lock.held) {	/* or only locked so far */
+		dir = history_open(name, D_OPEN);
+		row->deleted = dir != -1;
+		close_quietly(dir);
+	}
 	return row->failed ? -1 : 0;
 }
 
@@ -4216,11 +4272,13 @@ operation_text(char out[64], const char *operation)
 }
 
 /* Who holds the lock, since when, for what, and how it is released; "" if
- * nobody does. The text is b's, which is to be freed. */
+ * nobody does. One that cannot be read has only its info. The text is b's,
+ * which is to be freed. */
 static const char *
 lock_text(struct request *r, const struct lock *l, struct buf *b)
 {
-	char operation[64], since[32];
+	char operation[64], since[32] = "";
+	bool known = l->since.tv_sec != 0;
 	struct buf release = { 0 };
 	const char *const pairs[][2] = { { "id", l->id }, { "who", l->who },
 	    { "operation", l->operation }, { "info", l->info },
@@ -4229,16 +4287,20 @@ lock_text(struct request *r, const struct lock *l, struct buf *b)
 
 	if (!l->held)
 		return "";
-	time_text(since, (int64_t)l->since.tv_sec * 1000, false);
 	operation_text(operation, l->operation);
-	buf_shell(&release, "terraform force-unlock ", l->id);
+	if (known) {
+		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
+		buf_shell(&release, "terraform force-unlock ", l->id);
+	}
 	if (r->form == JSON && !release.failed) {
 		buf_str(b, "{");
 		for (i = 0; i < 6; i++)
 			json_pair(b, pairs[i][0], pairs[i][1], false);
-		json_pair(b, "release", release.data, false);
+		json_pair(b, "release", known ? release.data : "", false);
 		buf_str(b, "}");
-	} else if (!release.failed)
+	} else if (!known)
+		buf_fmt(b, "frozen: %s", l->info);
+	else if (!release.failed)
 		buf_fmt(b, "%s%s%s since %s%s%s; to release it: %s",
 		    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
 		    "locked", *operation != '\0' ? ", " : "", operation, since,
@@ -4255,13 +4317,13 @@ row_put(struct request *r, const struct row *row)
 	static const char units[][4] = { "s", "min", "h", "d" };
 	static const int64_t per[] = { 60, 60, 24 };
 	bool list = r->kind == K_ROOT, present = *row->id == '\0';
-	bool gone = !row->exists && !row->failed && !row->lock.held;
 	char age[32] = "", until[32] = "", what[64];
 	struct buf *b = &r->text, lock = { 0 }, link = { 0 };
 	const char *held = lock_text(r, &row->lock, &lock);
 	const char *id = present ? "present" : row->id;
 	const char *done = r->form == JSON ? row->operation : what;
-	const char *made = row->meta.version, *by = gone ? "deleted" : made;
+	const char *made = row->meta.version, *by = row->deleted ? "deleted" :
+	    made;
 	const char *written = list ? "modified" : "written";
 	const struct cell cells[] = {
 		{ "name", "State", -24, false, K_ROOT, row->name, NULL },
@@ -4275,8 +4337,8 @@ row_put(struct request *r, const struct row *row)
 		{ "terraform_version", "Terraform", -9, false, K_ROOT, made,
 		    by },
 		{ "lineage", NULL, 0, false, K_ROOT, row->meta.lineage, NULL },
-		{ "deleted", NULL, 0, true, K_ROOT, gone ? "true" : "false",
-		    NULL },
+		{ "deleted", NULL, 0, true, K_ROOT, row->deleted ? "true" :
+		    "false", NULL },
 		{ "lock", list ? "Lock" : NULL, -4, true, K_STAR, held, NULL },
 	};
 	int64_t n = row->age < 0 ? 0 : row->age;
@@ -4528,7 +4590,7 @@ state_above(struct request *r, const struct row *row)
 
 	if (*held != '\0')
 		page_say(r, "hot", held);
-	else
+	if (*held == '\0' || !row->exists)
 		page_say(r, "", row->exists ? "Not locked." :
 		    "There is no such state now.");
 	buf_free(&lock);
@@ -4580,7 +4642,7 @@ state_rows(struct request *r, struct row *row, int dir,
 	close_quietly(fd);
 	table_begin(r);
 	row_writer(row, &tail);
-	if (row->exists || row->lock.held)
+	if (row->exists)
 		row_put(r, row);
 	for (i = ids->n; i > 0; i--) {
 		*row = (struct row){ .name = r->name, .id = ids->list[i - 1] };
@@ -4833,7 +4895,8 @@ now_ready(struct request *r)
 	    r->start / 1000 > ready.begun);
 	if (known && (late || ready.why[0] != '\0'))
 		(void)refuse(r, 503, "not ready: %s", late ?
-		    "the disk does not answer" : ready.why);
+		    "the disk does not answer, or there is no "
+		    "thread to ask it" : ready.why);
 	else if (known)
 		(void)now_say(r, "ready");
 	(void)pthread_mutex_unlock(&ready.mutex);
@@ -5386,9 +5449,12 @@ reply_send(struct request *r, bool may_wait)
 			conn_moved(r->conn, (size_t)n);
 		else if (n == 0)
 			return cut(r, "the file has become shorter");
+		else if (n == -1 && errno == EIO)
+			return cut(r, "the file cannot be read");
 		else if (n == -1 && !may_wait && errno == EAGAIN)
 			return 0;
-		else if (n == -1 && !conn_wait(r->conn, POLLOUT))
+		else if (n == -1 && ((errno != EAGAIN && errno != EINTR) ||
+		    !conn_wait(r->conn, POLLOUT)))
 			return cut(r, "the client did not take the answer");
 	}
 	return 1;
@@ -5506,10 +5572,10 @@ thread_serve(struct conn *c)
 
 	r->change = &ch;
 	conn_within(c, clock_ms(), BODY_MS);
-	if (r->status == 0) {		/* else it is the rest of an answer */
+	if (r->head.len == 0) {		/* else it is the rest of an answer */
 		act = action_of(r);
-		whole = act->body != B_NONE || r->length == 0 ||
-		    body_whole(r) == 0;
+		whole = r->status == 0 && (act->body != B_NONE ||
+		    r->length == 0 || body_whole(r) == 0);
 		if (whole && act->page)
 			page(r, act->run);
 		else if (whole)
@@ -5662,7 +5728,7 @@ conn_answer(struct conn *c)
 		/* The rest is the cache's, which may drop it. */
 		buf_add(&r->text, r->out[1].ptr, r->out[1].len);
 		r->out[1].ptr = r->text.data;
-		sent = r->text.failed ? -1 : 0;
+		sent = r->text.failed ? cut(r, "out of memory") : 0;
 	}
 	if (sent == 0) {
 		pool_give(c);
@@ -5685,8 +5751,8 @@ conn_request(struct conn *c, bool quick)
 		conn_within(c, loop.now, DENY_MS);
 		return false;
 	}
-	if (r->status != 0 || (quick && r->length == 0 &&
-	    action_of(r)->now != NULL && action_of(r)->now(r)))
+	if (quick && (r->status != 0 || (r->length == 0 &&
+	    action_of(r)->now != NULL && action_of(r)->now(r))))
 		return conn_answer(c);
 	pool_give(c);
 	return false;
@@ -6015,6 +6081,8 @@ address_read(const char *text, union address *a)
 	    (size_t)(colon - text) });
 	if (inet_pton(AF_INET6, host, &a->six.sin6_addr) == 1)
 		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
+	if (inet_pton(AF_INET6, text, &a->six.sin6_addr) == 1)
+		die(2, "-l %s: write [%s]:PORT", text, text);
 	if (host[0] == '[' && cut_suffix(host, "]") &&
 	    inet_pton(AF_INET6, host + 1, &a->six.sin6_addr) == 1) {
 		a->six.sin6_family = AF_INET6;
@@ -6026,8 +6094,8 @@ address_read(const char *text, union address *a)
 	if (inet_pton(AF_INET, strcmp(host, "localhost") == 0 ? "127.0.0.1" :
 	    host[0] == '\0' || strcmp(host, "*") == 0 ? "0.0.0.0" : host,
 	    &a->four.sin_addr) != 1)
-		die(2, "-l %s: %s is no address; a name is not looked up",
-		    text, host);
+		die(2, "-l %s: that is no address; a name is not looked up",
+		    text);
 	return (socklen_t)sizeof(a->four);
 }
 
@@ -6208,7 +6276,8 @@ sandbox(void)
 #elif defined(__OpenBSD__)
 	if (unveil(conf.dir, "rwc") == -1 ||
 	    (conf.users != NULL && unveil(conf.users, "r") == -1) ||
-	    pledge("stdio rpath wpath cpath flock inet unix proc", NULL) == -1)
+	    pledge("stdio rpath wpath cpath fattr flock inet unix proc",
+	    NULL) == -1)
 		die(1, "cannot enter the sandbox: %s", strerror(errno));
 #endif
 }
@@ -6573,7 +6642,7 @@ static const char usage_text[] =
 "  -s        strict: refuse a state with a lower serial or another lineage\n"
 "  -u FILE   users, one a line: name secret permission [pattern...]\n"
 "            secret: as it is, or sha256:HEX; permission: read, plan or write\n"
-"  -v        show all requests and answers on stderr, secrets included\n"
+"  -v        show heads and bodies on stderr, the states' secrets included\n"
 "  -V        show the version (--version too)\n"
 "  -x        believe X-Forwarded-For: only behind a front\n\n"
 "Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user who may do\n"
@@ -6632,12 +6701,13 @@ options(int argc, char **argv)
 	const char *wrong;
 	int c;
 
-	if (argc > 1 && strcmp(argv[1], "--help") == 0)
-		option('h');
-	if (argc > 1 && strcmp(argv[1], "--version") == 0)
-		option('V');
-	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vVx")) != -1)
+	/* To getopt, --help is the option "-" with the argument "help". */
+	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vVx-:")) != -1) {
+		if (c == '-' && (c = strcmp(optarg, "help") == 0 ? 'h' :
+		    strcmp(optarg, "version") == 0 ? 'V' : '?') == '?')
+			complain("invalid option: --%s", optarg);
 		option(c);
+	}
 	if (optind == argc)
 		return;
 	conf.command_name = argv[optind];
