@@ -5252,14 +5252,6 @@ log_request(const struct request *r, int64_t us, struct buf *b)
 	buf_str(b, "\n");
 }
 
-static void
-count(uint64_t *what, int n)
-{
-	(void)pthread_mutex_lock(&told.mutex);
-	*what += (uint64_t)n;
-	(void)pthread_mutex_unlock(&told.mutex);
-}
-
 /* A request has been answered, or cut: counts and logs it. The time, in
  * milliseconds. */
 static int64_t
@@ -5330,7 +5322,7 @@ log_flush(int64_t wait)
 	for (; at < b.len; at++)
 		lost += b.data[at] == '\n';
 	if (lost > 0)
-		count(&told.unlogged, lost);
+		(void)told_add(&told.unlogged, lost);
 	buf_free(&b);
 	return wait;
 }
@@ -5620,7 +5612,7 @@ pool_thread(void *unused)
 		thread_serve(c);
 		(void)pthread_mutex_lock(&conn_mutex);
 	}
-	count(&told.threads, -1);
+	(void)told_add(&told.threads, -1);
 #ifdef __GLIBC__
 	if (told.threads == 0)		/* what a flood needed is given back */
 		(void)malloc_trim(0);
@@ -5639,7 +5631,7 @@ pool_give(struct conn *c)
 	list_add(&pool.queue, c);
 	if (pool.queue.n > pool.idle && told.threads < pool.max &&
 	    thread_start(pool_thread))
-		count(&told.threads, 1);
+		(void)told_add(&told.threads, 1);
 	(void)pthread_mutex_unlock(&conn_mutex);
 	(void)pthread_cond_signal(&pool.work);
 }
@@ -5664,7 +5656,7 @@ conn_close(struct conn *c, const char *why)
 	(void)close(c->fd);
 	free(c->in);
 	free(c);
-	count(&told.connections, -1);
+	(void)told_add(&told.connections, -1);
 }
 
 /* Reads what has come of a head. Its length; 0: more must come, if the
@@ -5906,8 +5898,8 @@ conn_accept(unsigned slot)
 		c->fd = fd;
 		c->from = &listeners[slot - 1];
 		address_text(&peer, c->peer, sizeof(c->peer));
-		count(&told.connections, 1);
-		count(&told.accepted, 1);
+		(void)told_add(&told.connections, 1);
+		(void)told_add(&told.accepted, 1);
 		conn_within(c, loop.now, IDLE_MS);
 		list_add(&set.list, c);
 		conn_drive(c);
