@@ -36,8 +36,8 @@
  * for a name's own guard, and the output's where stdout is a file. To follow
  * one request, read these in order:
  *
- *	loop_turn, conn_drive, head_read, request_new, admit: in the loop
- *	GET of a small state: now_state, cache_get, conn_answer, reply_send
+ *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
+ *	GET of a small state: now_state, cache_get, conn_request, reply_send
  *	POST: pool_give, then in a thread thread_serve, do_write; change, a
  *	first look: may it land at all? state_receive, state_check; change,
  *	now with change_prepare, guard_take, write_publish; change_end,
@@ -117,6 +117,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -180,6 +181,7 @@
 #define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
 #define NAME_LEN_MAX 1000	/* bytes: a name */
 #define ID_MAX 256		/* bytes: a lock's ID */
+#define SERIAL_MAX 20		/* digits of one that is known */
 #define LINEAGE_MAX 255		/* bytes: one that can be compared */
 #define USERS_MAX 1048576	/* bytes: the users file */
 #define LOCK_INFO_MAX 65536	/* bytes: the body of LOCK and UNLOCK */
@@ -193,7 +195,8 @@
 #ifndef SMALL
 #define SMALL 65536		/* bytes: the loop answers such a state */
 #endif
-#define CACHE_SLOTS 256		/* of them are kept in memory */
+#define CACHE_SLOTS 256		/* of them are kept in memory, each with */
+#define HEAD_ROOM 1024		/* bytes before it, for an answer's head */
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
 #endif
@@ -215,6 +218,7 @@
 #define TURN_MAX 32		/* answers to one client in one turn */
 #define HOT_MS 5		/* milliseconds between looks at idle ones */
 #define LOG_MS 10		/* log lines may wait so long for others */
+#define LOG_MAX 65536		/* bytes of them, while nobody reads */
 #ifndef IDLE_MS
 #define IDLE_MS 120000		/* Go's client gives up its own after 90 s */
 #endif
@@ -223,8 +227,7 @@
 #endif
 #ifndef BODY_MS
 #define BODY_MS 60000		/* of silence, in a body or of a slow reader, */
-#endif
-#define RATE 1024		/* and so many bytes a second on average */
+#endif				/* and a byte a millisecond, on average */
 #ifndef DRAIN_MS
 #define DRAIN_MS 10000		/* for a client to read the last answer */
 #endif
@@ -324,6 +327,7 @@ struct head {
 	const char *why;		/* it was refused */
 	int64_t length;			/* Content-Length, or -1 */
 	bool chunked;
+	unsigned fields;		/* so many there are */
 	bool close, keep_alive;		/* as Connection says */
 	bool keep;			/* the client would stay connected */
 };
@@ -350,8 +354,7 @@ struct member {
 struct meta {
 	char type;			/* 's'tate, 'l'ock info, 0: neither */
 	const char *doubled;		/* a key that is there twice, or NULL */
-	bool known;			/* has a serial */
-	uint64_t serial;
+	char serial[24];		/* a whole number; "": not known */
 	size_t lineage_len;
 	char lineage[LINEAGE_MAX + 1];
 	char version[32];		/* terraform_version */
@@ -370,8 +373,8 @@ struct lock {
 
 /* What a URL names, as what a page is written, what a user may do there. */
 enum kind {
-	K_STAR, K_STATE, K_LOCK, K_ROOT, K_VERSIONS, K_VERSION, K_LOG,
-	K_HEALTHY, K_READY, K_METRICS
+	K_STAR, K_ROOT, K_HEALTHY, K_READY, K_METRICS,
+	K_STATE, K_LOCK, K_VERSIONS, K_VERSION, K_LOG	/* have a name */
 };
 enum form { TEXT, JSON, HTML };
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
@@ -433,9 +436,8 @@ struct request {
 	enum kind kind;
 	enum right right;		/* on that name */
 	enum form form;			/* of pages, by Accept */
-	bool keep, http10, expects;	/* as the head says */
+	bool keep, expects;		/* as the head says */
 	bool fronted;			/* a front speaks for the client */
-	bool tls;			/* it is a TLS hello */
 	bool has_id, has_md5;
 	bool go;			/* sent by a Go program: terraform */
 	bool bearer;			/* showed a secret, but no name */
@@ -452,23 +454,24 @@ struct request {
 	unsigned char md5[16];
 
 	/* the body */
-	int64_t length;			/* bytes still to come; -1: chunked */
+	int64_t length;			/* bytes to come, of it or of a chunk;
+					 * -1: a chunk's first line is next */
 	int64_t room;			/* bytes that it may still have, */
 	int too_large;			/* else this is the status */
-	int64_t chunk;			/* bytes still to come of a chunk */
 	bool in_chunks;			/* the first chunk has begun */
 	char *body;			/* a small body, or a piece; malloced */
 	size_t len;			/* of body */
 
 	/* the answer */
-	int status;			/* 0: none, or none yet */
-	bool cut;			/* no answer: the connection ends */
-	unsigned retry;			/* Retry-After of a 503, seconds */
-	const char *type;		/* Content-Type */
+	int status;			/* 0: none yet; -1: see cut */
+	bool unguarded;			/* the guard was not to be had */
+	const char *type;		/* Content-Type, perhaps more fields */
 	bool heading;			/* a table's cells write their titles */
-	struct buf head, text;
-	struct span out[2];		/* of head and body: what is unsent */
-	int file;			/* the body, or -1 */
+	struct buf out, text;		/* all of it but a file; a body */
+	char *cached;			/* or a body that is the cache's, with */
+	size_t cached_len;		/* HEAD_ROOM before it */
+	struct span unsent;		/* of out, or of both in the cache */
+	int file;			/* or a body that is a file, or -1 */
 	off_t off, left;		/* of the file */
 	int64_t got, sent;		/* bytes, for the count */
 	char why[300];			/* it was refused */
@@ -698,10 +701,10 @@ buf_fmt(struct buf *b, const char *fmt, ...)
 		b->len += n;
 }
 
-/* Appends a number, in digits at least; many times as fast as printf: every
- * answer and every log line has several. */
+/* Appends text, and then a number, in digits at least; many times as fast as
+ * printf: every answer and every log line has several. */
 static void
-buf_num(struct buf *b, int64_t n, int digits)
+buf_num(struct buf *b, const char *before, int64_t n, int digits)
 {
 	char text[24], *p = text + sizeof(text);
 
@@ -709,6 +712,7 @@ buf_num(struct buf *b, int64_t n, int digits)
 		*--p = (char)('0' + n % 10);
 		n /= 10;
 	} while (--digits > 0 || n > 0);
+	buf_str(b, before);
 	buf_add(b, p, (size_t)(text + sizeof(text) - p));
 }
 
@@ -724,7 +728,8 @@ buf_free(struct buf *b)
 static void
 buf_text(struct buf *b, const char *s, enum form form)
 {
-	const char *quoted = form == JSON ? "\"\\" : "<>&\"'";
+	const char *quoted = form == JSON ? "\"\\" :
+	    form == HTML ? "<>&\"'" : "";
 	unsigned code;
 	size_t n;
 
@@ -753,6 +758,20 @@ buf_json(struct buf *b, const char *s)
 }
 
 #define buf_html(b, s) buf_text(b, s, HTML)
+
+/* Appends a member to a JSON object that is open; bare: its value is JSON
+ * already. Nothing, if the value is "". */
+static void
+buf_pair(struct buf *b, const char *key, const char *value, bool bare)
+{
+	if (b->len == 0 || *value == '\0')
+		return;
+	buf_fmt(b, "%s\"%s\":", b->data[b->len - 1] == '{' ? "" : ",", key);
+	if (bare)
+		buf_str(b, value);
+	else
+		buf_json(b, value);
+}
 
 /* Appends a name as part of a URL. */
 static void
@@ -949,18 +968,12 @@ load32(const unsigned char *p)
 	    (uint32_t)p[3] << 24;
 }
 
-static inline uint32_t
-rotl(uint32_t x, int n)
-{
-	return x << n | x >> (32 - n);
-}
+#define rotl(x, n) ((x) << (n) | (x) >> (32 - (n)))
 
 /*
- * The time goes into one long chain of dependent additions: each step needs
- * the one before. So everything that does not need it is added first, and
- * the second function is a sum of two disjoint halves rather than an "or":
- * its first half is ready before the chain arrives. Step i of a round takes
- * word m * i + n.
+ * Each step waits for the one before. So what does not need it is added first,
+ * and F2 is a sum of two disjoint halves rather than an "or": its first half
+ * is ready earlier. Step i of a round takes word m * i + n.
  */
 #define F1(x, y, z) ((z) ^ ((x) & ((y) ^ (z))))
 #define F2(x, y, z) (((x) & (z)) + ((y) & ~(z)))
@@ -1129,7 +1142,7 @@ struct json {
 	struct member *members;		/* that are asked for */
 	size_t n;			/* so many */
 	unsigned brief;			/* ends when so many are found; or 0 */
-	int fd;				/* the file, or -1 */
+	int fd;				/* the file, unless max is 0 */
 	off_t pos, max;			/* bytes had of it, and at most */
 	struct hash *md5;		/* takes what is read; or NULL */
 	const unsigned char *p, *end;	/* the bytes at hand */
@@ -1142,15 +1155,13 @@ struct json {
 	unsigned char piece[8192];	/* of the file */
 };
 
-/* The next byte, not taken yet; -1 at the end. */
+/* Reads more of the file. Its next byte, not taken yet; -1 at the end. */
 static int
-json_peek(struct json *j)
+json_more(struct json *j)
 {
 	ssize_t n;
 
-	if (j->p < j->end)
-		return *j->p;
-	if (j->fd == -1 || j->pos >= j->max)
+	if (j->pos >= j->max)
 		return -1;
 	n = read_at(j->fd, j->piece, sizeof(j->piece), j->pos);
 	if (n == -1)
@@ -1163,6 +1174,14 @@ json_peek(struct json *j)
 	j->p = j->piece;
 	j->end = j->piece + n;
 	return *j->p;
+}
+
+/* The next byte, not taken yet; -1 at the end. Each byte is asked for. */
+__attribute__((always_inline))
+static inline int
+json_peek(struct json *j)
+{
+	return j->p < j->end ? *j->p : json_more(j);
 }
 
 /* Sets what is wrong, and where; returns false. */
@@ -1195,8 +1214,27 @@ json_keep(struct json *j, unsigned c)
 	j->len++;
 }
 
-/* Takes bytes of a set, up to a number of them; how many there were. */
-static unsigned
+/* Takes what stands for itself in a string: most of most states. Was there
+ * any? */
+static bool
+json_plain(struct json *j)
+{
+	size_t room = j->len < sizeof(j->text) ? sizeof(j->text) - j->len : 0;
+	const unsigned char *p = j->p;
+	size_t n;
+
+	while (p < j->end && *p >= 0x20 && *p < 0x80 && *p != '"' &&
+	    *p != '\\')
+		p++;
+	n = (size_t)(p - j->p);
+	memcpy(j->text + sizeof(j->text) - room, j->p, n < room ? n : room);
+	j->len += n;
+	j->p = p;
+	return n > 0;
+}
+
+/* Takes bytes of a set, up to a number of them. Were there any? */
+static bool
 json_take(struct json *j, const char *set, unsigned max)
 {
 	unsigned n = 0;
@@ -1207,7 +1245,7 @@ json_take(struct json *j, const char *set, unsigned max)
 			break;
 		json_keep(j, (unsigned)c);
 	}
-	return n;
+	return n > 0;
 }
 
 static bool
@@ -1218,12 +1256,12 @@ json_number(struct json *j)
 
 	j->len = 0;
 	(void)json_take(j, "-", 1);
-	ok = json_take(j, "0", 1) > 0 || json_take(j, digits, UINT_MAX) > 0;
-	if (ok && json_take(j, ".", 1) > 0)
-		ok = json_take(j, digits, UINT_MAX) > 0;
-	if (ok && json_take(j, "eE", 1) > 0) {
+	ok = json_take(j, "0", 1) || json_take(j, digits, UINT_MAX);
+	if (ok && json_take(j, ".", 1))
+		ok = json_take(j, digits, UINT_MAX);
+	if (ok && json_take(j, "eE", 1)) {
 		(void)json_take(j, "+-", 1);
-		ok = json_take(j, digits, UINT_MAX) > 0;
+		ok = json_take(j, digits, UINT_MAX);
 	}
 	return ok || json_wrong(j, "has a malformed number");
 }
@@ -1233,39 +1271,34 @@ json_number(struct json *j)
 static bool
 json_escape(struct json *j, unsigned *code)
 {
-	static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
-	int c = json_peek(j), i, v;
+	static const char from[] = "\"\\/bfnrtu", to[] = "\"\\/\b\f\n\r\t";
+	int c = json_peek(j), n = c == 'u' ? 4 : 0, v;
 	const char *p = c <= 0 ? NULL : strchr(from, c);
 
-	if (p == NULL && c != 'u')
+	if (p == NULL)
 		return json_wrong(j, "has an unknown escape in a string");
-	j->p++;
-	*code = p != NULL ? (unsigned)to[p - from] : 0;
-	for (i = 0; p == NULL && i < 4; i++, j->p++) {
-		c = json_peek(j);
-		if (c == -1 || (v = hex_value((unsigned char)c)) == -1)
+	*code = (unsigned)to[p - from];
+	for (j->p++; n > 0; n--, j->p++) {
+		if ((v = hex_value((unsigned char)json_peek(j))) == -1)
 			return json_wrong(j, "has a bad \\u escape");
 		*code = *code << 4 | (unsigned)v;
 	}
 	return true;
 }
 
-/* Takes a character of two to four bytes, the first of which is c. */
+/* The rest of a character of two to four bytes, the first of which is code. */
 static bool
-json_utf8(struct json *j, int c)
+json_utf8(struct json *j, unsigned *code)
 {
-	size_t n = c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4, i;
-	char s[5] = "";
-	unsigned code;
+	char s[5] = { (char)*code };
+	size_t n = 1;
 
-	for (i = 0; i < n && (c = json_peek(j)) != -1; i++, j->p++) {
-		s[i] = (char)c;
-		json_keep(j, (unsigned)c);
-	}
-	if (utf8_next(s, &code) == n)
+	while (n < 4 && (json_peek(j) & 0xc0) == 0x80)
+		s[n++] = (char)*j->p++;
+	if (utf8_next(s, code) == n)
 		return true;
 	(void)json_wrong(j, "has a string that is not UTF-8");
-	j->at -= i;
+	j->at -= n;
 	return false;
 }
 
@@ -1274,38 +1307,34 @@ json_utf8(struct json *j, int c)
 static bool
 json_string(struct json *j)
 {
-	unsigned code = 0, high = 0, n;
+	unsigned code, high = 0, n;
 	int c;
 
 	j->len = 0;
 	j->nul = false;
-	for (j->p++; (c = json_peek(j)) != '"'; high = c == '\\' ? high : 0) {
+	for (j->p++; (c = json_peek(j)) != '"';) {
+		if (json_plain(j)) {
+			high = 0;
+			continue;
+		}
 		if (c < 0x20)
 			return json_wrong(j, "has a control character in a "
 			    "string");
-		if (c >= 0x80) {
-			if (!json_utf8(j, c))
-				return false;
-			continue;
-		}
 		j->p++;
-		if (c != '\\') {
-			json_keep(j, (unsigned)c);
-			continue;
-		}
-		if (!json_escape(j, &code))
+		code = (unsigned)c;
+		if ((c == '\\' && !json_escape(j, &code)) ||
+		    (c >= 0x80 && !json_utf8(j, &code)))
 			return false;
-		if (high != 0 && code >= 0xdc00 && code <= 0xdfff) {
+		if (high != 0 && code >> 10 == 0x37) {
 			j->len -= 3;	/* the U+FFFD of its first half */
-			code = 0x10000 + ((high & 0x3ff) << 10) +
-			    (code & 0x3ff);
+			code = (high << 10) + code - 0x35fdc00;
 		}
-		high = code >= 0xd800 && code <= 0xdbff ? code : 0;
-		code = (code & ~0x7ffu) == 0xd800 ? 0xfffd : code;
+		high = code >> 10 == 0x36 ? code : 0;
+		code = code >> 11 == 0x1b ? 0xfffd : code;
 		j->nul |= code == 0;
 		n = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-		json_keep(j, n == 0 ? (code == 0 ? '?' : code) :
-		    (0xf80u >> n & 0xff) | code >> 6 * n);
+		json_keep(j, n > 0 ? (0xf80u >> n & 0xff) | code >> 6 * n :
+		    code > 0 ? code : '?');
 		while (n-- > 0)
 			json_keep(j, 0x80 | (code >> 6 * n & 0x3f));
 	}
@@ -1330,7 +1359,7 @@ json_member(struct json *j, unsigned depth)
 	if (!json_string(j))
 		return false;
 	j->text[j->len < last ? j->len : last] = '\0';
-	while ((s = strstr(j->text, "\xc5\xbf")) != NULL) {
+	while (depth == 1 && (s = strstr(j->text, "\xc5\xbf")) != NULL) {
 		*s = 's';		/* a long one, to Go as well */
 		memmove(s + 1, s + 2, strlen(s + 1));
 	}
@@ -1373,16 +1402,15 @@ json_value(struct json *j, unsigned depth)
 	if (depth > JSON_DEPTH)
 		return json_wrong(j, "is nested too deeply");
 	j->p++;
-	if ((c = json_skip(j)) != end)
-		do {
-			if (open == '{' ? !json_member(j, depth) :
-			    json_value(j, depth + 1) == 0)
-				return 0;
-			c = json_skip(j);
-			j->p += c == ',';
-		} while (c == ',');
-	if (c != end)
-		return json_wrong(j, "has no comma or end where one is due");
+	for (c = json_skip(j); c != end; j->p += c == ',') {
+		if (open == '{' ? !json_member(j, depth) :
+		    json_value(j, depth + 1) == 0)
+			return 0;
+		c = json_skip(j);
+		if (c != ',' && c != end)
+			return json_wrong(j, "has no comma or end where one "
+			    "is due");
+	}
 	j->p++;
 	j->len = 0;			/* it is no text */
 	j->nul = false;
@@ -1406,7 +1434,7 @@ json_text(const void *data, size_t len, struct member *members, size_t n)
 	const unsigned char *p = data;
 
 	return (struct json){ .p = p, .end = p + len, .pos = (off_t)len,
-	    .fd = -1, .members = members, .n = n };
+	    .members = members, .n = n };
 }
 
 /* A text as a whole number; false if it is none. */
@@ -1429,64 +1457,55 @@ whole_number(const char *text, uint64_t *n)
  * the next request would begin.
  */
 
-/* A character of a token (RFC 9110, 5.6.2), a set with a bit for each. Always
- * inline: each byte of a name is asked for. */
-__attribute__((always_inline))
-static inline bool
-is_token(unsigned char c)
+/* RFC 9110, 5.5: a value has no control characters but HTAB. */
+static bool
+http_value_ok(struct span s)
+{
+	const char *end = s.ptr + s.len;
+
+	while (s.ptr < end && ((unsigned char)*s.ptr >= 0x20 ?
+	    *s.ptr != 0x7f : *s.ptr == '\t'))
+		s.ptr++;
+	return s.ptr == end;
+}
+
+/* Takes a token off the front of what is left of a line. Its characters (RFC
+ * 9110, 5.6.2) are a set with a bit for each. */
+static struct span
+http_token(struct span *line)
 {
 	static const uint64_t set[2] = {
 		0x03ff6cfa00000000, 0x57ffffffc7fffffe
 	};
+	const unsigned char *p = (const unsigned char *)line->ptr;
+	size_t n = 0;
 
-	return c < 128 && (set[c / 64] >> c % 64 & 1) != 0;
+	while (n < line->len && p[n] < 128 && (set[p[n] / 64] >> p[n] % 64 & 1))
+		n++;
+	line->ptr += n;
+	line->len -= n;
+	return (struct span){ line->ptr - n, n };
 }
 
-static bool
-is_value(unsigned char c)		/* RFC 9110, 5.5: no CTL but HTAB */
-{
-	return c == '\t' || (c >= 0x20 && c != 0x7f);
-}
-
-/* Takes a token off the front of what is left of a line. */
-static struct span
-http_token(struct span *line)
-{
-	const char *p = line->ptr, *start = p, *end = p + line->len;
-
-	while (p < end && is_token((unsigned char)*p))
-		p++;
-	*line = (struct span){ p, (size_t)(end - p) };
-	return (struct span){ start, (size_t)(p - start) };
-}
-
-/* RFC 9110, 4.2: host [":" port]; the host a name, IPv4, or [IPv6]. */
+/* RFC 9110, 4.2: host [":" port]; the host a name, IPv4, or [IPv6]. A line's
+ * end, or a blank, is behind it, and ends what strspn looks at. */
 static bool
 http_host_ok(struct span h)
 {
-	const char *p = h.ptr, *end = p + h.len;
-	char text[INET6_ADDRSTRLEN + 1];
-	struct in6_addr six;
-	unsigned port = 0;
+	size_t n = 0;
 
-	if (h.len > 0 && *p == '[') {
-		while (p < end && *p != ']')
-			p++;
-		span_copy(text, sizeof(text), (struct span){ h.ptr + 1,
-		    (size_t)(p - h.ptr - 1) });
-		if (p++ == end || inet_pton(AF_INET6, text, &six) != 1)
+	if (h.len > 0 && *h.ptr == '[') {
+		n = 1 + strspn(h.ptr + 1, "0123456789abcdefABCDEF:.");
+		if (h.ptr[n++] != ']' || n < 4)
 			return false;
 	} else
-		while (p < end && (isalnum((unsigned char)*p) ||
-		    strchr("-._~!$&'()*+,;=", *p) != NULL || (*p == '%' &&
-		    end - p > 2 && isxdigit((unsigned char)p[1]) &&
-		    isxdigit((unsigned char)p[2]))))
-			p++;
-	if (p == h.ptr || (p < end && (*p != ':' || end - p > 6)))
-		return false;
-	for (p++; p < end && *p >= '0' && *p <= '9'; p++)
-		port = port * 10 + (unsigned)(*p - '0');
-	return p >= end && port <= 65535;
+		while (n < h.len && (isalnum((unsigned char)h.ptr[n]) ||
+		    strchr("-._", h.ptr[n]) != NULL))
+			n++;
+	if (n == 0 || n == h.len)
+		return n > 0;
+	return h.ptr[n] == ':' && h.len - n <= 6 &&
+	    n + 1 + strspn(h.ptr + n + 1, "0123456789") == h.len;
 }
 
 /* Is word in a comma-separated list? With a quality of 0 it is not wanted
@@ -1512,21 +1531,18 @@ http_lists(struct span list, const char *word)
 static const char *
 http_field(struct head *h, struct span line)
 {
-	const char *p, *end = line.ptr + line.len;
 	struct span name = http_token(&line), value;
 	size_t f = name.len < sizeof(*field_names) ? 0 : F_COUNT;
 
 	/* obs-fold and "Name :" end here. */
 	if (name.len == 0 || line.len == 0 || *line.ptr != ':')
 		return "400 a field line is not: name, colon, value";
-	for (p = line.ptr + 1; p < end && (*p == ' ' || *p == '\t'); p++)
-		continue;
-	while (end > p && (end[-1] == ' ' || end[-1] == '\t'))
-		end--;
-	value = (struct span){ p, (size_t)(end - p) };
-	for (; p < end; p++)
-		if (!is_value((unsigned char)*p))
-			return "400 a field's value has a control character";
+	if (!http_value_ok(line))
+		return "400 a field's value has a control character";
+	if (++h->fields > FIELDS_MAX)
+		return "431 there are too many fields";
+	value = (struct span){ ++line.ptr, --line.len };
+	(void)span_next(&line, '\0', &value);	/* takes blanks off */
 	while (f < F_COUNT && ((*name.ptr | 32) != *field_names[f] ||
 	    field_names[f][name.len] != '\0' ||
 	    strncasecmp(name.ptr, field_names[f], name.len) != 0))
@@ -1579,9 +1595,9 @@ http_request_line(struct head *h, struct span line)
 	while (p < end && *p > 0x20 && *p < 0x7f && *p != '#')
 		p++;
 	h->target.len = (size_t)(p - h->target.ptr);
-	if (h->target.len == 0 || end - p != 9 ||
-	    memcmp(p, " HTTP/", 6) != 0 || p[6] < '0' || p[6] > '9' ||
-	    p[7] != '.' || p[8] < '0' || p[8] > '9')
+	if (h->target.len == 0 || end - p != 9 || memcmp(p, " HTTP/", 6) != 0 ||
+	    !isdigit((unsigned char)p[6]) || p[7] != '.' ||
+	    !isdigit((unsigned char)p[8]))
 		return "400 the request line is not: method, target, HTTP/1.1";
 	if (p[6] != '1')
 		return "505 the version is not HTTP/1.x";
@@ -1602,7 +1618,6 @@ http_head(struct head *h, const char *p, size_t len, const char *end)
 {
 	const char *lf = memchr(p, '\n', len), *start = p, *wrong = NULL;
 	const struct span *f = h->field;
-	unsigned fields = 0;
 
 	if (lf == NULL)
 		return "414 the request line is too long";
@@ -1610,8 +1625,6 @@ http_head(struct head *h, const char *p, size_t len, const char *end)
 	if (wrong == NULL && (end == NULL || end - start > HEAD_MAX))
 		return "431 the head is too large";
 	for (p = lf + 1; wrong == NULL && p < end - 2; p = lf + 1) {
-		if (++fields > FIELDS_MAX)
-			return "431 there are too many fields";
 		lf = memchr(p, '\n', (size_t)(end - p));
 		wrong = http_field(h, (struct span){ p, (size_t)(lf - 1 - p) });
 	}
@@ -1673,38 +1686,25 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 	return -atoi(wrong);
 }
 
-/*
- * The first line of a chunk, without its CRLF (RFC 9112, 7.1): sets size, and
- * returns 0 or minus a status. Extensions mean nothing here, but each has a
- * name after its ";", and a quoted value has an end.
- */
-static int
-chunk_size(struct span line, uint64_t *size)
+/* The first line of a chunk, without its CRLF (RFC 9112, 7.1): sets size; too
+ * large a number is the largest. False if it is malformed. Extensions mean
+ * nothing here, but the first has a name. */
+static bool
+chunk_size(struct span line, int64_t *size)
 {
-	const char *p = line.ptr, *end = p + line.len;
-	bool quoted = false, escaped = false, named = true, begun, blank;
+	struct span digits = http_token(&line), part;
+	bool ok = digits.len > 0 && http_value_ok(line);
+	int v;
 
-	for (*size = 0; p < end && hex_value((unsigned char)*p) != -1; p++)
-		*size = *size << 4 | (unsigned)hex_value((unsigned char)*p);
-	if (p == line.ptr)
-		return -400;
-	if (p - line.ptr > 15)
-		return -413;
-	for (begun = p == end; p < end; p++) {
-		blank = *p == ' ' || *p == '\t';
-		if (!is_value((unsigned char)*p) || (!blank &&
-		    ((!begun && *p != ';') || (!quoted && !named &&
-		    !is_token((unsigned char)*p)))))
-			return -400;
-		begun |= *p == ';';
-		if (escaped || (quoted && *p == '\\'))
-			escaped = !escaped;
-		else if (*p == '"')
-			quoted = !quoted;
-		else if (!quoted && !blank)
-			named = *p != ';';
+	for (*size = 0; ok && digits.len > 0; digits.ptr++, digits.len--) {
+		v = hex_value((unsigned char)*digits.ptr);
+		ok = v != -1;
+		*size = *size > INT64_MAX >> 4 ? INT64_MAX : *size << 4 | v;
 	}
-	return quoted || !named || !begun ? -400 : 0;
+	if (!ok || !span_next(&line, ';', &part))
+		return ok;
+	return part.len == 0 && span_next(&line, ';', &part) &&
+	    http_token(&part).len > 0;
 }
 
 /* ==== names ==============================================================
@@ -1723,12 +1723,10 @@ ends_in(const char *s, size_t len, const char *end)
 static bool
 cut_suffix(char *s, const char *suffix)
 {
-	size_t len = strlen(s);
+	bool found = ends_in(s, strlen(s), suffix);
 
-	if (!ends_in(s, len, suffix))
-		return false;
-	s[len - strlen(suffix)] = '\0';
-	return true;
+	s[strlen(s) - (found ? strlen(suffix) : 0)] = '\0';
+	return found;
 }
 
 /* YYYYMMDDTHHMMSS.mmmZ-SERIAL, the ID of an earlier version, then end. */
@@ -1763,12 +1761,14 @@ static bool names_fold;
 static const char *
 name_wrong(const char *name)
 {
+	static const char size[] = "a state name has 1 to 32 segments of 1 to "
+	    "200 bytes, and 1000 bytes in all";
 	unsigned segments = 0, code;
 	const char *p = name;
 	size_t n;
 
 	if (strlen(name) > NAME_LEN_MAX)
-		return "a state name has 1000 bytes at most";
+		return size;
 	for (; *p != '\0'; p += n) {
 		n = utf8_next(p, &code);
 		if (n == 0 || !is_shown(code) || code == '\\')
@@ -1778,25 +1778,20 @@ name_wrong(const char *name)
 			return "the server's file system ignores case: no "
 			    "capitals, and only ASCII, in a state name";
 	}
-	for (p = name;; p += n + 1) {
+	for (p = name; segments == 0 || p[-1] != '\0'; p += n + 1) {
 		n = strcspn(p, "/");
 		if (n == 0 || n > SEGMENT_MAX || ++segments > SEGMENTS_MAX)
-			return "a state name has 1 to 32 segments of 1 to 200 "
-			    "bytes";
-		if (*p == '.' || *p == '-')
-			return "no segment of a state name begins with . or -";
-		if (ends_in(p, n, ".lock") || ends_in(p, n, ".log") ||
-		    ends_in(p, n, ".tfstate"))
-			return "no segment of a state name ends in .lock, .log "
-			    "or .tfstate";
-		if (p[n] == '\0')
-			break;
+			return size;
+		if (*p == '.' || *p == '-' || ends_in(p, n, ".lock") ||
+		    ends_in(p, n, ".log") || ends_in(p, n, ".tfstate"))
+			return "no segment of a state name begins with . or -, "
+			    "or ends in .lock, .log or .tfstate";
 	}
-	if (strcmp(p, "lock") == 0)
-		return "no state is called lock: that is a lock's URL";
-	return strncmp(name, "terraform_state/", 16) == 0 ||
-	    strncmp(name, "terraform_lock/", 15) == 0 ? "no state name begins "
-	    "with terraform_state/ or terraform_lock/" : NULL;
+	return strcmp(p - n - 1, "lock") == 0 ||
+	    strncmp(name, "terraform_state/", 16) == 0 ||
+	    strncmp(name, "terraform_lock/", 15) == 0 ? "no state is called "
+	    "lock, terraform_state/... or terraform_lock/...: such URLs mean "
+	    "another" : NULL;
 }
 
 /* Undoes percent-encoding once. False for a bad escape, a NUL, or what does
@@ -1807,53 +1802,46 @@ url_decode(struct span s, char *out, size_t size, bool query)
 	int high, low;
 	size_t i, n;
 
-	for (i = n = 0; i < s.len; i++, n++) {
-		if (n + 1 >= size)
-			return false;
+	for (i = n = 0; i < s.len && n + 1 < size; i++, n++) {
 		out[n] = query && s.ptr[i] == '+' ? ' ' : s.ptr[i];
 		if (s.ptr[i] != '%')
 			continue;
-		if (s.len - i < 3 ||
-		    (high = hex_value((unsigned char)s.ptr[i + 1])) == -1 ||
-		    (low = hex_value((unsigned char)s.ptr[i + 2])) == -1 ||
-		    (high | low) == 0)
+		if (s.len - i < 3)
+			return false;
+		high = hex_value((unsigned char)s.ptr[++i]);
+		low = hex_value((unsigned char)s.ptr[++i]);
+		if ((high | low) <= 0)
 			return false;
 		out[n] = (char)(high << 4 | low);
-		i += 2;
 	}
 	out[n] = '\0';
-	return true;
+	return i == s.len;
 }
 
 /* What URLs begin with. A page without a name is the whole of its URL. */
 static const struct route {
 	const char *path;
 	enum kind kind;
-	bool named;
 } routes[] = {
-	{ "/", K_ROOT, false }, { "*", K_STAR, false },
-	{ "/-/healthy", K_HEALTHY, false }, { "/-/ready", K_READY, false },
-	{ "/-/metrics", K_METRICS, false },
-	{ "/-/versions/", K_VERSIONS, true }, { "/-/log/", K_LOG, true },
-	{ "/-/", K_STAR, true },	/* no other page */
-	{ "/terraform_state/", K_STATE, true },
-	{ "/terraform_lock/", K_LOCK, true }, { "/", K_STATE, true },
-	{ "", K_STATE, true }
+	{ "/-/healthy", K_HEALTHY }, { "/-/ready", K_READY },
+	{ "/-/metrics", K_METRICS }, { "/-/versions/", K_VERSIONS },
+	{ "/-/log/", K_LOG }, { "/-/", K_STAR }, { "/", K_ROOT },
+	{ "/terraform_state/", K_STATE }, { "/terraform_lock/", K_LOCK },
+	{ "/", K_STATE }, { "", K_STAR }
 };
 
 /*
- * Fills kind, name and version from a target's path. NULL, or what is wrong
- * with a name; *found is false if there is no such page.
+ * Fills kind, name and version from a target's path; K_STAR: there is no such
+ * page. NULL, or what is wrong with a name.
  */
 static const char *
-name_route(struct span target, struct request *r, bool *found)
+name_route(struct span target, struct request *r)
 {
 	const struct route *route = routes;
 	char path[NAME_LEN_MAX + 64], *name, *last;
 	const char *wrong;
 	size_t i, ups = 0;
 
-	*found = true;
 	(void)snprintf(r->root, sizeof(r->root), "./");
 	for (i = 1; i < target.len && ups < 40; i++)
 		if (target.ptr[i] == '/')
@@ -1861,33 +1849,24 @@ name_route(struct span target, struct request *r, bool *found)
 	if (!url_decode(target, path, sizeof(path), false))
 		return "the URL has a bad escape or a NUL, or its state name "
 		    "more than 1000 bytes";
-	for (i = 0; route->path[i] != '\0' ||
-	    (!route->named && path[i] != '\0');)
-		if (path[i] == route->path[i])
-			i++;
-		else {
-			route++;
-			i = 0;
-		}
+	while ((route->kind == K_STAR || route->kind >= K_STATE ?
+	    strncmp(path, route->path, strlen(route->path)) :
+	    strcmp(path, route->path)) != 0)
+		route++;
 	span_copy(r->name, sizeof(r->name), span(path));
 	r->kind = route->kind;
-	*found = strcmp(route->path, "/-/") != 0;
-	if (!*found || !route->named)
+	if (r->kind < K_STATE)
 		return NULL;
-	name = path + i;
-	last = strrchr(name, '/');
-	if (last != NULL && r->kind == K_STATE && strcmp(last, "/lock") == 0)
-		r->kind = K_LOCK;
-	else if (last != NULL && r->kind == K_VERSIONS &&
-	    (is_version(last + 1, "") || is_version(last + 1, ".tfstate"))) {
-		r->kind = K_VERSION;
-		span_copy(r->version, sizeof(r->version), span(last + 1));
-		(void)cut_suffix(r->version, ".tfstate");
-	} else
-		last = NULL;
-	if (last != NULL)
-		*last = '\0';
+	name = path + strlen(route->path);
 	(void)cut_suffix(name, ".tfstate");
+	last = strrchr(name, '/');
+	if (last != NULL && (r->kind == K_STATE ? strcmp(last, "/lock") == 0 :
+	    r->kind == K_VERSIONS && is_version(last + 1, ""))) {
+		r->kind = r->kind == K_STATE ? K_LOCK : K_VERSION;
+		span_copy(r->version, sizeof(r->version), span(last + 1));
+		*last = '\0';
+		(void)cut_suffix(name, ".tfstate");
+	}
 	if ((wrong = name_wrong(name)) == NULL)
 		span_copy(r->name, sizeof(r->name), span(name));
 	return wrong;
@@ -1902,7 +1881,7 @@ name_route(struct span target, struct request *r, bool *found)
 static const char *
 name_query(struct span query, struct request *r, bool unlock)
 {
-	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock;
+	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock, id;
 	struct span part, key;
 	char word[8];
 
@@ -1911,24 +1890,24 @@ name_query(struct span query, struct request *r, bool unlock)
 			continue;
 		if (!url_decode(key, word, sizeof(word), true))
 			word[0] = '\0';
-		r->locked |= strcmp(word, "locked") == 0;
-		if (r->kind == K_ROOT && strcmp(word, "q") == 0 &&
-		    !url_decode(part, r->query, sizeof(r->query), true))
-			return "?q= is badly escaped or longer than 255 bytes";
-		if (strcmp(word, "ID") != 0 && strict)
-			return "a state's URL takes no query but ?ID=, which "
-			    "terraform adds: put what makes two states "
-			    "different into the path, as in /NAME/dev";
+		id = strcmp(word, "ID") == 0;
+		if (strict && !id)
+			return "a state's URL takes no query but ?ID=: put "
+			    "what makes two states different into the path, "
+			    "as in /NAME/dev";
 		/* Two IDs, or one cut short, could open what is locked. */
-		if (strcmp(word, "ID") == 0 && (r->has_id ||
+		if (id && (r->has_id ||
 		    !url_decode(part, r->id, sizeof(r->id), true)))
 			return "?ID= is given twice, badly escaped, or longer "
 			    "than 256 bytes";
-		r->has_id |= strcmp(word, "ID") == 0;
+		if (r->kind == K_ROOT && strcmp(word, "q") == 0 &&
+		    !url_decode(part, r->query, sizeof(r->query), true))
+			return "?q= is badly escaped or longer than 255 bytes";
+		r->has_id |= id;
+		r->locked |= strcmp(word, "locked") == 0;
 	}
 	return NULL;
 }
-
 /* ==== storage ============================================================
  *
  * A name's files lie in one directory, its place; everything is opened
@@ -2103,18 +2082,6 @@ name_file(const char *name, const char *suffix, struct stat *st)
 	return fd;
 }
 
-/* Closes a file that nobody is likely to read soon: its pages are better used
- * for what comes next than kept. */
-static void
-file_forget(int fd)
-{
-#ifdef POSIX_FADV_DONTNEED
-	if (fd != -1)
-		(void)posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-#endif
-	close_quietly(fd);
-}
-
 /* Have two files the same bytes? No, if one cannot be read. */
 static bool
 file_same(int a, int b)
@@ -2138,9 +2105,9 @@ file_same(int a, int b)
 static bool
 meta_read(struct json *j, struct meta *m)
 {
-	char serial[24], skip[2];
+	char skip[2];
 	struct member k[] = {
-		{ "serial", serial, sizeof(serial), 0, 0, 0 },
+		{ "serial", m->serial, sizeof(m->serial), 0, 0, 0 },
 		{ "lineage", m->lineage, sizeof(m->lineage), 0, 0, 0 },
 		{ "version", skip, sizeof(skip), 0, 0, 0 },
 		{ "terraform_version", m->version, sizeof(m->version),
@@ -2155,8 +2122,9 @@ meta_read(struct json *j, struct meta *m)
 	j->members = k;
 	j->n = j->brief ? 4 : 6;
 	ok = json_object(j);
-	m->known = k[0].type == 'n' && k[0].len < sizeof(serial) &&
-	    whole_number(serial, &m->serial);
+	if (k[0].type != 'n' || k[0].len > SERIAL_MAX ||
+	    strspn(m->serial, "0123456789") != k[0].len)
+		m->serial[0] = '\0';
 	m->lineage_len = k[1].len;
 	m->type = k[2].type == 'n' || k[4].type == 's' ? 's' :
 	    k[2].type == 's' || k[5].type == 's' ? 'l' : 0;
@@ -2357,34 +2325,25 @@ history_list(int dir, struct names *ids)
 	return error == 0 ? 0 : -1;
 }
 
-/* The time in a version's ID, in milliseconds; 0 if it is none. */
+/* The time in a version's ID, in milliseconds. */
 static int64_t
 version_ms(const char *id)
 {
-	static const struct { int at, digits; } parts[] = {
-		{ 0, 4 }, { 4, 2 }, { 6, 2 }, { 9, 2 }, { 11, 2 }, { 13, 2 },
-		{ 16, 3 }
+	int date = atoi(id), hms = atoi(id + 9);
+	struct tm tm = {
+		.tm_year = date / 10000 - 1900, .tm_mon = date / 100 % 100 - 1,
+		.tm_mday = date % 100, .tm_hour = hms / 10000,
+		.tm_min = hms / 100 % 100, .tm_sec = hms % 100
 	};
-	int n[7] = { 0 }, i, k;
-	struct tm tm = { 0 };
 
-	for (i = 0; i < 7 && is_version(id, ""); i++)
-		for (k = 0; k < parts[i].digits; k++)
-			n[i] = n[i] * 10 + (id[parts[i].at + k] - '0');
-	tm.tm_year = n[0] - 1900;
-	tm.tm_mon = n[1] - 1;
-	tm.tm_mday = n[2];
-	tm.tm_hour = n[3];
-	tm.tm_min = n[4];
-	tm.tm_sec = n[5];
-	return i == 0 ? 0 : (int64_t)timegm(&tm) * 1000 + n[6];
+	return (int64_t)timegm(&tm) * 1000 + atoi(id + 16);
 }
 
 /* The next version's ID, added to the list: the time at which it was
  * replaced, or a millisecond after the newest there is, if that is later: IDs
  * sort in the order of events whatever the clocks say. NULL: no memory. */
 static const char *
-history_next(struct names *ids, uint64_t serial)
+history_next(struct names *ids, const char *serial)
 {
 	const int64_t end = 253402300799999;	/* of the year 9999 */
 	int64_t ms = time_ms(), newest = 0;
@@ -2395,8 +2354,8 @@ history_next(struct names *ids, uint64_t serial)
 		if ((newest = version_ms(ids->list[i - 1])) >= end)
 			newest = 0;	/* nothing can be later than that */
 	time_text(when, ms > newest ? ms : newest + 1, true);
-	(void)snprintf(id, sizeof(id), "%.20s-%llu", when,
-	    (unsigned long long)serial);
+	(void)snprintf(id, sizeof(id), "%.20s-%.20s", when,
+	    *serial != '\0' ? serial : "0");
 	names_add(ids, id);
 	return ids->failed ? NULL : ids->list[ids->n - 1];
 }
@@ -2453,12 +2412,12 @@ history_prune(int dir, struct names *ids, const struct lock *lock)
 struct cached {
 	char name[NAME_LEN_MAX + 1];	/* "": serves no more */
 	struct stat st;
-	char data[SMALL];
+	char data[HEAD_ROOM + SMALL];	/* room for a head, and the state */
 };
 
 /* The state if it is small and can be had without waiting, else NULL: then a
  * thread will see to it. Valid until the next call. */
-static const struct cached *
+static struct cached *
 cache_get(const char *name)
 {
 #if defined(__linux__) && defined(RWF_NOWAIT)
@@ -2489,7 +2448,7 @@ cache_get(const char *name)
 	fd = (int)syscall(437, store.root, file, how, sizeof(how));
 	ok = fd != -1 && fstat(fd, &c->st) == 0 && S_ISREG(c->st.st_mode) &&
 	    c->st.st_size > 0 && c->st.st_size <= SMALL &&
-	    preadv2(fd, &(struct iovec){ c->data, SMALL }, 1, 0,
+	    preadv2(fd, &(struct iovec){ c->data + HEAD_ROOM, SMALL }, 1, 0,
 	    RWF_NOWAIT) == c->st.st_size;
 	close_quietly(fd);
 	if (ok && strchr(name, '/') == NULL && c->st.st_ctim.tv_sec + 1 < now)
@@ -2590,6 +2549,17 @@ lock_tell(const struct lock *l, struct buf *b)
 	buf_str(b, ",\"Operation\":\"\",\"Info\":");
 	buf_json(b, l->info);
 	buf_str(b, ",\"Who\":\"\",\"Version\":\"\",\"Path\":\"\"}");
+}
+
+/* Appends what is known of it, to a JSON object that is open. */
+static void
+lock_pairs(struct buf *b, const struct lock *l)
+{
+	buf_pair(b, "id", l->id, false);
+	buf_pair(b, "who", l->who, false);
+	buf_pair(b, "operation", l->operation, false);
+	buf_pair(b, "info", l->info, false);
+	buf_pair(b, "created", l->created, false);
 }
 
 static bool
@@ -2730,21 +2700,25 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 
 /* Reads a lock without meaning to change it, and waits for next to nothing.
  * What looks like a freeze may be a lock whose info is being written: under
- * the guard it is whole. */
+ * the guard it is whole. l->raw is to be freed. */
 static int
-lock_look(const struct place *p, const char *name, struct lock *l)
+lock_look(const char *name, struct lock *l)
 {
-	int status = lock_read(p, l);
+	int status = -1;
+	struct place p;
 	struct guard g;
 
+	*l = (struct lock){ 0 };
+	if (place_open(name, D_OPEN, &p) == 0)
+		status = lock_read(&p, l);
 	if (l->foreign && guard_take(&g, name, 20) == 0) {
 		free(l->raw);
-		status = lock_read(p, l);
+		status = lock_read(&p, l);
 		guard_drop(&g);
 	}
+	dir_leave(p.dir);
 	return status;
 }
-
 /* ==== users ==============================================================
  *
  * Who may do what. A request shows a name and a secret, or a secret alone;
@@ -2754,41 +2728,30 @@ lock_look(const struct place *p, const char *name, struct lock *l)
  * counts.
  */
 struct user {
-	char *name;
+	const char *name, *pattern;
 	unsigned char secret[32];	/* SHA-256 */
 	enum right right;
-	const char *pattern;
 };
 
 struct users {
-	struct user *list;		/* for each pattern of each line one */
+	_Atomic unsigned refs;		/* requests that use it, and once they
+					 * are replaced, one less */
 	size_t n;
-	_Atomic unsigned refs;		/* requests that use it, and the loop */
-	char *text;			/* the file, cut up; users point here */
+	struct user list[USERS_MAX / 64];	/* one for each pattern */
+	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
 };
 
 static struct users *users;		/* NULL: everybody may do everything */
 
 static const char right_names[][6] = { "none", "read", "plan", "write" };
 
-/* The users as they are now; to be dropped. For the loop, which has them. */
-static struct users *
-users_hold(void)
-{
-	if (users != NULL)
-		users->refs++;
-	return users;
-}
-
-/* Gives a hold back; the last one frees. */
+/* A request has done with them, or the loop, which has others now: whoever is
+ * last frees them. */
 static void
 users_drop(struct users *u)
 {
-	if (u == NULL || --u->refs > 0)
-		return;
-	free(u->list);
-	free(u->text);
-	free(u);
+	if (u != NULL && u->refs-- == 0)
+		free(u);
 }
 
 static bool
@@ -2850,10 +2813,10 @@ user_right(const struct request *r, const char *name)
 static bool
 user_shows(struct request *r, struct span v)
 {
-	char text[8192], *colon;
+	char text[8192];
 	struct span scheme;
+	size_t i, len;
 	ssize_t n;
-	size_t i;
 
 	(void)span_next(&v, ' ', &scheme);
 	if (!span_next(&v, '\0', &v))	/* takes blanks off */
@@ -2871,23 +2834,32 @@ user_shows(struct request *r, struct span v)
 	if (!span_is(scheme, "basic") || n == -1)
 		return false;
 	text[n] = '\0';
-	colon = strchr(text, ':');
-	if (strlen(text) != (size_t)n || colon == NULL || colon == text ||
-	    (size_t)(colon - text) >= sizeof(r->user))
+	len = strcspn(text, ":");
+	if (strlen(text) != (size_t)n || len == (size_t)n || len == 0 ||
+	    len >= sizeof(r->user))
 		return false;
-	span_copy(r->user, sizeof(r->user), (struct span){ text,
-	    (size_t)(colon - text) });
-	sha256(colon + 1, strlen(colon + 1), r->secret);
+	span_copy(r->user, sizeof(r->user), (struct span){ text, len });
+	sha256(text + len + 1, (size_t)n - len - 1, r->secret);
 	return true;
 }
 
-/* Is there something in it that no client can show? */
-static bool
-has_control(const char *s)
+/* What no client could show: NULL, or what is wrong with it. */
+static const char *
+user_wrong(const char *name, const char *secret)
 {
-	while (*s != '\0' && !iscntrl((unsigned char)*s))
-		s++;
-	return *s != '\0';
+	const char *const both[] = { name, secret }, *p;
+	size_t i;
+
+	if (*name == '\0' || *secret == '\0')
+		return "one of them is empty: set both, or none";
+	if (strlen(name) > 63 || strchr(name, ':') != NULL)
+		return "a user name has 63 bytes at most, and no colon";
+	for (i = 0; i < 2; i++)
+		for (p = both[i]; *p != '\0'; p++)
+			if (iscntrl((unsigned char)*p))
+				return "a name or a secret has a control "
+				    "character, perhaps a newline at its end";
+	return NULL;
 }
 
 /* Reads "sha256:HEX", or takes the digest of what is written. */
@@ -2914,8 +2886,7 @@ secret_read(const char *word, unsigned char out[32])
 static const char *
 pattern_wrong(const char *pattern)
 {
-	char name[NAME_LEN_MAX + 2];
-	char *p;
+	char name[NAME_LEN_MAX + 2], *p;
 
 	if (strpbrk(pattern, ",\"'") != NULL)
 		return "no commas or quotes between patterns, only blanks; ? "
@@ -2926,12 +2897,12 @@ pattern_wrong(const char *pattern)
 	return name_wrong(name);
 }
 
-/* One line, cut into words in place. NULL, or what is wrong with it, or with
- * its pattern *at. */
+/* One line, cut into words in place. NULL, or what is wrong with it; *at is
+ * the user, or the pattern, whose fault that is. */
 static const char *
 user_line(struct users *u, char *line, const char **at)
 {
-	struct user new = { .right = R_WRITE }, *list;
+	struct user new = { .right = R_WRITE };
 	char *save = NULL, *field[4];
 	const char *wrong;
 	size_t i;
@@ -2940,99 +2911,114 @@ user_line(struct users *u, char *line, const char **at)
 		field[i] = strtok_r(i == 0 ? line : NULL, " \t\r", &save);
 	if (field[0] == NULL || field[0][0] == '#')
 		return NULL;
+	*at = new.name = field[0];
 	if (strncmp(field[0], "\xef\xbb\xbf", 3) == 0)
 		return "it begins with a byte order mark: save it without";
 	if (field[1] == NULL || field[2] == NULL)
 		return "a line is: name secret permission [pattern...]";
-	if (strlen(field[0]) > 63 || strchr(field[0], ':') != NULL)
-		return "a user name has 63 bytes at most, and no colon";
-	if (has_control(field[0]) || has_control(field[1]))
-		return "a name or a secret has a control character";
+	if ((wrong = user_wrong(field[0], field[1])) != NULL)
+		return wrong;
 	if (!secret_read(field[1], new.secret))
 		return "after sha256: come 64 hexadecimal digits";
 	while (strcmp(field[2], right_names[new.right]) != 0)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
-	new.name = field[0];
 	new.pattern = field[3] == NULL || *field[3] == '#' ? "*" : field[3];
 	do {
 		*at = new.pattern;
 		if ((wrong = pattern_wrong(new.pattern)) != NULL)
 			return wrong;
-		list = realloc(u->list, (u->n + 1) * sizeof(*list));
-		if (list == NULL)
-			return "out of memory";
-		list[u->n++] = new;
-		u->list = list;
+		if (u->n == USERS_MAX / 64)
+			return "there are too many users and patterns";
+		u->list[u->n++] = new;
 		new.pattern = strtok_r(NULL, " \t\r", &save);
 	} while (new.pattern != NULL && *new.pattern != '#');
-	*at = NULL;
 	return NULL;
 }
 
-/* Reads the file of -u as a string; NULL, having complained, if it is none, or
- * u is. Once we serve, nothing may be waited for: a FIFO least of all. */
-static char *
-users_text(const struct users *u, const char *file)
+/* Takes the users of -u for ours. False, having complained: the file is no
+ * good, and ours stay as they were. A FIFO is not waited for. */
+static bool
+users_read(void)
 {
-	char *text = u != NULL ? malloc(USERS_MAX + 1) : NULL;
-	int fd = open(file, O_RDONLY | O_CLOEXEC | O_NOCTTY |
-	    (users != NULL ? O_NONBLOCK : 0));
-	size_t len = 0;
+	struct users *u = calloc(1, sizeof(*u)), *old = u;
+	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+	const char *wrong = NULL, *at = NULL;
+	char *rest = u != NULL ? u->text : NULL, *line;
+	size_t number = 0;
 	ssize_t n = -1;
 	struct stat st;
 
-	if (text != NULL && fd != -1 && fstat(fd, &st) == 0)
-		while ((n = read(fd, text + len, USERS_MAX - len)) > 0)
-			len += (size_t)n;
+	if (fd == -1 || u == NULL || fstat(fd, &st) == -1)
+		wrong = strerror(errno);
+	else if (!S_ISREG(st.st_mode))
+		wrong = "it is not a file";
+	else if ((n = read_at(fd, rest, USERS_MAX, 0)) == -1)
+		wrong = strerror(errno);
+	else if (n == USERS_MAX || strlen(rest) != (size_t)n)
+		wrong = "it is too large, or has a NUL in it";
+	else if ((st.st_mode & 077) != 0)
+		complain("others can read %s: chmod 600 it", conf.users);
 	close_quietly(fd);
-	if (n == -1)
-		complain("cannot read the users in %s: %s", file,
-		    strerror(errno));
-	else if (users != NULL && !S_ISREG(st.st_mode))
-		complain("%s: it is not a file", file);
-	else if (len == USERS_MAX || memchr(text, 0, len) != NULL)
-		complain("%s: it is too large, or has a NUL in it", file);
-	else {
-		if ((st.st_mode & 077) != 0)
-			complain("others can read %s: chmod 600 it", file);
-		text[len] = '\0';
-		return text;
-	}
-	free(text);
-	return NULL;
-}
-
-/* The users of a file. NULL, having complained, if it is no good. */
-static struct users *
-users_read(const char *file)
-{
-	struct users *u = calloc(1, sizeof(*u));
-	char *text = users_text(u, file), *rest = text, *line;
-	const char *wrong = NULL, *at = NULL;
-	size_t number = 0;
-
-	if (text == NULL) {
-		free(u);
-		return NULL;
-	}
-	u->refs = 1;
-	u->text = text;
 	for (; wrong == NULL && (line = strsep(&rest, "\n")) != NULL; number++)
 		wrong = user_line(u, line, &at);
-	if (wrong == NULL && u->n > 0)
-		return u;
-	complain("%s, line %zu: %s%s%s", file, number, at != NULL ? at : "",
-	    at != NULL ? ": " : "", wrong != NULL ? wrong :
-	    "it names no user");
-	users_drop(u);
-	return NULL;
+	if (wrong == NULL && u->n == 0) {
+		wrong = "it names no user";
+		number = 0;
+	}
+	if (wrong != NULL && number > 0)
+		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
+	else if (wrong != NULL)
+		complain("cannot use %s: %s", conf.users, wrong);
+	else {
+		old = users;
+		users = u;
+	}
+	users_drop(old);
+	return wrong == NULL;
 }
 
+/* The users of -u, or the one of the environment. The wrapper's command finds
+ * there the one that we make for it. */
+static void
+users_start(void)
+{
+	static struct users single;
+	const char *name, *secret, *wrong;
+	unsigned char bytes[16];
+	char text[33];
+
+	if (conf.users != NULL) {
+		if (!users_read())
+			exit(1);
+		return;
+	}
+	if (conf.command != NULL) {
+		if (getentropy(bytes, sizeof(bytes)) == -1)
+			die(1, "cannot make a password: %s", strerror(errno));
+		hex(bytes, sizeof(bytes), text);
+		if (setenv("TF_HTTP_USERNAME", "statesrv", 1) == -1 ||
+		    setenv("TF_HTTP_PASSWORD", text, 1) == -1)
+			die(1, "out of memory");
+	}
+	name = getenv("TF_HTTP_USERNAME");
+	secret = getenv("TF_HTTP_PASSWORD");
+	name = name != NULL ? name : "";
+	secret = secret != NULL ? secret : "";
+	if (*name == '\0' && *secret == '\0')
+		return;
+	if ((wrong = user_wrong(name, secret)) != NULL)
+		die(2, "TF_HTTP_USERNAME and TF_HTTP_PASSWORD: %s", wrong);
+	single.list[0] = (struct user){ name, "*", { 0 }, R_WRITE };
+	sha256(secret, strlen(secret), single.list[0].secret);
+	single.n = 1;
+	users = &single;
+}
 /* ==== wire ===============================================================
  *
  * One connection, as the thread sees that serves its request: what is sent
  * and received waits in wait_until, up to a deadline, and nowhere else.
+ * Functions return 0, a status, or -1: the request was cut.
  */
 struct listener {
 	bool local;			/* loopback */
@@ -3040,34 +3026,47 @@ struct listener {
 	char name[128];			/* http://127.0.0.1:8080 */
 };
 
-enum conn_state {
-	C_HEAD,		/* between requests, or a head is coming */
-	C_DENY,		/* its answer waits for its time: see pool_relieve, too */
-	C_DRAIN,	/* told all: the client may finish, and close */
-	C_GONE		/* to be closed */
-};
-
 struct conn {
 	int fd;
-	enum conn_state state;
 	const struct listener *from;
-	struct request *r;		/* or NULL: between two */
-	struct conn *next, *prev;	/* in the list that it is in */
-	bool begun;			/* the first byte of a head is here */
-	bool dry;			/* read, and poll has told of no more */
-	unsigned blanks;		/* empty lines before it */
+	struct request *r;		/* or NULL: between two; in the loop's
+					 * list it waits for its deadline */
+	struct conn *next, *prev;	/* in the list that it is in, if any */
+	bool ending;			/* all is told: the client may close */
+	bool lingers;			/* and we do not before it, if we can */
 	char *in;			/* HEAD_MAX bytes, or NULL */
 	size_t at, used, seen;		/* of in */
 	int64_t since, active, deadline;	/* ms, monotonic */
-	int64_t moved;			/* bytes since then */
-	int64_t waits;			/* ms: since when for its client, or 0 */
 	char peer[56];
 };
 
-/* For waits, which the loop looks at, and for the lists of the pool. */
-static pthread_mutex_t conn_mutex = PTHREAD_MUTEX_INITIALIZER;
+struct list {				/* zero is empty */
+	struct conn *first, *last;
+	unsigned n;
+};
 
-/* ---- what went wrong ---- */
+/* For the lists of the pool, and this one: those that a thread has, while it
+ * waits for the client, the longest first. */
+static pthread_mutex_t conn_mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct list conn_waiting;
+
+static void
+list_add(struct list *l, struct conn *c)
+{
+	c->next = NULL;
+	c->prev = l->last;
+	*(c->prev != NULL ? &c->prev->next : &l->first) = c;
+	l->last = c;
+	l->n++;
+}
+
+static void
+list_remove(struct list *l, struct conn *c)
+{
+	*(c->prev != NULL ? &c->prev->next : &l->first) = c->next;
+	*(c->next != NULL ? &c->next->prev : &l->last) = c->prev;
+	l->n--;
+}
 
 /* Sets a plain answer of one line, which is also the reason in the logs, and
  * returns its status. */
@@ -3089,14 +3088,8 @@ refuse(struct request *r, int status, const char *fmt, ...)
 }
 
 /* There will be no answer: the connection is cut, terraform sends the request
- * again. A 408 it would take for final. Returns -1, in place of a status. */
-static int
-cut(struct request *r, const char *why)
-{
-	(void)snprintf(r->why, sizeof(r->why), "%s", why);
-	r->cut = true;
-	return -1;
-}
+ * again. A 408 it would take for final. -1 takes the place of a status. */
+#define cut(r, why) refuse(r, -1, "%s", why)
 
 /* The one place where an errno becomes a status: what stands here, or 503,
  * which invites the client to try again. The first two mean that the guard was
@@ -3117,19 +3110,17 @@ static const struct { int error, status; const char *why; } errnos[] = {
 static int
 refuse_errno(struct request *r, const char *what)
 {
-	int error = errno;
-	const char *why = strerror(error);
+	const char *why = strerror(errno);
 	size_t i = 0;
 
-	while (errnos[i].error != 0 && errnos[i].error != error)
+	while (errnos[i].error != 0 && errnos[i].error != errno)
 		i++;
-	if (errnos[i].why != NULL)
-		why = errnos[i].why;
-	if (i < 2)
-		r->retry = 10;
-	else
-		complain("%s: cannot %s: %s", r->name, what, why);
-	return refuse(r, errnos[i].status, "cannot %s: %s", what, why);
+	(void)refuse(r, errnos[i].status, "cannot %s: %s", what,
+	    errnos[i].why != NULL ? errnos[i].why : why);
+	r->unguarded = i < 2;
+	if (!r->unguarded)
+		complain("%s: %s", r->name, r->why);
+	return r->status;
 }
 
 /* -v: what goes over the wire, on stderr, credentials blanked. For debugging:
@@ -3137,26 +3128,18 @@ refuse_errno(struct request *r, const char *what)
 static void
 trace(const char *mark, const char *data, size_t len)
 {
-	struct span rest = { data, len }, line, name;
-	const char *p, *end;
+	struct span rest = { data, len }, line, value, name;
 	bool secret;
 
-	for (p = data; conf.verbose && span_next(&rest, '\n', &line);
-	    p = rest.ptr) {
-		end = line.ptr + line.len;
-		name = line;
-		(void)span_next(&line, ':', &name);
-		secret = span_is(name, "authorization") ||
-		    span_is(name, "proxy-authorization") ||
-		    span_is(name, "cookie");
-		if (secret)
-			end = name.ptr + name.len;
-		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)(end - p), p,
-		    secret ? ": ***" : "");
+	while (conf.verbose && span_next(&rest, '\n', &line)) {
+		value = line;
+		name = http_token(&value);
+		secret = span_is(name, "cookie") || span_is(name,
+		    "authorization") || span_is(name, "proxy-authorization");
+		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)(secret ?
+		    name.len : line.len), line.ptr, secret ? ": ***" : "");
 	}
 }
-
-/* ---- time ---- */
 
 /* Begins something now that the client has so long for. */
 static void
@@ -3164,19 +3147,16 @@ conn_within(struct conn *c, int64_t now, int64_t ms)
 {
 	c->since = c->active = now;
 	c->deadline = now + ms;
-	c->moved = 0;
 }
 
-/* Bytes have come or gone: a second more for every RATE of them, so that a
- * trickle ends, but never credit for a longer silence than at first. */
+/* Bytes have come or gone: a millisecond more for each, so that a trickle
+ * ends, but never credit for a longer silence than at first. */
 static void
 conn_moved(struct conn *c, size_t n)
 {
 	c->active = clock_ms();
-	c->moved += (int64_t)n;
-	c->deadline = c->since + BODY_MS + c->moved * 1000 / RATE;
-	if (c->deadline > c->active + BODY_MS)
-		c->deadline = c->active + BODY_MS;
+	c->since += (int64_t)n;
+	c->deadline = BODY_MS + (c->since < c->active ? c->since : c->active);
 }
 
 /* After recv or send gave -1: waits for the client if that helps. False: it
@@ -3187,36 +3167,29 @@ conn_wait(struct conn *c, short events)
 {
 	short news;
 
-	if (errno == EINTR)
-		return true;
-	if (errno != EAGAIN && errno != EWOULDBLOCK)
-		return false;
+	if (errno != EAGAIN)
+		return errno == EINTR;
 	(void)pthread_mutex_lock(&conn_mutex);
-	c->waits = c->active;
+	list_add(&conn_waiting, c);
 	(void)pthread_mutex_unlock(&conn_mutex);
 	news = wait_until(c->fd, events, c->deadline);
 	(void)pthread_mutex_lock(&conn_mutex);
-	c->waits = 0;
+	list_remove(&conn_waiting, c);
 	(void)pthread_mutex_unlock(&conn_mutex);
 	return news != 0;
 }
 
-/*
- * Is the client still there? One that has closed, or reset, will not see the
- * answer, and may have repeated the request elsewhere long ago. That one
- * which has only finished sending looks the same; nginx and Go do not tell
- * them apart, either.
- */
+/* Is the client still there? One that has closed, or reset, will not see the
+ * answer, and may have repeated the request elsewhere long ago. One that has
+ * only finished sending looks the same, to nginx and Go as well. */
 static bool
 client_there(const struct request *r)
 {
 	int fd = r->conn->fd;
-	short news = wait_until(fd, POLLIN | POLLRDHUP, 0);
 	char byte;
 
-	if ((news & (POLLRDHUP | POLLHUP | POLLERR)) != 0)
-		return false;
-	return (news & POLLIN) == 0 || recv(fd, &byte, 1, MSG_PEEK) != 0;
+	return wait_until(fd, POLLRDHUP, 0) == 0 &&
+	    recv(fd, &byte, 1, MSG_PEEK) != 0;
 }
 
 static int
@@ -3226,11 +3199,6 @@ refuse_gone(struct request *r)
 	return refuse(r, 400, "the client has closed the connection: nothing "
 	    "was changed");
 }
-
-/* ---- the body ----
- *
- * Functions return 0, a status, or -1: the request was cut.
- */
 
 /* Closes the gap that consumed bytes left at the front of the buffer. */
 static void
@@ -3297,9 +3265,8 @@ body_chunk(struct request *r)
 {
 	struct head trailer = { .length = -1 };
 	const char *wrong;
-	unsigned fields = 0;
 	struct span line;
-	uint64_t size;
+	int64_t size;
 	int status;
 
 	if (r->in_chunks && (status = body_line(r, 2, &line)) != 0)
@@ -3307,24 +3274,17 @@ body_chunk(struct request *r)
 	r->in_chunks = true;
 	if ((status = body_line(r, CHUNK_LINE_MAX, &line)) != 0)
 		return status;
-	status = -chunk_size(line, &size);
-	if (status == 413 || (status == 0 && size > (uint64_t)r->room))
+	if (!chunk_size(line, &size))
+		return refuse(r, 400, "a chunk's first line is malformed");
+	if (size > r->room)
 		return refuse(r, r->too_large, "the body is too large");
-	if (status != 0)
-		return refuse(r, status, "a chunk's first line is malformed");
-	r->chunk = (int64_t)size;
-	r->room -= r->chunk;
-	if (r->chunk > 0)
-		return 0;
-	while ((status = body_line(r, CHUNK_LINE_MAX, &line)) == 0 &&
-	    line.len > 0) {
-		if (++fields > FIELDS_MAX)
-			return refuse(r, 431, "the trailer is too large");
+	r->room -= size;
+	while (size == 0 && (status = body_line(r, CHUNK_LINE_MAX,
+	    &line)) == 0 && line.len > 0)
 		if ((wrong = http_field(&trailer, line)) != NULL)
-			return refuse(r, 400, "%s", wrong + 4);
-	}
+			return refuse(r, atoi(wrong), "%s", wrong + 4);
 	if (status == 0)
-		r->length = 0;
+		r->length = size;
 	return status;
 }
 
@@ -3334,40 +3294,38 @@ static int
 body_next(struct request *r, struct span *piece)
 {
 	struct conn *c = r->conn;
-	int64_t *left;
 	int status;
 
-	if (r->length < 0 && r->chunk == 0 && (status = body_chunk(r)) != 0)
+	if (r->length < 0 && (status = body_chunk(r)) != 0)
 		return status;
-	left = r->length < 0 ? &r->chunk : &r->length;
-	if (*left > 0 && c->used == c->at && (status = body_more(r)) != 0)
+	if (r->length > 0 && c->used == c->at && (status = body_more(r)) != 0)
 		return status;
-	piece->ptr = c->in + c->at;
-	piece->len = c->used - c->at;
-	if ((uint64_t)*left < piece->len)
-		piece->len = (size_t)*left;
+	*piece = (struct span){ c->in + c->at, c->used - c->at };
+	if ((uint64_t)r->length < piece->len)
+		piece->len = (size_t)r->length;
 	c->at += piece->len;
-	*left -= (int64_t)piece->len;
 	r->got += (int64_t)piece->len;
+	r->length -= (int64_t)piece->len;
+	if (r->length == 0 && r->in_chunks && piece->len > 0)
+		r->length = -1;		/* that was one chunk */
 	trace(">", piece->ptr, piece->len);
 	return 0;
 }
 
-/* Reads a small body into memory, as a string. */
+/* Reads a small body into memory. */
 static int
 body_whole(struct request *r)
 {
 	struct span piece;
 	int status;
 
-	if ((r->body = malloc(LOCK_INFO_MAX + 1)) == NULL)
+	if ((r->body = malloc(LOCK_INFO_MAX)) == NULL)
 		return refuse(r, 503, "out of memory");
 	while ((status = body_next(r, &piece)) == 0 && piece.len > 0) {
 		assert(r->len + piece.len <= LOCK_INFO_MAX);
 		memcpy(r->body + r->len, piece.ptr, piece.len);
 		r->len += piece.len;
 	}
-	r->body[r->len] = '\0';
 	return status;
 }
 
@@ -3401,13 +3359,46 @@ refuse_locked(struct request *r, int status)
 
 /* ---- the state's log ---- */
 
+/* Appends a line about what happened, and who holds a lock that is not the
+ * sender's. */
 static void
-log_key(struct buf *b, const char *key, const char *value)
+log_line(struct buf *b, const struct request *r, const char *event)
 {
-	if (*value == '\0')
-		return;
-	buf_fmt(b, ",\"%s\":", key);
-	buf_json(b, value);
+	const struct change *ch = r->change;
+	const struct lock *l = &ch->lock;
+	const struct lock *who = lock_is(l, r->id) ? l : &ch->asked;
+	char when[32], status[16] = "", size[24] = "";
+
+	time_text(when, time_ms(), false);
+	if (r->status != 0)		/* a repair comes before any answer */
+		(void)snprintf(status, sizeof(status), "%d", r->status);
+	if (ch->size > 0)
+		(void)snprintf(size, sizeof(size), "%lld",
+		    (long long)ch->size);
+	buf_str(b, "{");
+	buf_pair(b, "time", when, false);
+	buf_pair(b, "event", event, false);
+	buf_pair(b, "method", method_names[r->method], false);
+	buf_pair(b, "status", status, true);
+	buf_pair(b, "client", r->client, false);
+	buf_pair(b, "user", r->user, false);
+	buf_pair(b, "id", r->id, false);
+	buf_pair(b, "who", who->who, false);
+	buf_pair(b, "operation", who->operation, false);
+	buf_pair(b, "serial", ch->meta.serial, true);
+	buf_pair(b, "lineage", ch->meta.lineage, false);
+	buf_pair(b, "size", size, true);
+	buf_pair(b, "md5", ch->md5, false);
+	buf_pair(b, "old_serial", ch->old_meta.serial, true);
+	buf_pair(b, "old_lineage", ch->old_meta.lineage, false);
+	buf_pair(b, "why", r->why, false);
+	if (l->held && who != l) {
+		buf_fmt(b, ",\"%s\":{", r->status == 200 ? "broken" :
+		    "holder");
+		lock_pairs(b, l);
+		buf_str(b, "}");
+	}
+	buf_str(b, "}\n");
 }
 
 /* Appends what happened to NAME.log. Not synced: it tells of the promise, it
@@ -3417,52 +3408,17 @@ static void
 log_event(struct request *r, const char *event)
 {
 	struct change *ch = r->change;
-	const struct lock *l = &ch->lock;
-	const struct lock *who = lock_is(l, r->id) ? l : &ch->asked;
 	bool refused = strcmp(event, "refused") == 0;
 	struct buf b = { 0 };
-	char text[32];
-	int fd;
+	int fd = -1;
 
 	if (refused && store_fits(0) == -1)
 		return;
-	time_text(text, time_ms(), false);
-	buf_fmt(&b, "{\"time\":\"%s\",\"event\":\"%s\",\"method\":\"%s\"",
-	    text, event, method_names[r->method]);
-	if (r->status != 0)		/* a repair comes before any answer */
-		buf_fmt(&b, ",\"status\":%d", r->status);
-	log_key(&b, "client", r->client);
-	log_key(&b, "user", r->user);
-	log_key(&b, "id", r->id);
-	log_key(&b, "who", who->who);
-	log_key(&b, "operation", who->operation);
-	if (ch->meta.known)
-		buf_fmt(&b, ",\"serial\":%llu",
-		    (unsigned long long)ch->meta.serial);
-	log_key(&b, "lineage", ch->meta.lineage);
-	if (ch->size > 0)
-		buf_fmt(&b, ",\"size\":%lld", (long long)ch->size);
-	log_key(&b, "md5", ch->md5);
-	if (ch->old_meta.known)
-		buf_fmt(&b, ",\"old_serial\":%llu",
-		    (unsigned long long)ch->old_meta.serial);
-	log_key(&b, "old_lineage", ch->old_meta.lineage);
-	if (l->held && who != l) {
-		buf_fmt(&b, ",\"%s\":{\"id\":", r->status == 200 ? "broken" :
-		    "holder");
-		buf_json(&b, l->id);
-		log_key(&b, "who", l->who);
-		log_key(&b, "operation", l->operation);
-		log_key(&b, "created", l->created);
-		log_key(&b, "info", l->info);
-		buf_str(&b, "}");
-	}
-	log_key(&b, "why", r->why);
-	buf_str(&b, "}\n");
-	if (ch->place.dir == -1)	/* refused before it was opened */
-		(void)place_open(r->name, D_OPEN, &ch->place);
-	fd = place_file(&ch->place, LOG, O_WRONLY | O_APPEND |
-	    (refused && !l->held ? 0 : O_CREAT), NULL);
+	log_line(&b, r, event);
+	if (ch->place.dir != -1 ||	/* else refused before it was opened */
+	    place_open(r->name, D_OPEN, &ch->place) == 0)
+		fd = place_file(&ch->place, LOG, O_WRONLY | O_APPEND |
+		    (refused && !ch->lock.held ? 0 : O_CREAT), NULL);
 	if ((fd == -1 && errno != ENOENT) || (fd != -1 && (b.failed ||
 	    write_all(fd, b.data, b.len) == -1)))
 		complain("%s: cannot write its log: %s", r->name,
@@ -3483,7 +3439,7 @@ change_prepare(struct request *r)
 	char leaf[LEAF];
 	bool keep;
 
-	file_forget(ch->old);
+	close_quietly(ch->old);
 	tmp_remove(&ch->kept);
 	ch->old_meta = (struct meta){ 0 };
 	ch->old = place_file(&ch->place, STATE, O_RDONLY, &ch->old_st);
@@ -3601,7 +3557,7 @@ change_free(struct change *ch)
 	if (ch->event != NULL && ch->history != -1 && (ch->ids.n > 0 ||
 	    history_list(ch->history, &ch->ids) == 0))
 		history_prune(ch->history, &ch->ids, &ch->lock);
-	file_forget(ch->old);
+	close_quietly(ch->old);
 	close_quietly(ch->history);
 	names_free(&ch->ids);
 	free(ch->lock.raw);
@@ -3684,35 +3640,21 @@ lock_write(struct request *r)
 	return status;
 }
 
-/*
- * The sender has the lock, from a try that may not have got to the disk. Its
- * bytes are written anew, for a sync that failed may say 0 the next time; what
- * it is for, and since when, stays. Without room for that, what is there is
- * synced.
- */
+/* The sender has the lock, from a try that may not have got to the disk. Its
+ * bytes are written over themselves, for a sync that failed may say 0 the next
+ * time; what it is for, and since when, stays. */
 static int
 lock_again(struct request *r)
 {
-	const struct place *p = &r->change->place;
 	const struct lock *l = &r->change->lock;
 	const struct timespec times[2] = { l->since, l->since };
-	struct tmp t = { .fd = -1 };
-	char leaf[LEAF];
-	int status = 0, fd;
+	int fd = place_file(&r->change->place, LOCK, O_WRONLY, NULL);
+	int status = 0;
 
-	if (tmp_create(&t, p->dir) == -1 ||
-	    write_all(t.fd, l->raw, l->len) == -1 ||
-	    futimens(t.fd, times) == -1 || sync_fd(t.fd) == -1 ||
-	    tmp_rename(&t, p->dir, leaf_name(leaf, p, LOCK)) == -1)
-		status = -1;
-	if (status == -1 && (errno == ENOSPC || errno == EDQUOT)) {
-		fd = place_file(p, LOCK, O_RDONLY, NULL);
-		status = fd == -1 ? -1 : sync_fd(fd);
-		close_quietly(fd);
-	}
-	if (status == -1)
+	if (fd == -1 || write_all(fd, l->raw, l->len) == -1 ||
+	    futimens(fd, times) == -1 || sync_fd(fd) == -1)
 		status = refuse_errno(r, "sync the lock");
-	tmp_remove(&t);
+	close_quietly(fd);
 	return status;
 }
 
@@ -3757,7 +3699,7 @@ do_lock(struct request *r)
 		status = change(r, D_MAKE, lock_publish);
 	/* The guard was not to be had: a lock that another holds can be told
 	 * all the same, and a client that waits for it goes on waiting. */
-	if (r->retry > 0 && ch->lock.raw == NULL &&
+	if (r->unguarded && ch->lock.raw == NULL &&
 	    lock_read(&ch->place, &ch->lock) == 0 && ch->lock.held &&
 	    !lock_is(&ch->lock, r->id))
 		status = refuse_locked(r, 423);
@@ -3859,7 +3801,7 @@ state_check(struct request *r)
 /* Under the guard: gives a file its ID in the history, and so makes it the
  * newest version. Syncs that, down from the root, if it is nowhere else. */
 static int
-history_keep(struct request *r, struct tmp *t, uint64_t serial, bool sync)
+history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 {
 	struct change *ch = r->change;
 	char leaf[LEAF];
@@ -3881,13 +3823,15 @@ static int
 write_strict(struct request *r)
 {
 	const struct meta *new = &r->change->meta, *old = &r->change->old_meta;
+	size_t digits = strlen(old->serial);
 
 	if (!conf.strict)
 		return 0;
-	if (old->known && (!new->known || new->serial < old->serial))
+	/* JSON numbers have no zeros in front: the longer one is larger. */
+	if (strlen(new->serial) < digits || (strlen(new->serial) == digits &&
+	    strcmp(new->serial, old->serial) < 0))
 		return refuse(r, 409, "strict: its serial is no whole number, "
-		    "or lower than the present %llu",
-		    (unsigned long long)old->serial);
+		    "or lower than the present %s", old->serial);
 	if (old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
 	    new->lineage_len != old->lineage_len ||
 	    strcmp(new->lineage, old->lineage) != 0))
@@ -4015,10 +3959,9 @@ do_unlock(struct request *r)
  */
 #define STATUSES 600
 static const char *const reasons[STATUSES] = {
-	[0] = "-",			/* cut: no answer */
-	[200] = "OK", [204] = "No Content",
-	[400] = "Bad Request", [401] = "Unauthorized", [403] = "Forbidden",
-	[404] = "Not Found", [405] = "Method Not Allowed", [409] = "Conflict",
+	[200] = "OK", [204] = "No Content", [400] = "Bad Request",
+	[401] = "Unauthorized", [403] = "Forbidden", [404] = "Not Found",
+	[405] = "Method Not Allowed", [409] = "Conflict",
 	[411] = "Length Required", [412] = "Precondition Failed",
 	[413] = "Content Too Large", [414] = "URI Too Long",
 	[417] = "Expectation Failed", [423] = "Locked",
@@ -4028,161 +3971,113 @@ static const char *const reasons[STATUSES] = {
 	[507] = "Insufficient Storage"
 };
 
-/* Seconds; upper ends of the duration histogram. */
-static const double durations[] = {
-	.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5
-};
-#define DURATIONS (sizeof(durations) / sizeof(*durations))
+#define DURATIONS 6		/* of the histogram: 0.1 ms, 1 ms, ... 10 s */
 
-/* What is counted, by the loop and by threads, and the log's lines that are
- * not written yet. */
+/* What is counted, by the loop and by threads, and, under the mutex, the log's
+ * lines that are not written yet. */
 static struct {
+	_Atomic unsigned long requests[M_COUNT + 1][STATUSES];	/* last: none */
+	_Atomic unsigned long took[DURATIONS + 1], took_us, received, sent;
+	_Atomic unsigned unlogged;
+	_Atomic unsigned connections, threads, pages;	/* there are now */
 	pthread_mutex_t mutex;
-	uint64_t requests[M_COUNT + 1][STATUSES];	/* last row: none */
-	uint64_t took[DURATIONS + 1];
-	uint64_t took_us;
-	uint64_t received, sent, accepted, unlogged;
-	uint64_t connections, threads, pages;	/* there are now */
 	struct buf log;
 	char locked[ID_MAX + 1];	/* by the LOCK that came last */
 } told = { .mutex = PTHREAD_MUTEX_INITIALIZER };
 
-/* Adds to one of the counts, and returns it. */
-static uint64_t
-told_add(uint64_t *what, int n)
-{
-	uint64_t sum;
-
-	(void)pthread_mutex_lock(&told.mutex);
-	sum = *what += (uint64_t)n;
-	(void)pthread_mutex_unlock(&told.mutex);
-	return sum;
-}
-
-/*
- * Does somebody want the page? Else there will be none. A client that has
- * closed its connection, or has only finished sending, which looks the same,
- * has it made while nobody else wants one.
- */
+/* Does somebody want the page? A client that has closed its connection, or
+ * only finished sending, which looks the same, if nobody else wants one. */
 static bool
 page_wanted(struct request *r)
 {
-	if (!r->cut && told_add(&told.pages, 0) > 1 && !client_there(r))
+	if (r->status != -1 && told.pages > 1 && !client_there(r))
 		(void)cut(r, "nobody waits for the page");
-	return !r->cut;
+	return r->status != -1;
 }
 
 /* A page is made if there are not too many already. */
-static void
+static int
 page(struct request *r, int (*make)(struct request *))
 {
-	if (told_add(&told.pages, 1) > PAGES_MAX)
+	if (++told.pages > PAGES_MAX)
 		(void)refuse(r, 503, "too many pages are being made");
-	else if (page_wanted(r) && make(r) == 200 && r->text.failed)
-		(void)refuse(r, 503, "no memory for the page");
-	(void)told_add(&told.pages, -1);
+	else if (page_wanted(r))
+		(void)make(r);
+	told.pages--;
+	return r->status;
 }
 
-/* ---- tables ---- */
+/* ---- three forms ---- */
 
-static const char page_css[] =
-    ":root{color-scheme:light dark}a{color:LinkText}h1{font-size:1.4rem}"
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;"
-    "margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}"
-    "table{border-collapse:collapse;width:100%}"
-    "td,th{text-align:left;padding:.4rem .8rem .4rem 0;vertical-align:top}"
-    "tr{border-bottom:1px solid #8884}th,.dim{font-weight:500;color:GrayText}"
-    ".n{text-align:right}th,.n,td:nth-child(4){white-space:nowrap}"
-    "td:first-child{min-width:11rem}"
-    ".hot{color:light-dark(#b3261e,#ff8a80)}"
-    "pre{background:#8882;padding:1rem;border-radius:.4rem;overflow-x:auto}"
-    "input{font:inherit;width:100%;box-sizing:border-box;padding:.5rem}"
-    ":focus-visible{outline:3px solid Highlight}"
-    "@media(max-width:44rem){thead,td:empty{display:none}"
-    "tr{display:flex;flex-wrap:wrap;gap:0 1rem;padding:.5rem 0}td{padding:0}"
-    "td:first-child{flex-basis:100%;font-weight:600}"
-    "td:not(:first-child)::before{content:attr(data-h) ' ';color:GrayText}}";
-
-/* What stands in one place of a table. */
-struct cell {
-	const char *key;		/* in JSON */
-	const char *title;		/* of its column; NULL: only in JSON */
-	int width;			/* of text; negative: to the left */
-	bool bare;			/* in JSON, it has no quotes */
-	enum kind page;			/* that has it; K_STAR: both have */
-	const char *raw;		/* for machines; "": it is not known */
-	const char *shown;		/* for people; NULL: the same */
-};
-
-/* A member of a JSON object, with the comma that it may need before it; null
- * in place of nothing. */
+/* Appends what belongs to the form of the page. */
 static void
-json_pair(struct buf *b, const char *key, const char *value, bool bare)
+put(struct request *r, const char *text, const char *json, const char *html)
 {
-	buf_fmt(b, "%s\"%s\":", b->len > 0 && b->data[b->len - 1] == '{' ?
-	    "" : ",", key);
-	if (bare || *value == '\0')
-		buf_str(b, *value != '\0' ? value : "null");
-	else
-		buf_json(b, value);
+	const char *const forms[] = { text, json, html };
+
+	buf_str(&r->text, forms[r->form]);
 }
 
-/* Appends what people read; in a text padded to a width. */
+/*
+ * A cell: in JSON its key and raw, null if that is ""; for people its column's
+ * title, or what is shown, NULL if that is the raw. A title is as wide as its
+ * column; a blank before it means a number, which has no quotes in JSON. No
+ * title, or only the blank: it is in JSON only.
+ */
 static void
-shown(struct request *r, int width, const char *text)
+cell(struct request *r, const char *key, const char *title, const char *raw,
+    const char *shown)
 {
 	struct buf *b = &r->text;
+	int width = (int)strlen(title);
+	bool number = *title == ' ';
 	size_t from = b->len;
 
-	if (r->form == HTML)
-		buf_html(b, text);
-	else
-		buf_fmt(b, "%*s", width, text);
-	if (r->form == TEXT && !b->failed)
+	if (r->form == JSON)
+		buf_pair(b, key, *raw != '\0' ? raw : "null",
+		    number || *raw == '\0');
+	if (r->form == JSON || width < 2)
+		return;
+	shown = r->heading ? title : shown != NULL ? shown : raw;
+	if (r->form == HTML) {
+		buf_fmt(b, "<t%c data-h=\"%s\" title=\"", r->heading ? 'h' :
+		    'd', title);
+		buf_html(b, raw);
+		buf_str(b, "\">");
+		buf_html(b, shown);
+		return;
+	}
+	buf_fmt(b, "%*s  ", number ? width : -width, *shown != '\0' ? shown :
+	    "-");
+	if (!b->failed)
 		scrub(b->data + from);
 }
 
-/* Writes a cell, with a link if it is not NULL, or its title. */
-static void
-cell(struct request *r, const struct cell *c, const char *link)
-{
-	struct buf *b = &r->text;
-	const char *text = r->heading ? c->title : c->shown != NULL ?
-	    c->shown : c->raw;
-
-	if (r->form == JSON && !r->heading)
-		json_pair(b, c->key, c->raw, c->bare);
-	if (r->form == JSON || c->title == NULL)
-		return;
-	if (r->form == HTML) {
-		buf_fmt(b, "<t%c%s data-h=\"%s\" title=\"", r->heading ? 'h' :
-		    'd', c->width > 0 ? " class=n" : "", c->title);
-		buf_html(b, r->heading ? "" : c->raw);
-		buf_fmt(b, "\">%s%s%s", link != NULL ? "<a href=\"" : "",
-		    link != NULL ? link : "", link != NULL ? "\">" : "");
-	}
-	shown(r, c->width, r->form == TEXT && *text == '\0' ? "-" : text);
-	buf_str(b, r->form == TEXT ? "  " : link != NULL ? "</a>" : "");
-}
-
-/* A line of the page, in words. */
-static void
-page_say(struct request *r, const char *class, const char *text)
-{
-	if (r->form == HTML)
-		buf_fmt(&r->text, "<p class=\"%s\">", class);
-	if (r->form != JSON) {
-		shown(r, 0, text);
-		buf_str(&r->text, "\n");
-	}
-}
+static const char page_css[] =
+    ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;"
+    "max-width:72rem;margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}"
+    "table{border-collapse:collapse;width:100%}tr{border-bottom:1px solid #8884}"
+    "td,th{text-align:left;padding:.4rem 1rem .4rem 0;min-width:4.5rem;"
+    "vertical-align:top}:is(td,th):nth-child(-n+3):nth-child(n+2){text-align:"
+    "right}th{font-weight:500;color:GrayText;white-space:nowrap}"
+    "pre{overflow-x:auto}.hot{color:light-dark(#b3261e,#ff8a80)}"
+    "input{font:inherit;width:100%;box-sizing:border-box;padding:.4rem}"
+    "@media(max-width:44rem){th,td:empty{display:none}"
+    "td{padding:0;min-width:0}tr{display:flex;flex-wrap:wrap;gap:0 1rem}"
+    "td:first-child{flex-basis:100%;font-weight:600;padding-top:.5rem}"
+    "td+td::before{content:attr(data-h) ' ';color:GrayText}}";
 
 /* The page's head. */
 static void
-page_begin(struct request *r, const char *title)
+page_begin(struct request *r)
 {
 	static const char *const types[] = { "text/plain; charset=utf-8",
-	    "application/json", "text/html; charset=utf-8" };
+	    "application/json", "text/html; charset=utf-8"
+	    /* Nothing from elsewhere, no script, in nobody's frame. */
+	    "\r\nContent-Security-Policy: default-src 'none'; style-src "
+	    "'unsafe-inline'; img-src data:; form-action 'self'; base-uri "
+	    "'none'; frame-ancestors 'none'\r\nReferrer-Policy: no-referrer" };
+	const char *name = r->kind == K_ROOT ? "" : r->name;
 	struct buf *b = &r->text;
 
 	r->status = 200;
@@ -4191,74 +4086,70 @@ page_begin(struct request *r, const char *title)
 		return;
 	buf_str(b, "<!DOCTYPE html>\n<html lang=en><meta charset=utf-8>"
 	    "<link rel=icon href=\"data:,\"><meta name=viewport "
-	    "content=\"width=device-width,initial-scale=1\"><title>");
-	buf_html(b, title);
-	buf_fmt(b, "</title><style>%s</style>\n<h1>", page_css);
-	if (r->kind != K_ROOT)
-		buf_fmt(b, "<a href=\"%s\">States</a> / ", r->root);
-	buf_html(b, title);
+	    "content=\"width=device-width,initial-scale=1\"><title>States / ");
+	buf_html(b, name);
+	buf_fmt(b, "</title><style>%s</style>\n<h1><a href=\"%s\">States</a> "
+	    "/ ", page_css, r->root);
+	buf_html(b, name);
 	buf_str(b, "</h1>\n");
 }
 
 /* ---- rows ---- */
 
-/* A state, or a version of one, as it is shown. */
+/* A state, or an earlier version of one. "": it is not known. */
 struct row {
 	const char *name, *id;		/* id: "" of the present version */
-	bool exists;
-	bool failed;			/* it could not be looked at */
-	bool deleted;			/* only the history has it */
-	char serial[24], size[24], when[32];	/* "": not known */
-	int64_t age;			/* seconds */
+	char size[24], when[32], age[32];	/* "": there is no file */
+	char until[32];			/* it was replaced */
 	struct meta meta;
-	struct lock lock;
+	bool deleted;			/* only the history has it */
+	struct lock lock;		/* of the present version */
+	char since[32];
 	char who[128], operation[64];	/* of the write */
 };
 
-/* Looks at an open file, and closes it; with fd -1 errno says whether there
- * is none. */
-static void
-row_file(struct row *row, int fd, const struct stat *st)
+/* Looks at a version, and at the lock of the present one; -1 with errno if the
+ * version could not be looked at. */
+static int
+row_read(struct row *row, const char *name, const char *id)
 {
-	row->exists = fd != -1;
-	row->failed = fd == -1 && errno != ENOENT;
+	static const char units[][4] = { "s", "min", "h", "d" };
+	static const int64_t per[] = { 60, 60, 24, INT64_MAX };
+	struct lock *l = &row->lock;
+	struct stat st;
+	int64_t age;
+	int fd, i;
+
+	*row = (struct row){ .name = name, .id = id };
+	if (*id == '\0' && lock_look(name, l) == -1) {
+		*l = (struct lock){ .held = true,	/* perhaps */
+		    .info = "the lock cannot be read" };
+	} else if (l->held)
+		time_text(row->since, (int64_t)l->since.tv_sec * 1000, false);
+	free(l->raw);
+	if (*id != '\0')
+		time_text(row->until, version_ms(id), false);
+	fd = *id == '\0' ? name_file(name, STATE, &st) :
+	    version_open(name, id, &st);
+	if (fd == -1 && errno == ENOENT) {
+		fd = history_open(name, D_OPEN);
+		row->deleted = fd != -1;
+		close_quietly(fd);
+		return 0;
+	}
 	if (fd == -1)
-		return;
+		return -1;
 	meta_file(fd, &row->meta);
 	(void)close(fd);
-	if (row->meta.known)
-		(void)snprintf(row->serial, sizeof(row->serial), "%llu",
-		    (unsigned long long)row->meta.serial);
 	(void)snprintf(row->size, sizeof(row->size), "%lld",
-	    (long long)st->st_size);
-	time_text(row->when, (int64_t)st->st_mtime * 1000, false);
-	row->age = time_ms() / 1000 - (int64_t)st->st_mtime;
-}
-
-/* Looks at one state; -1 with errno if it could not be looked at. */
-static int
-row_read(struct row *row, const char *name)
-{
-	struct place p;
-	struct stat st;
-	int dir;
-
-	*row = (struct row){ .name = name, .id = "", .failed = true };
-	if (place_open(name, D_OPEN, &p) == -1)
-		return -1;
-	if (lock_look(&p, name, &row->lock) == -1) /* better than "unlocked" */
-		row->lock = (struct lock){ .held = true, .foreign = true,
-		    .info = "the lock cannot be read" };
-	free(row->lock.raw);
-	row_file(row, place_file(&p, STATE, O_RDONLY, &st), &st);
-	dir_leave(p.dir);
-	row->deleted = !row->exists && !row->failed;
-	if (row->deleted && row->lock.held) {	/* or only locked so far */
-		dir = history_open(name, D_OPEN);
-		row->deleted = dir != -1;
-		close_quietly(dir);
-	}
-	return row->failed ? -1 : 0;
+	    (long long)st.st_size);
+	time_text(row->when, (int64_t)st.st_mtime * 1000, false);
+	age = time_ms() / 1000 - (int64_t)st.st_mtime;
+	for (i = 0; age >= per[i]; i++)
+		age /= per[i];
+	(void)snprintf(row->age, sizeof(row->age), "%d %s ago",
+	    age > 0 ? (int)age : 0, units[i]);
+	return 0;
 }
 
 /* "apply" for OperationTypeApply; other words are terraform's own. */
@@ -4271,144 +4162,121 @@ operation_text(char out[64], const char *operation)
 	out[0] = (char)tolower((unsigned char)out[0]);
 }
 
-/* Who holds the lock, since when, for what, and how it is released; "" if
- * nobody does. One that cannot be read has only its info. The text is b's,
- * which is to be freed. */
-static const char *
-lock_text(struct request *r, const struct lock *l, struct buf *b)
+/* Tells who holds the lock, since when, for what, and the command that releases
+ * it: in a cell of the listing, in JSON, or above a state's versions. */
+static void
+row_lock(struct request *r, const struct row *row)
 {
-	char operation[64], since[32] = "";
-	bool known = l->since.tv_sec != 0;
-	struct buf release = { 0 };
-	const char *const pairs[][2] = { { "id", l->id }, { "who", l->who },
-	    { "operation", l->operation }, { "info", l->info },
-	    { "created", l->created }, { "since", since } };
-	size_t i;
+	const struct lock *l = &row->lock;
+	struct buf b = { 0 };
+	char what[64];
+	size_t command;
+	const char *words;
 
-	if (!l->held)
-		return "";
-	operation_text(operation, l->operation);
-	if (known) {
-		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
-		buf_shell(&release, "terraform force-unlock ", l->id);
-	}
-	if (r->form == JSON && !release.failed) {
-		buf_str(b, "{");
-		for (i = 0; i < 6; i++)
-			json_pair(b, pairs[i][0], pairs[i][1], false);
-		json_pair(b, "release", known ? release.data : "", false);
-		buf_str(b, "}");
-	} else if (!known)
-		buf_fmt(b, "frozen: %s", l->info);
-	else if (!release.failed)
-		buf_fmt(b, "%s%s%s since %s%s%s; to release it: %s",
+	operation_text(what, l->operation);
+	if (*row->since == '\0') {	/* nobody, or it cannot be read */
+		buf_str(&b, l->info);
+		command = b.len;
+	} else {
+		buf_fmt(&b, "%s%s%s since %s%s%s; to release it: ",
 		    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
-		    "locked", *operation != '\0' ? ", " : "", operation, since,
-		    *l->info != '\0' ? ": " : "", l->info, release.data);
-	r->text.failed |= b->failed || release.failed;
-	buf_free(&release);
-	return r->text.failed ? "" : b->data;
+		    "locked", *what != '\0' ? ", " : "", what, row->since,
+		    *l->info != '\0' ? ": " : "", l->info);
+		command = b.len;
+		buf_shell(&b, "terraform force-unlock ", l->id);
+	}
+	words = b.len > 0 ? b.data : "";
+	if (r->form == JSON && l->held) {
+		buf_str(&r->text, ",\"lock\":{");
+		cell(r, "id", "", l->id, NULL);
+		cell(r, "who", "", l->who, NULL);
+		cell(r, "operation", "", l->operation, NULL);
+		cell(r, "info", "", l->info, NULL);
+		cell(r, "created", "", l->created, NULL);
+		cell(r, "since", "", row->since, NULL);
+		cell(r, "release", "", words + command, NULL);
+		buf_str(&r->text, "}");
+	} else if (r->form == JSON || r->kind == K_ROOT)
+		cell(r, "lock", "Lock", words, NULL);
+	else {
+		put(r, "", "", l->held ? "<p class=hot>" : "<p>");
+		buf_text(&r->text, l->held ? words : row->deleted ?
+		    "There is no such state now." : "Not locked.", r->form);
+		buf_str(&r->text, "\n");
+	}
+	r->text.failed |= b.failed;
+	buf_free(&b);
 }
 
-/* Writes a row of the listing or of a state's page, or the heading. */
+/* Writes a row of the listing or of a state's page; one without a name: the
+ * titles, which JSON has not. */
 static void
 row_put(struct request *r, const struct row *row)
 {
-	static const char units[][4] = { "s", "min", "h", "d" };
-	static const int64_t per[] = { 60, 60, 24 };
-	bool list = r->kind == K_ROOT, present = *row->id == '\0';
-	char age[32] = "", until[32] = "", what[64];
-	struct buf *b = &r->text, lock = { 0 }, link = { 0 };
-	const char *held = lock_text(r, &row->lock, &lock);
-	const char *id = present ? "present" : row->id;
-	const char *done = r->form == JSON ? row->operation : what;
-	const char *made = row->meta.version, *by = row->deleted ? "deleted" :
-	    made;
-	const char *written = list ? "modified" : "written";
-	const struct cell cells[] = {
-		{ "name", "State", -24, false, K_ROOT, row->name, NULL },
-		{ "id", "Version", -26, false, K_VERSIONS, row->id, id },
-		{ "serial", "Serial", 6, true, K_STAR, row->serial, NULL },
-		{ "size", "Bytes", 9, true, K_STAR, row->size, NULL },
-		{ written, "Written", -10, false, K_STAR, row->when, age },
-		{ "replaced", "Replaced", -24, false, K_VERSIONS, until, NULL },
-		{ "who", "By", -16, false, K_VERSIONS, row->who, NULL },
-		{ "operation", "For", -8, false, K_VERSIONS, done, NULL },
-		{ "terraform_version", "Terraform", -9, false, K_ROOT, made,
-		    by },
-		{ "lineage", NULL, 0, false, K_ROOT, row->meta.lineage, NULL },
-		{ "deleted", NULL, 0, true, K_ROOT, row->deleted ? "true" :
-		    "false", NULL },
-		{ "lock", list ? "Lock" : NULL, -4, true, K_STAR, held, NULL },
-	};
-	int64_t n = row->age < 0 ? 0 : row->age;
-	size_t i;
+	bool list = r->kind == K_ROOT, old = *row->id != '\0';
+	const char *first = list ? row->name : old ? row->id : "present";
+	struct buf *b = &r->text;
+	char what[64];
 
-	for (i = 0; i < 3 && n >= per[i]; i++)
-		n /= per[i];
-	if (row->exists)
-		(void)snprintf(age, sizeof(age), "%lld %s ago", (long long)n,
-		    units[i]);
-	if (!present)
-		time_text(until, version_ms(row->id), false);
-	operation_text(what, row->operation);
-	buf_fmt(&link, "%s%s", r->root, list || !present ? "-/versions/" : "");
-	buf_url(&link, row->name);
-	buf_fmt(&link, "%s%s", present ? "" : "/", row->id);
-	if (r->form != TEXT)
-		buf_str(b, r->form == HTML ? "\n<tr>" : r->heading ? "[" :
-		    b->len > 1 ? ",\n{" : "\n{");
-	for (i = 0; i < sizeof(cells) / sizeof(*cells); i++)
-		if (cells[i].page == K_STAR || cells[i].page == r->kind)
-			cell(r, &cells[i], i < 2 && !r->heading ? link.data :
-			    NULL);
-	if (r->form == TEXT || (r->form == JSON && !r->heading))
-		buf_str(b, r->form == TEXT ? "\n" : "}");
-	r->heading = false;
-	buf_free(&lock);
-	buf_free(&link);
-}
-
-static void
-table_begin(struct request *r)
-{
-	buf_str(&r->text, r->form == HTML ? "<table><thead>" : "");
-	r->heading = true;
-	row_put(r, &(struct row){ .name = "", .id = "" });
-	buf_str(&r->text, r->form == HTML ? "<tbody>" : "");
-}
-
-static void
-table_end(struct request *r)
-{
-	static const char *const ends[] = { "", "\n]\n", "</table>\n" };
-
-	buf_str(&r->text, ends[r->form]);
+	r->heading = *row->name == '\0';
+	if (r->heading && r->form == JSON)
+		return;
+	put(r, "", b->len == 0 ? "[\n{" : ",\n{", r->heading ?
+	    "<table><tr>" : "<tr>");
+	if (r->form == HTML && !r->heading) {
+		buf_fmt(b, "<td><a href=\"%s%s", r->root, list || old ?
+		    "-/versions/" : "");
+		buf_url(b, row->name);
+		buf_fmt(b, old ? "/%s\">" : "\">%s", row->id);
+		buf_html(b, first);
+		buf_str(b, "</a>");
+	} else if (list)
+		cell(r, "name", "State                   ", first, NULL);
+	else
+		cell(r, "id", "Version                   ", row->id, first);
+	cell(r, "serial", " Serial", row->meta.serial, NULL);
+	cell(r, "size", "    Bytes", row->size, NULL);
+	cell(r, list ? "modified" : "written", "Written   ", row->when,
+	    row->age);
+	if (list) {
+		cell(r, "terraform_version", "Terraform", row->meta.version,
+		    row->deleted ? "deleted" : NULL);
+		cell(r, "lineage", "", row->meta.lineage, NULL);
+		cell(r, "deleted", " ", row->deleted ? "true" : "false", NULL);
+	} else {
+		cell(r, "replaced", "", row->until, NULL);
+		cell(r, "who", "By              ", row->who, NULL);
+		operation_text(what, row->operation);
+		cell(r, "operation", "For     ", r->form == JSON ?
+		    row->operation : what, NULL);
+	}
+	if (list || r->form == JSON)
+		row_lock(r, row);
+	put(r, "\n", "}", "</td>\n");
 }
 
 /* ---- a walk over the names ---- */
 
 struct walk {
 	struct request *r;		/* whose names are wanted, or NULL */
-	bool deleted;			/* those in the history, too */
-	bool history;			/* the walk is there now */
 	bool sweep;			/* remove what dead servers left */
+	bool history, uploads;		/* it is there */
 	int error;			/* why some were not found, or 0 */
-	uint64_t states, locks;
-	uint64_t oldest;		/* lock's age in seconds, or 0 */
+	unsigned files;			/* that are not hidden */
+	unsigned states, locks;
 	struct names names;
 	char name[NAME_LEN_MAX + 300];
 };
 
-/* Removes a temporary file of a server that is dead: it does not hold its
- * byte. token: its digits, in the file's name. */
+/* Removes a temporary file, with its server's token in its name, if that is
+ * dead: it does not hold its byte. */
 static void
-tmp_sweep(int dir, const char *file, const char *token)
+tmp_sweep(int dir, const char *file)
 {
-	uint64_t t = strtoull(token, NULL, 16);
-	off_t byte = guard_server_byte(t);
+	uint64_t token = strtoull(file + strspn(file, ".tmp-"), NULL, 16);
+	off_t byte = guard_server_byte(token);
 
-	if (t == store.token || guard_set(F_WRLCK, byte) == -1)
+	if (token == store.token || guard_set(F_WRLCK, byte) == -1)
 		return;
 	(void)unlinkat(dir, file, 0);
 	(void)guard_set(F_UNLCK, byte);
@@ -4416,10 +4284,9 @@ tmp_sweep(int dir, const char *file, const char *token)
 
 /* Adds a name, if it is one, and the one who asks may see it and has asked
  * for it. A state and its lock are two files of one name. */
-static void
-walk_add(struct walk *w, const struct stat *lock)
+static bool
+walk_add(struct walk *w)
 {
-	int64_t age = lock == NULL ? 0 : time_ms() / 1000 - lock->st_mtime;
 	char *p;
 
 	for (p = w->name; names_fold && *p != '\0'; p++)
@@ -4427,256 +4294,196 @@ walk_add(struct walk *w, const struct stat *lock)
 	if (name_wrong(w->name) != NULL || (w->r != NULL &&
 	    (user_right(w->r, w->name) == R_NONE ||
 	    strcasestr(w->name, w->r->query) == NULL)))
-		return;
+		return false;
 	names_add(&w->names, w->name);
-	w->states += lock == NULL && !w->history;
-	w->locks += lock != NULL;
-	if (age > (int64_t)w->oldest)
-		w->oldest = (uint64_t)age;
+	return true;
 }
 
-/* Owns dir. w->name holds len bytes of path that lead to it. */
+/* Adds what is in a directory; w->name holds len bytes of path that lead
+ * there. */
 static void
-walk_dir(struct walk *w, int dir, size_t len, unsigned depth)
+walk_dir(struct walk *w, int parent, const char *entry, size_t len,
+    unsigned depth)
 {
-	DIR *d = fdopendir(dir);
+	int dir = openat(parent, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW |
+	    O_CLOEXEC);
+	DIR *d = dir == -1 ? NULL : fdopendir(dir);
 	struct dirent *e;
-	struct stat st;
 	bool found = false;
 	size_t n;
-	int next;
 
-	while (d != NULL && w->error != ECANCELED &&
+	while (d != NULL && (w->r == NULL || page_wanted(w->r)) &&
 	    (errno = 0, e = readdir(d)) != NULL) {
 		n = strlen(e->d_name);
-		if (w->r != NULL && !page_wanted(w->r))
-			w->error = ECANCELED;
-		if (w->sweep && strncmp(e->d_name, ".tmp-", 5) == 0)
-			tmp_sweep(dir, e->d_name, e->d_name + 5);
-		if (e->d_name[0] == '.' || len + n + 1 >= sizeof(w->name))
+		if (w->sweep && (strncmp(e->d_name, ".tmp-", 5) == 0 ||
+		    (w->uploads && e->d_name[0] != '.')))
+			tmp_sweep(dir, e->d_name);
+		if (w->uploads || e->d_name[0] == '.' ||
+		    len + n + 1 >= sizeof(w->name))
 			continue;
+		w->files++;
 		memcpy(w->name + len, e->d_name, n + 1);
 		if (w->history && is_version(e->d_name, STATE))
 			found = len > 0;
 		else if (!w->history && cut_suffix(w->name, STATE))
-			walk_add(w, NULL);
-		else if (!w->history && cut_suffix(w->name, LOCK)) {
-			if (fstatat(dir, e->d_name, &st,
-			    AT_SYMLINK_NOFOLLOW) == 0)
-				walk_add(w, &st);
-		} else if (depth < SEGMENTS_MAX && !cut_suffix(w->name, LOG)) {
-			next = openat(dir, e->d_name, O_RDONLY | O_DIRECTORY |
-			    O_NOFOLLOW | O_CLOEXEC);
-			if (next != -1) {
-				w->name[len + n] = '/';
-				walk_dir(w, next, len + n + 1, depth + 1);
-			} else if (errno != EACCES && errno != ENOENT &&
-			    errno != ENOTDIR && errno != ELOOP)
-				w->error = errno; /* a lost+found is not ours */
+			w->states += walk_add(w);
+		else if (!w->history && cut_suffix(w->name, LOCK))
+			w->locks += walk_add(w);
+		else if (depth < SEGMENTS_MAX && !cut_suffix(w->name, LOG)) {
+			w->name[len + n] = '/';
+			walk_dir(w, dir, e->d_name, len + n + 1, depth + 1);
 		}
 	}
-	w->error = errno != 0 && w->error == 0 ? errno : w->error;
+	/* What is no directory, or a lost+found, is not ours. */
+	if (errno != 0 && (depth == 0 || (errno != EACCES && errno != ENOENT &&
+	    errno != ENOTDIR && errno != ELOOP)))
+		w->error = errno;
 	d == NULL ? close_quietly(dir) : (void)closedir(d);
 	if (found) {
 		w->name[len - 1] = '\0';
-		walk_add(w, NULL);
+		(void)walk_add(w);
 	}
 }
 
-/* Finds all names, sorted; -1 with errno if they could not all be found. */
+/* Finds all names of states and locks, ".", or those that have a ".history";
+ * the list is sorted. -1 with errno if they could not all be found. */
 static int
-walk_names(struct walk *w)
+walk_names(struct walk *w, const char *top)
 {
-	int dir, round;
-
-	for (round = 0; round <= (w->deleted ? 1 : 0); round++) {
-		w->history = round == 1;
-		dir = openat(store.root, w->history ? ".history" : ".",
-		    O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-		if (dir == -1)
-			return -1;
-		walk_dir(w, dir, 0, 0);
-	}
+	w->history = strcmp(top, ".history") == 0;
+	w->uploads = strcmp(top, ".tmp") == 0;
+	walk_dir(w, store.root, top, 0, 0);
 	names_sort(&w->names);
 	errno = w->names.failed ? ENOMEM : !store_there() ? EIDRM : w->error;
 	return errno == 0 ? 0 : -1;
 }
 
-/* ---- the listing ---- */
+/* ---- the listing, and one state ---- */
 
-/* The rows; if asked for, those that are locked come first. */
-static void
-listing_rows(struct request *r, const struct names *names)
-{
-	struct row row;
-	size_t i;
-	int round;
-
-	for (round = 0; round <= (r->locked ? 1 : 0); round++)
-		for (i = 0; i < names->n && page_wanted(r); i++) {
-			(void)row_read(&row, names->list[i]);
-			if (!r->locked || row.lock.held == (round == 0))
-				row_put(r, &row);
-		}
-}
-
+/* The search, and the states; if asked for, those that are locked first. */
 static int
 page_root(struct request *r)
 {
-	struct walk w = { .r = r, .deleted = r->query[0] != '\0' };
+	struct walk w = { .r = r };
 	struct buf *b = &r->text;
+	int round = r->locked ? 0 : 1;
+	struct row row;
+	size_t i;
 
-	if (walk_names(&w) == -1 && !r->cut)
+	if ((walk_names(&w, ".") == -1 || (*r->query != '\0' &&
+	    walk_names(&w, ".history") == -1)) && r->status == 0)
 		(void)refuse_errno(r, "list the states");
-	else if (!r->cut) {
-		page_begin(r, "States");
-		if (r->form == HTML) {
-			buf_fmt(b, "<p class=dim>%llu state%s, "
-			    "<a href=\"?locked\">%llu locked</a><form>"
-			    "<input type=search name=q aria-label=Search "
-			    "placeholder=\"Search, deleted ones too\" value=\"",
-			    (unsigned long long)w.states,
-			    w.states == 1 ? "" : "s",
-			    (unsigned long long)w.locks);
-			buf_html(b, r->query);
-			buf_str(b, "\"></form>\n");
-		}
-		table_begin(r);
-		listing_rows(r, &w.names);
-		table_end(r);
+	if (r->status != 0) {
+		names_free(&w.names);
+		return r->status;
 	}
+	page_begin(r);
+	put(r, "", "", "<form><input type=search name=q aria-label=Search "
+	    "placeholder=\"Search, deleted ones too\" value=\"");
+	if (r->form == HTML) {
+		buf_html(b, r->query);
+		buf_fmt(b, "\"></form><p>States: %u, <a href=\"?locked\">"
+		    "locked: %u</a>\n", w.states, w.locks);
+	}
+	row_put(r, &(struct row){ .name = "", .id = "" });
+	for (; round < 2; round++)
+		for (i = 0; i < w.names.n && page_wanted(r); i++) {
+			(void)row_read(&row, w.names.list[i], "");
+			if (!r->locked || row.lock.held == (round == 0))
+				row_put(r, &row);
+		}
+	put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n");
 	names_free(&w.names);
 	return r->status;
 }
 
-/* ---- one state ---- */
-
 /* Who wrote a version, and in which operation: told by the last line of the
  * end of the state's log that tells of a write of that serial and size. */
 static void
-row_writer(struct row *row, const struct buf *tail)
+row_writer(struct row *row)
 {
-	struct span rest = { tail->data, tail->len }, line;
-	char event[8];
-	struct row w;
-	struct json j;
+	struct { char event[8], serial[24], size[24], who[128], op[64]; } w;
 	struct member k[] = {
-		{ "event", event, sizeof(event), 0, 0, 0 },
+		{ "event", w.event, sizeof(w.event), 0, 0, 0 },
 		{ "serial", w.serial, sizeof(w.serial), 0, 0, 0 },
 		{ "size", w.size, sizeof(w.size), 0, 0, 0 },
 		{ "who", w.who, sizeof(w.who), 0, 0, 0 },
-		{ "operation", w.operation, sizeof(w.operation), 0, 0, 0 },
+		{ "operation", w.op, sizeof(w.op), 0, 0, 0 },
 	};
+	char *tail = malloc(TAIL_MAX);
+	struct stat st;
+	int fd = name_file(row->name, LOG, &st);
+	ssize_t n = fd == -1 || tail == NULL ? 0 : read_at(fd, tail, TAIL_MAX,
+	    st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0);
+	struct span rest = { tail, n > 0 ? (size_t)n : 0 }, line;
+	struct json j;
 
 	while (span_next(&rest, '\n', &line)) {
-		w = (struct row){ .exists = true };
-		event[0] = '\0';
+		memset(&w, 0, sizeof(w));
 		j = json_text(line.ptr, line.len, k, 5);
-		if (!json_object(&j) || strcmp(event, "write") != 0 ||
-		    *w.serial == '\0' || strcmp(w.serial, row->serial) != 0 ||
-		    strcmp(w.size, row->size) != 0)
-			continue;
-		memcpy(row->who, w.who, sizeof(w.who));
-		memcpy(row->operation, w.operation, sizeof(w.operation));
+		if (json_object(&j) && strcmp(w.event, "write") == 0 &&
+		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
+		    strcmp(w.serial, row->meta.serial) == 0) {
+			memcpy(row->who, w.who, sizeof(w.who));
+			memcpy(row->operation, w.op, sizeof(w.op));
+		}
 	}
-}
-
-/* What stands above the table: the lock, and the log. */
-static void
-state_above(struct request *r, const struct row *row)
-{
-	struct buf *b = &r->text, lock = { 0 };
-	const char *held = lock_text(r, &row->lock, &lock);
-
-	if (*held != '\0')
-		page_say(r, "hot", held);
-	if (*held == '\0' || !row->exists)
-		page_say(r, "", row->exists ? "Not locked." :
-		    "There is no such state now.");
-	buf_free(&lock);
-	if (r->form != HTML)
-		return;
-	buf_fmt(b, "<p>Each version is a link to the raw state, with its "
-	    "secrets; see also <a href=\"%s-/log/", r->root);
-	buf_url(b, r->name);
-	buf_str(b, "\">its log</a>.\n");
-}
-
-/* And below: the two lines that go back to an earlier version. Of what a Host
- * may have, only ' could leave the quotes, and nothing is markup. */
-static void
-state_below(struct request *r, const char *id)
-{
-	struct buf *b = &r->text;
-	const char *scheme = r->fronted ? "https" : "http";
-	const char *host = strchr(r->host, '\'') == NULL ? r->host : "HOST";
-
-	if (r->form == JSON)
-		return;
-	page_say(r, "", "To go back to a version, or bring a deleted state "
-	    "back, and then look at terraform plan:");
-	buf_fmt(b, "%scurl -f -o old.tfstate '%s://%s/-/versions/",
-	    r->form == HTML ? "<pre>" : "", scheme, host);
-	buf_url(b, r->name);
-	buf_fmt(b, "/%s'\ncurl -f --data-binary @old.tfstate '%s://%s/", id,
-	    scheme, host);
-	buf_url(b, r->name);
-	buf_str(b, r->form == HTML ? "'</pre>\n" : "'\n");
-}
-
-/* The table: the present version, and the earlier ones, the newest first. */
-static void
-state_rows(struct request *r, struct row *row, int dir,
-    const struct names *ids)
-{
-	struct buf tail = { 0 };
-	struct stat st;
-	char leaf[LEAF];
-	int fd = name_file(r->name, LOG, &st);
-	ssize_t n;
-	size_t i;
-
-	if (fd != -1 && buf_room(&tail, TAIL_MAX) && (n = read_at(fd, tail.data,
-	    TAIL_MAX, st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0)) > 0)
-		tail.len = (size_t)n;
 	close_quietly(fd);
-	table_begin(r);
-	row_writer(row, &tail);
-	if (row->exists)
-		row_put(r, row);
-	for (i = ids->n; i > 0; i--) {
-		*row = (struct row){ .name = r->name, .id = ids->list[i - 1] };
-		fd = file_open(dir, version_leaf(leaf, row->id), O_RDONLY, &st);
-		row_file(row, fd, &st);
-		row_writer(row, &tail);
-		if (row->exists)
-			row_put(r, row);
-	}
-	table_end(r);
-	buf_free(&tail);
+	free(tail);
 }
 
-/* The page of one state: its lock, its versions, the way back. */
+/* The page of one state: its lock, its versions, the newest first, and the two
+ * lines that go back to an earlier one. Of what a Host may have, only ' could
+ * leave the quotes, and nothing is markup. */
 static int
 page_state(struct request *r)
 {
-	int dir = history_open(r->name, D_OPEN);
+	const char *scheme = r->fronted ? "https" : "http";
+	const char *host = strchr(r->host, '\'') == NULL ? r->host : "HOST";
+	struct buf *b = &r->text, url = { 0 };
 	struct names ids = { 0 };
 	struct row row;
+	size_t i;
+	int dir;
 
+	buf_url(&url, r->name);
+	dir = history_open(r->name, D_OPEN);
 	if (dir == -1 ? errno != ENOENT : history_list(dir, &ids) == -1)
 		(void)refuse_errno(r, "read the history");
-	else if (row_read(&row, r->name) == -1)
+	else if (row_read(&row, r->name, "") == -1)
 		(void)refuse_errno(r, "read the state");
-	else if (!row.exists && !row.lock.held && ids.n == 0)
+	else if (*row.size == '\0' && !row.lock.held && ids.n == 0)
 		(void)refuse(r, 404, "there is no such state");
+	else if (url.failed)
+		(void)refuse(r, 503, "out of memory");
 	else {
-		page_begin(r, r->name);
-		state_above(r, &row);
-		state_rows(r, &row, dir, &ids);
-		if (ids.n > 0)
-			state_below(r, ids.list[ids.n - 1]);
+		page_begin(r);
+		if (r->form != JSON)
+			row_lock(r, &row);
+		if (r->form == HTML)
+			buf_fmt(b, "<p>Each version is a link to the raw "
+			    "state, with its secrets; see also <a href="
+			    "\"%s-/log/%s\">its log</a>.\n", r->root, url.data);
+		row_put(r, &(struct row){ .name = "", .id = "" });
+		for (i = ids.n;; i--) {
+			row_writer(&row);
+			if (*row.size != '\0')
+				row_put(r, &row);
+			if (i == 0)
+				break;
+			(void)row_read(&row, r->name, ids.list[i - 1]);
+		}
+		put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n<p>");
+		if (r->form != JSON && ids.n > 0)
+			buf_fmt(b, "To go back to a version, or bring a deleted "
+			    "state back, and then look at terraform plan:\n"
+			    "%scurl -f -o old.tfstate '%s://%s/-/versions/%s/%s'"
+			    "\ncurl -f --data-binary @old.tfstate '%s://%s/%s'\n",
+			    r->form == HTML ? "<pre>" : "", scheme, host,
+			    url.data, ids.list[ids.n - 1], scheme, host,
+			    url.data);
 	}
+	buf_free(&url);
 	names_free(&ids);
 	close_quietly(dir);
 	return r->status;
@@ -4685,74 +4492,54 @@ page_state(struct request *r)
 /* ---- metrics ---- */
 
 static void
-metric(struct buf *b, const char *name, const char *type)
+metric(struct buf *b, const char *name)
 {
 	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s %s\n", name, name,
-	    name, type);
-}
-
-/* What is counted one by one: requests, and how long they took. */
-static void
-metrics_requests(struct buf *b)
-{
-	static const char took[] = "http_request_duration_seconds";
-	unsigned long long n = 0;
-	size_t i, m;
-
-	metric(b, "http_requests_total", "counter");
-	for (m = 0; m <= M_COUNT; m++)
-		for (i = 0; i < STATUSES; i++)
-			if (told.requests[m][i] > 0)
-				buf_fmt(b, "statesrv_http_requests_total"
-				    "{method=\"%s\",status=\"%zu\"} %llu\n",
-				    m < M_COUNT ? method_names[m] : "other", i,
-				    (unsigned long long)told.requests[m][i]);
-	metric(b, took, "histogram");
-	for (i = 0; i < DURATIONS; i++)
-		buf_fmt(b, "statesrv_%s_bucket{le=\"%g\"} %llu\n", took,
-		    durations[i], n += told.took[i]);
-	n += told.took[i];
-	buf_fmt(b, "statesrv_%s_bucket{le=\"+Inf\"} %llu\n"
-	    "statesrv_%s_sum %.15g\nstatesrv_%s_count %llu\n", took, n, took,
-	    (double)told.took_us / 1e6, took, n);
+	    name, strstr(name, "_total") != NULL ? "counter" :
+	    strstr(name, "_seconds") != NULL ? "histogram" : "gauge");
 }
 
 static int
 page_metrics(struct request *r)
 {
+	static const char *const ends[DURATIONS + 1] = { "0.0001", "0.001",
+	    "0.01", "0.1", "1", "10", "+Inf" };
+	static const char took[] = "http_request_duration_seconds";
 	struct walk w = { 0 };
-	int status = walk_names(&w);
-	uint64_t room, reserve;
-	const struct { const char *name; const uint64_t *n; } numbers[] = {
-		{ "http_received_bytes_total", &told.received },
-		{ "http_sent_bytes_total", &told.sent },
-		{ "log_lines_lost_total", &told.unlogged },
-		{ "connections_accepted_total", &told.accepted },
-		{ "connections", &told.connections },
-		{ "threads", &told.threads },
-		{ "states", &w.states },
-		{ "locks", &w.locks },
-		{ "oldest_lock_age_seconds", &w.oldest },
-		{ "free_bytes", &room },
-		{ "reserve_bytes", &reserve },
+	int status = walk_names(&w, ".");
+	const struct { const char *name; unsigned long n; } numbers[] = {
+		{ "http_received_bytes_total", told.received },
+		{ "http_sent_bytes_total", told.sent },
+		{ "log_lines_lost_total", told.unlogged },
+		{ "connections", told.connections },
+		{ "threads", told.threads },
+		{ "states", w.states }, { "locks", w.locks },
 	};
 	struct buf *b = &r->text;
-	size_t i;
+	unsigned long n;
+	size_t i, m;
 
 	names_free(&w.names);
-	if (status == -1 || store_room(&room, &reserve) == -1)
+	if (status == -1)
 		return refuse_errno(r, "count the states");
-	metric(b, "build_info", "gauge");
-	buf_str(b, "statesrv_build_info{version=\"" VERSION "\"} 1\n");
-	(void)pthread_mutex_lock(&told.mutex);
-	metrics_requests(b);
 	for (i = 0; i < sizeof(numbers) / sizeof(*numbers); i++) {
-		metric(b, numbers[i].name, strstr(numbers[i].name, "_total") ?
-		    "counter" : "gauge");
-		buf_fmt(b, "statesrv_%s %llu\n", numbers[i].name,
-		    (unsigned long long)*numbers[i].n);
+		metric(b, numbers[i].name);
+		buf_fmt(b, "statesrv_%s %lu\n", numbers[i].name, numbers[i].n);
 	}
-	(void)pthread_mutex_unlock(&told.mutex);
+	metric(b, "http_requests_total");
+	for (m = 0; m <= M_COUNT; m++)
+		for (i = 0; i < STATUSES; i++)
+			if ((n = told.requests[m][i]) > 0)
+				buf_fmt(b, "statesrv_http_requests_total"
+				    "{method=\"%s\",status=\"%zu\"} %lu\n",
+				    m < M_COUNT ? method_names[m] : "other", i,
+				    n);
+	metric(b, took);
+	for (i = 0, n = 0; i <= DURATIONS; i++)
+		buf_fmt(b, "statesrv_%s_bucket{le=\"%s\"} %lu\n", took,
+		    ends[i], n += told.took[i]);
+	buf_fmt(b, "statesrv_%s_sum %.15g\nstatesrv_%s_count %lu\n", took,
+	    (double)told.took_us / 1e6, took, n);
 	r->type = "text/plain; version=0.0.4; charset=utf-8";
 	return r->status = 200;
 }
@@ -4762,22 +4549,15 @@ page_metrics(struct request *r)
 static int
 page_lock(struct request *r)
 {
-	struct lock l = { 0 };
-	struct place p;
+	struct lock *l = &r->change->lock;	/* freed with that */
 
-	if (place_open(r->name, D_OPEN, &p) == -1 ||
-	    lock_look(&p, r->name, &l) == -1)
-		(void)refuse_errno(r, "read the lock");
-	else if (!l.held)
-		(void)refuse(r, 404, "%s is not locked", r->name);
-	else {
-		lock_tell(&l, &r->text);
-		r->type = "application/json";
-		r->status = 200;
-	}
-	free(l.raw);
-	dir_leave(p.dir);
-	return r->status;
+	if (lock_look(r->name, l) == -1)
+		return refuse_errno(r, "read the lock");
+	if (!l->held)
+		return refuse(r, 404, "%s is not locked", r->name);
+	lock_tell(l, &r->text);
+	r->type = "application/json";
+	return r->status = 200;
 }
 
 /*
@@ -4808,159 +4588,139 @@ page_file(struct request *r)
 	    "may be in the history");
 }
 
-/* Answers in a word, for machines. */
-static bool
-now_say(struct request *r, const char *word)
-{
-	buf_fmt(&r->text, "%s\n", word);
-	r->type = "text/plain; charset=utf-8";
-	r->status = 200;
-	return true;
-}
-
 /* We are alive; to OPTIONS, the head says it all. */
-static bool
+static int
 now_ok(struct request *r)
 {
-	if (r->method != M_OPTIONS)
-		return now_say(r, "ok");
 	r->status = 204;
-	return true;
+	if (r->method != M_OPTIONS)
+		(void)refuse(r, 200, "ok");
+	r->why[0] = '\0';		/* it was none */
+	return r->status;
 }
 
-/* A state that can be had without waiting. */
-static bool
+/* A state that can be had without waiting; else 0. */
+static int
 now_state(struct request *r)
 {
-	const struct cached *c = cache_get(r->name);
+	struct cached *c = cache_get(r->name);
 
 	if (c == NULL)
-		return false;
+		return 0;
 	r->type = "application/json";
-	r->out[1] = (struct span){ c->data, (size_t)c->st.st_size };
-	r->status = 200;
-	return true;
+	r->cached = c->data + HEAD_ROOM;
+	r->cached_len = (size_t)c->st.st_size;
+	return r->status = 200;
 }
 
-/* What /-/ready last found, and whether somebody is looking now. */
+/* What /-/ready last found. */
 static struct {
-	pthread_mutex_t mutex;
-	bool looking;
-	int64_t begun, ended;		/* ms */
-	char why[120];			/* it is not ready, or "" */
-} ready = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+	_Atomic bool looking, known;	/* somebody is; somebody has */
+	_Atomic unsigned at;		/* ms: since then, or it was then */
+	_Atomic int error;		/* errno; 0: it is ready */
+} ready;
 
-/* Looks whether states can be written, in a thread of its own, for a dying
- * disk may never answer. */
+/* Looks whether states can be written. A thread of its own does, for a dying
+ * disk may never answer it. */
 static void *
 ready_look(void *unused)
 {
 	struct tmp t = { .fd = -1 };
-	const char *why = "";
 
 	if (!store_there() || !guard_in_place())
-		why = "the states' directory, or .guard in it, was removed or "
-		    "replaced";
-	else if (store_fits(0) == -1 || tmp_create(&t, store.root) == -1 ||
-	    sync_fd(t.fd) == -1)
-		why = strerror(errno);
+		ready.error = EIDRM;
+	else
+		ready.error = store_fits(0) == 0 && tmp_create(&t,
+		    store.root) == 0 && sync_fd(t.fd) == 0 ? 0 : errno;
 	tmp_remove(&t);
-	(void)pthread_mutex_lock(&ready.mutex);
+	ready.at = (unsigned)clock_ms();
+	ready.known = true;
 	ready.looking = false;
-	ready.ended = clock_ms();
-	(void)snprintf(ready.why, sizeof(ready.why), "%s", why);
-	(void)pthread_mutex_unlock(&ready.mutex);
 	return unused;
 }
 
-/*
- * Answers /-/ready from the last verdict; an old one only those who come while
- * a look is going on. Else it starts a look, and returns false: do_ready waits
- * for that.
- */
-static bool
+/* Answers from the last verdict, if that is new or somebody looks; else 0. */
+static int
 now_ready(struct request *r)
 {
-	int64_t now = clock_ms();
-	bool stale, late, known;
+	bool looking = ready.looking;	/* read before at, which is set first */
+	unsigned age = (unsigned)clock_ms() - ready.at;
+	int error = looking && age >= LOOK_MS ? ETIMEDOUT : ready.error;
 
-	(void)pthread_mutex_lock(&ready.mutex);
-	stale = ready.ended == 0 || now - ready.ended >= FRESH_MS;
-	if (stale && !ready.looking) {
-		ready.begun = now;
-		ready.looking = thread_start(ready_look);
-	}
-	late = stale && (!ready.looking || now - ready.begun >= LOOK_MS);
-	known = late || !stale || (ready.ended != 0 &&
-	    r->start / 1000 > ready.begun);
-	if (known && (late || ready.why[0] != '\0'))
-		(void)refuse(r, 503, "not ready: %s", late ?
-		    "the disk does not answer, or there is no "
-		    "thread to ask it" : ready.why);
-	else if (known)
-		(void)now_say(r, "ready");
-	(void)pthread_mutex_unlock(&ready.mutex);
-	return known;
+	if (error != ETIMEDOUT && (!ready.known ||
+	    (!looking && age >= FRESH_MS)))
+		return 0;
+	if (error == 0)
+		return refuse(r, 200, "ready");
+	return refuse(r, 503, "not ready: %s", error == ETIMEDOUT ?
+	    "the disk does not answer in time" : error == EIDRM ?
+	    "the states' directory, or .guard in it, was removed or replaced" :
+	    strerror(error));
 }
 
+/* Has somebody look, and waits for the verdict. */
 static int
 do_ready(struct request *r)
 {
-	while (!now_ready(r))
-		(void)wait_until(-1, 0, clock_ms() + 1);
+	while (now_ready(r) == 0) {
+		if (!ready.looking)	/* else that tells since when */
+			ready.at = (unsigned)clock_ms();
+		if (!atomic_exchange(&ready.looking, true) &&
+		    !thread_start(ready_look)) {
+			ready.looking = false;
+			return refuse(r, 503, "not ready: there is no thread "
+			    "to ask the disk");
+		}
+		while (ready.looking &&
+		    (unsigned)clock_ms() - ready.at < LOOK_MS)
+			(void)wait_until(-1, 0, clock_ms() + 1);
+	}
 	return r->status;
 }
 /* ==== methods ============================================================
  *
- * What each method on each kind of URL wants: a permission, a body, and a
- * function of the loop or one of a thread. A request comes in only if it is
- * found in the table, which also writes every Allow.
+ * What each method on each kind of URL wants: a permission, and a function of
+ * the loop or one of a thread. Who needs R_WRITE sends a state, who needs
+ * R_PLAN lock info, the others nothing. A request comes in only if it is found
+ * in the table, which also writes every Allow.
  */
-enum body { B_NONE, B_INFO, B_STATE };
-
 static const struct action {
 	enum kind kind;
 	unsigned methods;		/* a bit for each */
 	enum right right;
-	enum body body;
 	bool page;			/* run by page() */
-	bool (*now)(struct request *);	/* in the loop: false, it might wait */
+	int (*now)(struct request *);	/* in the loop: 0, it might wait */
 	int (*run)(struct request *);	/* in a thread */
 } actions[] = {
 #define ON(method) (1u << (method))
 #define READS (ON(M_GET) | ON(M_HEAD))
 #define WRITES (ON(M_POST) | ON(M_PUT))
-	{ K_STATE, READS, R_READ, B_NONE, false, now_state, page_file },
-	{ K_STATE, WRITES, R_WRITE, B_STATE, false, NULL, do_write },
-	{ K_STATE, ON(M_DELETE), R_PLAN, B_INFO, false, NULL, do_unlock },
-	{ K_STATE, ON(M_LOCK), R_PLAN, B_INFO, false, NULL, do_lock },
-	{ K_STATE, ON(M_UNLOCK), R_PLAN, B_INFO, false, NULL, do_unlock },
-	{ K_LOCK, READS, R_READ, B_NONE, false, NULL, page_lock },
-	{ K_LOCK, WRITES | ON(M_LOCK), R_PLAN, B_INFO, false, NULL, do_lock },
-	{ K_LOCK, ON(M_DELETE) | ON(M_UNLOCK), R_PLAN, B_INFO, false, NULL,
-	    do_unlock },
-	{ K_ROOT, READS, R_READ, B_NONE, true, NULL, page_root },
-	{ K_VERSIONS, READS, R_READ, B_NONE, true, NULL, page_state },
-	{ K_VERSION, READS, R_READ, B_NONE, false, NULL, page_file },
-	{ K_LOG, READS, R_READ, B_NONE, false, NULL, page_file },
-	{ K_HEALTHY, READS, R_NONE, B_NONE, false, now_ok, NULL },
-	{ K_READY, READS, R_NONE, B_NONE, false, now_ready, do_ready },
-	{ K_METRICS, READS, R_READ, B_NONE, true, NULL, page_metrics },
-	{ .methods = 0 },		/* none of these */
+#define ENDS (ON(M_DELETE) | ON(M_UNLOCK))
+	{ K_STATE, READS, R_READ, false, now_state, page_file },
+	{ K_STATE, WRITES, R_WRITE, false, NULL, do_write },
+	{ K_STATE, ON(M_LOCK), R_PLAN, false, NULL, do_lock },
+	{ K_STATE, ENDS, R_PLAN, false, NULL, do_unlock },
+	{ K_LOCK, READS, R_READ, false, NULL, page_lock },
+	{ K_LOCK, WRITES | ON(M_LOCK), R_PLAN, false, NULL, do_lock },
+	{ K_LOCK, ENDS, R_PLAN, false, NULL, do_unlock },
+	{ K_ROOT, READS, R_READ, true, NULL, page_root },
+	{ K_VERSIONS, READS, R_READ, true, NULL, page_state },
+	{ K_VERSION, READS, R_READ, false, NULL, page_file },
+	{ K_LOG, READS, R_READ, false, NULL, page_file },
+	{ K_HEALTHY, READS, R_NONE, false, now_ok, now_ok },
+	{ K_READY, READS, R_NONE, false, now_ready, do_ready },
+	{ K_METRICS, READS, R_READ, true, NULL, page_metrics },
+	/* what goes with every URL, and stands for what is not found */
+	{ K_STAR, ON(M_OPTIONS), R_NONE, false, now_ok, now_ok },
 };
 #define ACTIONS (sizeof(actions) / sizeof(*actions) - 1)
 
-/* What a request asks for; if that is not in the table, methods is 0. */
+/* What a request asks for, or the last one of the table. */
 static const struct action *
 action_of(const struct request *r)
 {
-	static const struct action options = {
-		.methods = ON(M_OPTIONS), .now = now_ok
-	};
 	size_t i = 0;
 
-	if (r->method == M_OPTIONS)
-		return &options;
 	while (i < ACTIONS && (actions[i].kind != r->kind ||
 	    (actions[i].methods & ON(r->method)) == 0))
 		i++;
@@ -4976,11 +4736,10 @@ action_allow(struct buf *b, enum kind kind)
 	for (i = 0; i < ACTIONS; i++)
 		if (actions[i].kind == kind)
 			methods |= actions[i].methods;
-	buf_str(b, "Allow: OPTIONS");
+	buf_str(b, "\r\nAllow: OPTIONS");
 	for (m = 0; m < M_COUNT; m++)
 		if ((methods & ON(m)) != 0)
 			buf_fmt(b, ", %s", method_names[m]);
-	buf_str(b, "\r\n");
 }
 
 /* localhost, a name below it, or an address: what a name that an attacker's
@@ -5003,47 +4762,37 @@ host_is_local(struct span h)
 	    ".localhost"));
 }
 
-/* May the user do that to the name? The text says which it is, for one who
- * wrote a pattern that does not fit. */
+/* What the user may not do to the name, and what the body's fields can be
+ * refused for. */
 static int
-admit_right(struct request *r)
-{
-	bool named = r->kind != K_ROOT && r->kind != K_STAR &&
-	    r->kind < K_HEALTHY;
-
-	r->right = user_right(r, named ? r->name : NULL);
-	if (r->right >= action_of(r)->right)
-		return 0;
-	if (r->right == R_NONE)
-		return refuse(r, 403, "the permission of %s is not for the "
-		    "name %s", r->user, r->name);
-	return refuse(r, 403, "%s may not %s %s: the permission is %s", r->user,
-	    method_names[r->method], r->name, right_names[r->right]);
-}
-
-/* What the body's fields can be refused for. */
-static int
-admit_body(struct request *r, const struct head *h)
+admit_action(struct request *r, const struct head *h)
 {
 	const struct span *f = h->field;
-	enum body body = action_of(r)->body;
+	enum right wants = action_of(r)->right;
+	bool state = wants == R_WRITE;
 
+	r->right = user_right(r, r->kind >= K_STATE ? r->name : NULL);
+	if (r->right < wants)
+		return refuse(r, 403, "%s may not %s %s: the permission is "
+		    "%s%s", r->user, method_names[r->method], r->name,
+		    r->right == R_NONE ? "not for the name " :
+		    right_names[r->right], r->right == R_NONE ? r->name : "");
 	r->expects = f[F_EXPECT].ptr != NULL && h->minor == 1;
-	r->length = h->chunked ? -1 : h->length > 0 ? h->length : 0;
-	r->room = body == B_STATE ? conf.body_max : LOCK_INFO_MAX;
-	r->too_large = body == B_INFO ? 400 : 413;
+	/* A state without a length may have a body all the same. */
+	r->length = h->length == -1 && !h->chunked && !state ? 0 : h->length;
+	r->room = state ? conf.body_max : LOCK_INFO_MAX;
+	r->too_large = wants == R_PLAN ? 400 : 413;
 	/* RFC 9110, 13.2 and 14.5: what is asked for on a condition may not
 	 * be done as if there were none. */
-	if (body != B_NONE && f[F_RANGE].ptr != NULL)
-		return refuse(r, 400, "Content-Range: a state is sent whole");
-	if (body != B_NONE && (f[F_MATCH].ptr != NULL ||
-	    f[F_NONE_MATCH].ptr != NULL || f[F_UNMODIFIED].ptr != NULL))
-		return refuse(r, 412, "no If- conditions here: use the lock");
-	if (body == B_STATE && !h->chunked && h->length == -1)
+	if (wants >= R_PLAN && (f[F_RANGE].ptr != NULL || f[F_MATCH].ptr !=
+	    NULL || f[F_NONE_MATCH].ptr != NULL || f[F_UNMODIFIED].ptr != NULL))
+		return refuse(r, f[F_RANGE].ptr != NULL ? 400 : 412, "no "
+		    "Content-Range and no If- conditions here: use the lock");
+	if (r->length == -1 && !h->chunked)
 		return refuse(r, 411, "a state needs Content-Length or chunks");
 	if (r->length > r->room)
-		return refuse(r, r->too_large,
-		    "the body is larger than %lld bytes", (long long)r->room);
+		return refuse(r, r->too_large, "the body is larger than %lld "
+		    "bytes", (long long)r->room);
 	r->has_md5 = f[F_MD5].ptr != NULL;
 	if (r->has_md5 && base64_decode(f[F_MD5], r->md5, 16) != 16)
 		return refuse(r, 400, "Content-MD5 is no base64 of 16 bytes");
@@ -5057,50 +4806,46 @@ admit_body(struct request *r, const struct head *h)
  * lengths.
  */
 static int
-admit(struct request *r, const struct head *h, bool guarded)
+admit(struct request *r, const struct head *h)
 {
 	struct span query = h->target, path = { NULL, 0 };
-	struct span authorization = h->field[F_AUTHORIZATION];
+	const struct span *f = h->field;
 	const char *wrong;
-	bool found, unlock;
-	int status;
+	bool unlock;
 
 	(void)span_next(&query, '?', &path);
 	/* http://host means http://host/ */
-	wrong = name_route(path.len > 0 ? path : span("/"), r, &found);
-	if (guarded && !host_is_local(h->host))
-		return refuse(r, 403, "the Host %s is not this machine: "
-		    "without users, a loopback server answers to localhost "
-		    "only. Set users (TF_HTTP_USERNAME and TF_HTTP_PASSWORD, "
-		    "or -u), or -n, which lets any web page read the states",
-		    r->host);
-	if (h->field[F_ORIGIN].ptr != NULL && r->method != M_GET &&
+	wrong = name_route(path.len > 0 ? path : span("/"), r);
+	if (r->conn->from->local && r->users == NULL && !conf.open &&
+	    !host_is_local(h->host))
+		return refuse(r, 403, "the Host %s is not this machine: set "
+		    "users (-u, or TF_HTTP_USERNAME and TF_HTTP_PASSWORD), or "
+		    "-n, which lets any web page read the states", r->host);
+	if (f[F_ORIGIN].ptr != NULL && r->method != M_GET &&
 	    r->method != M_HEAD && r->method != M_OPTIONS)
 		return refuse(r, 403, "no web page may change a state");
 	if (r->users != NULL && r->kind != K_HEALTHY && r->kind != K_READY) {
-		if (authorization.ptr == NULL)
+		if (f[F_AUTHORIZATION].ptr == NULL)
 			return refuse(r, 401, "credentials are needed");
-		if (!user_shows(r, authorization) ||
-		    user_right(r, NULL) == R_NONE) {
-			memset(r->secret, 0, sizeof(r->secret));
+		if (!user_shows(r, f[F_AUTHORIZATION]) ||
+		    user_right(r, NULL) == R_NONE)
 			return refuse(r, 401, "wrong credentials");
-		}
 	}
 	if (wrong != NULL)
 		return refuse(r, 400, "%s", wrong);
-	if (!found)
+	if (r->kind == K_STAR && r->method != M_OPTIONS)
 		return refuse(r, 404, "there is no such page");
 	unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
-	    (r->kind == K_LOCK || r->go || h->field[F_MD5].ptr != NULL ||
+	    (r->kind == K_LOCK || r->go || f[F_MD5].ptr != NULL ||
 	    h->chunked || h->length > 0));
 	if ((wrong = name_query(query, r, unlock)) != NULL)
 		return refuse(r, 400, "%s", wrong);
-	if (action_of(r)->methods == 0)
+	if ((action_of(r)->methods & ON(r->method)) == 0)
 		return refuse(r, 405, "%s does not go with this URL",
 		    method_names[r->method]);
-	status = admit_right(r);
-	return status != 0 ? status : admit_body(r, h);
+	return admit_action(r, h);
 }
+
 /* ==== connections ========================================================
  *
  * One thread polls: it accepts, reads heads, and answers what needs no
@@ -5108,10 +4853,6 @@ admit(struct request *r, const struct head *h, bool guarded)
  * pool, and the connection comes back when it is answered. So each is in one
  * list at a time, and belongs to the loop, or to the thread that has it.
  */
-struct list {				/* zero is empty */
-	struct conn *first, *last;
-	unsigned n;
-};
 
 /*
  * The connections that the loop has, those with the latest news last. Only
@@ -5125,13 +4866,12 @@ static struct {
 	struct pollfd fd[1 + LISTENERS_MAX + SLOTS_MAX];
 } set;
 
-static struct {				/* guarded by conn_mutex */
+static struct {
 	struct list queue;		/* wait for a thread */
-	struct list busy;		/* have one */
-	struct list back;		/* are answered */
+	struct list back;		/* are answered; both under conn_mutex */
 	pthread_cond_t work;
 	unsigned idle, max;		/* threads */
-	int64_t stop;			/* 0, or the end of all waiting */
+	bool stop;			/* the loop's: nothing new is begun */
 } pool = { .work = PTHREAD_COND_INITIALIZER };
 
 static struct listener listeners[LISTENERS_MAX];
@@ -5147,57 +4887,41 @@ static struct {
 	int wake[2];			/* a pipe: signals, or 0: see pool */
 	int64_t now;			/* ms, monotonic, of this turn */
 	int64_t rest;			/* no accepting until then */
+	int64_t end;			/* of all waiting, once it stops */
 	pid_t child;			/* the wrapper's command, or 0 */
 	bool shares_terminal;		/* it and we, in the foreground */
 	int status;			/* its exit status */
-	bool log_blocks;		/* stdout is a pipe or terminal */
 } loop;
-
-static void
-list_add(struct list *l, struct conn *c)
-{
-	c->next = NULL;
-	c->prev = l->last;
-	*(c->prev != NULL ? &c->prev->next : &l->first) = c;
-	l->last = c;
-	l->n++;
-}
-
-static void
-list_remove(struct list *l, struct conn *c)
-{
-	*(c->prev != NULL ? &c->prev->next : &l->first) = c->next;
-	*(c->next != NULL ? &c->next->prev : &l->last) = c->prev;
-	l->n--;
-}
 
 /* ---- the request log ---- */
 
-/* The second that it is, for a line of the log and for a Date. */
+/* What each line of the log and each head begins with, made once a second. */
 static __thread struct {
 	time_t second;
-	char log[32], date[64];
+	char log[32], head[160];
 } clock_text;
 
 /* Brings the texts up to date; the time of day, in milliseconds. */
 static int64_t
 clock_texts(void)
 {
-	static const char days[] = "SunMonTueWedThuFriSat";
-	static const char months[] = "JanFebMarAprMayJunJulAugSepOctNovDec";
 	int64_t ms = time_ms();
 	time_t second = (time_t)(ms / 1000);
+	char text[32];
 	struct tm tm;
 
 	if (second == clock_text.second)
 		return ms;
 	clock_text.second = second;
-	time_text(clock_text.log, ms, false);
+	time_text(text, ms, false);	/* 2026-11-26T13:48:01.000Z */
+	(void)snprintf(clock_text.log, sizeof(clock_text.log), "time=%.20s",
+	    text);
 	(void)gmtime_r(&second, &tm);
-	(void)snprintf(clock_text.date, sizeof(clock_text.date),
-	    "\r\nDate: %.3s, %02d %.3s %04d %02d:%02d:%02d GMT\r\n",
-	    &days[3 * tm.tm_wday], tm.tm_mday, &months[3 * tm.tm_mon],
-	    (tm.tm_year + 1900) % 10000, tm.tm_hour, tm.tm_min, tm.tm_sec);
+	(void)asctime_r(&tm, text);	/* Thu Nov 26 13:48:01 2026 */
+	(void)snprintf(clock_text.head, sizeof(clock_text.head),
+	    "\r\nDate: %.3s, %02d %.3s %.4s %.8s GMT\r\nCache-Control: no-store"
+	    "\r\nX-Content-Type-Options: nosniff", text, tm.tm_mday, text + 4,
+	    text + 20, text + 11);
 	return ms;
 }
 
@@ -5221,32 +4945,26 @@ logfmt(struct buf *b, const char *key, const char *value)
 static void
 log_request(const struct request *r, int64_t us, struct buf *b)
 {
-	static const char names[K_METRICS + 1][9] = {
+	static const char pages[K_LOG + 1][9] = {
 		[K_LOCK] = "lock", [K_VERSIONS] = "versions",
 		[K_VERSION] = "version", [K_LOG] = "log"
 	};
-	bool path = r->kind == K_STAR || r->kind == K_ROOT ||
-	    r->kind >= K_HEALTHY;
 	int64_t ms = clock_texts();
 
-	buf_str(b, "time=");
-	buf_add(b, clock_text.log, 20);
-	buf_num(b, ms % 1000, 3);
+	buf_num(b, clock_text.log, ms % 1000, 3);
 	logfmt(b, "Z client=", *r->client != '\0' ? r->client : "unix");
 	logfmt(b, " user=", r->user);
-	buf_str(b, " method=");
-	buf_str(b, r->method < M_COUNT ? method_names[r->method] : "-");
-	logfmt(b, path ? " path=" : " name=", r->name);
-	logfmt(b, " page=", names[r->kind]);
-	buf_str(b, r->status == 0 ? " status=-" : " status=");
-	if (r->status != 0)
-		buf_num(b, r->status, 1);
-	buf_str(b, " bytes=");
-	buf_num(b, r->sent, 1);
-	buf_str(b, " ms=");
-	buf_num(b, us / 1000, 1);
-	buf_str(b, ".");
-	buf_num(b, us % 1000, 3);
+	logfmt(b, " method=",
+	    r->method < M_COUNT ? method_names[r->method] : "-");
+	logfmt(b, r->kind >= K_STATE ? " name=" : " path=", r->name);
+	logfmt(b, " page=", pages[r->kind]);
+	if (r->status == -1)
+		buf_str(b, " status=-");
+	else
+		buf_num(b, " status=", r->status, 1);
+	buf_num(b, " bytes=", r->sent, 1);
+	buf_num(b, " ms=", us / 1000, 1);
+	buf_num(b, ".", us % 1000, 3);
 	logfmt(b, " id=", r->id);
 	logfmt(b, " why=", r->why);
 	buf_str(b, "\n");
@@ -5258,19 +4976,20 @@ static int64_t
 request_told(struct request *r)
 {
 	int64_t now = clock_us(CLOCK_MONOTONIC), us = now - r->start;
+	int64_t top = 100;		/* of the first time's bucket */
 	size_t i = 0;
 
-	if (r->cut)
-		r->status = 0;
 	(void)pthread_mutex_lock(&told.mutex);
-	told.requests[r->method][r->status]++;
-	while (i < DURATIONS && (double)us / 1e6 > durations[i])
-		i++;
+	told.requests[r->method][r->status == -1 ? 0 : r->status]++;
+	for (; i < DURATIONS && us > top; i++)
+		top *= 10;
 	told.took[i]++;
-	told.took_us += (uint64_t)us;
-	told.sent += (uint64_t)r->sent;
-	told.received += (uint64_t)r->got;
-	if (conf.command == NULL &&	/* else stdout is the command's */
+	told.took_us += (unsigned long)us;
+	told.sent += (unsigned long)r->sent;
+	told.received += (unsigned long)r->got;
+	if (told.log.len > LOG_MAX)
+		told.unlogged++;
+	else if (conf.command == NULL &&	/* whose stdout it is */
 	    (r->kind != K_READY || r->status != 200))
 		log_request(r, us, &told.log);
 	if (r->status == 200 && action_of(r)->run == do_lock)
@@ -5285,171 +5004,178 @@ request_told(struct request *r)
  * has the processor's timer set anew on each turn, which is dear.
  *
  * A reader of stdout that does not read must not stop the server: a pipe that
- * polls writable takes PIPE_BUF at once, and what it does not take is counted
- * and dropped.
+ * polls writable takes PIPE_BUF at once; the rest, and what comes meanwhile,
+ * waits for it, up to LOG_MAX.
  */
 static int64_t
 log_flush(int64_t wait)
 {
 	static int64_t flushed;
-	size_t at = 0, n, max;
-	struct buf b = { 0 };
-	int lost = 0;
+	static struct buf b;		/* the lines that are being written, */
+	static size_t at;		/* and how far */
+	ssize_t n = 1;
+	bool more;
 
 	(void)pthread_mutex_lock(&told.mutex);
-	max = told.log.len;
-	if (wait < 0 || max > PIPE_BUF / 8 * 7 ||
-	    loop.now - flushed >= LOG_MS) {
+	more = told.log.len > 0;
+	if (more && at == b.len && (loop.now - flushed >= LOG_MS || wait < 0 ||
+	    told.log.len > PIPE_BUF / 8 * 7)) {
+		buf_free(&b);
 		b = told.log;
 		told.log = (struct buf){ 0 };
+		at = 0;
+		flushed = loop.now;
+		more = false;
 	}
 	(void)pthread_mutex_unlock(&told.mutex);
-	if (b.len == 0)
-		return max > 0 && wait > LOG_MS ? LOG_MS : wait;
-	flushed = loop.now;
 	(void)pthread_mutex_lock(&output);
-	for (; at < b.len; at += n) {	/* whole lines, if they are short */
-		max = b.len - at < PIPE_BUF ? b.len - at : PIPE_BUF;
-		for (n = max; n > 0 && b.data[at + n - 1] != '\n';)
-			n--;
-		n = n > 0 ? n : max;
-		if ((loop.log_blocks && (wait_until(STDOUT_FILENO, POLLOUT,
-		    0) & POLLOUT) == 0) ||
-		    write_all(STDOUT_FILENO, b.data + at, n) == -1)
-			break;
-	}
+	for (; at < b.len && n > 0 && (wait_until(STDOUT_FILENO, POLLOUT, 0) &
+	    POLLOUT) != 0; at += n > 0 ? (size_t)n : 0)
+		n = write(STDOUT_FILENO, b.data + at, b.len - at < PIPE_BUF ?
+		    b.len - at : PIPE_BUF);
 	(void)pthread_mutex_unlock(&output);
-	for (; at < b.len; at++)
-		lost += b.data[at] == '\n';
-	if (lost > 0)
-		(void)told_add(&told.unlogged, lost);
-	buf_free(&b);
-	return wait;
+	return (more || at < b.len) && wait > LOG_MS ? LOG_MS : wait;
 }
 
 /* ---- answers ---- */
 
-/* Makes the answer ready to be sent: its head, and what follows that. */
+/* Makes the answer ready to be sent: all of it but what is in a file. */
 static void
 reply_ready(struct request *r)
 {
-	struct buf *b = &r->head;
+	struct buf *b = &r->out;
 
 	if (r->text.failed)
 		(void)refuse(r, 503, "out of memory");
-	if (r->text.len > 0)
-		r->out[1] = (struct span){ r->text.data, r->text.len };
-	(void)pthread_mutex_lock(&conn_mutex);
-	r->keep = r->keep && r->length == 0 && pool.stop == 0;
-	(void)pthread_mutex_unlock(&conn_mutex);
+	r->keep = r->keep && r->length == 0;
+	r->sent = (int64_t)(r->text.len + r->cached_len) + r->left;
+	(void)buf_room(b, HEAD_ROOM + r->text.len);
 	(void)clock_texts();
-	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
-	buf_num(b, r->status, 3);
+	/* Go's client, seeing HTTP/1.0, says at once that it spoke TLS. */
+	buf_num(b, r->method == M_COUNT ? "HTTP/1.0 " : "HTTP/1.1 ",
+	    r->status, 3);
 	buf_str(b, " ");
 	buf_str(b, reasons[r->status]);
-	buf_str(b, clock_text.date);
-	if (r->status != 204) {
-		buf_str(b, "Content-Length: ");
-		buf_num(b, (int64_t)r->out[1].len + (int64_t)r->left, 1);
-		buf_str(b, "\r\n");
-	}
+	buf_str(b, clock_text.head);
+	if (r->status != 204)
+		buf_num(b, "\r\nContent-Length: ", r->sent, 1);
 	if (r->type != NULL) {
-		buf_str(b, "Content-Type: ");
+		buf_str(b, "\r\nContent-Type: ");
 		buf_str(b, r->type);
-		buf_str(b, "\r\nX-Content-Type-Options: nosniff"
-		    "\r\nCache-Control: no-store\r\n");
-		/* Nothing from elsewhere, no script, in nobody's frame. */
-		if (strncmp(r->type, "text/html", 9) == 0)
-			buf_str(b, "Content-Security-Policy: default-src "
-			    "'none'; style-src 'unsafe-inline'; img-src data:; "
-			    "form-action 'self'; base-uri 'none'; "
-			    "frame-ancestors 'none'\r\n"
-			    "Referrer-Policy: no-referrer\r\n");
 	}
 	if (r->status == 401)
-		buf_str(b, "WWW-Authenticate: Basic realm=\"statesrv\", "
-		    "charset=\"UTF-8\"\r\n");
+		buf_str(b, "\r\nWWW-Authenticate: Basic realm=\"statesrv\", "
+		    "charset=\"UTF-8\"");
 	if (r->status == 503)
-		buf_fmt(b, "Retry-After: %u\r\n", r->retry > 0 ? r->retry : 1);
+		buf_str(b, "\r\nRetry-After: 10");
 	if (r->status == 405 || r->status == 204)
 		action_allow(b, r->kind);
-	buf_str(b, !r->keep ? "Connection: close\r\n\r\n" :
-	    r->http10 ? "Connection: keep-alive\r\n\r\n" : "\r\n");
-	r->out[0] = (struct span){ b->data, b->len };
+	buf_str(b, r->keep ? "\r\nConnection: keep-alive\r\n\r\n" :
+	    "\r\nConnection: close\r\n\r\n");
 	if (r->method == M_HEAD) {
-		r->out[1].len = 0;
-		r->left = 0;
+		r->sent = r->left = 0;
+		r->cached = NULL;
+	} else
+		buf_add(b, r->text.data, r->text.len);
+	r->unsent = (struct span){ b->data, b->len };
+	if (b->failed)
+		(void)cut(r, "out of memory");
+	else if (r->cached != NULL) {	/* both go out in one piece */
+		assert(b->len <= HEAD_ROOM);
+		memcpy(r->cached - b->len, b->data, b->len);
+		r->unsent.ptr = r->cached - b->len;
+		r->unsent.len += r->cached_len;
 	}
-	trace("<", r->out[0].ptr, r->out[0].len);
-	trace("<", r->out[1].ptr, r->out[1].len);
-	r->sent = (int64_t)r->out[1].len + (int64_t)r->left;
+	trace("<", r->unsent.ptr, r->unsent.len);
 }
 
-/* Sends more of an answer: head and body together from memory, then what is
- * in a file; as send(2). */
-static ssize_t
-reply_more(struct request *r)
+/* The answer is out, or nothing more will be. RFC 9112, 9.6: to close while
+ * bytes are unread, or with much unsent, would reset the connection, and the
+ * client might lose the answer with it: so we read on until it closes, too. */
+static void
+request_end(struct request *r)
 {
-	size_t n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX, i, k;
-	struct iovec v[2];
-	struct msghdr m = { .msg_iov = v, .msg_iovlen = 2 };
-	ssize_t sent;
+	struct conn *c = r->conn;
+	int64_t now = request_told(r);
+	bool cut = r->status == -1;
 
-	if (r->out[0].len + r->out[1].len == 0) {
-#ifdef __linux__
-		sent = sendfile(r->conn->fd, r->file, &r->off, n);
-#else
-		char piece[16384];
-
-		n = n < sizeof(piece) ? n : sizeof(piece);
-		sent = read_at(r->file, piece, n, r->off);
-		if (sent > 0)
-			sent = send(r->conn->fd, piece, (size_t)sent, 0);
-		r->off += sent > 0 ? sent : 0;
-#endif
-		r->left -= sent > 0 ? sent : 0;
-		return sent;
-	}
-	for (i = 0; i < 2; i++) {
-		/* sendmsg only reads it, but iovec is older than const */
-		memcpy(&v[i].iov_base, &r->out[i].ptr, sizeof(void *));
-		v[i].iov_len = r->out[i].len;
-	}
-	/* The last answer, and the end of the connection, are one packet. */
-	sent = sendmsg(r->conn->fd, &m, r->left > 0 || !r->keep ? MSG_MORE : 0);
-	n = sent > 0 ? (size_t)sent : 0;
-	for (i = 0; i < 2; i++, n -= k) {
-		k = n < r->out[i].len ? n : r->out[i].len;
-		r->out[i].ptr += k;
-		r->out[i].len -= k;
-	}
-	return sent;
+	c->r = NULL;
+	c->ending = cut || !r->keep;
+	c->lingers = !cut && (r->file != -1 || r->sent > 16384 ||
+	    r->length != 0);
+	conn_within(c, now, c->ending ? DRAIN_MS : IDLE_MS);
+	if (c->ending)
+		(void)shutdown(c->fd, cut ? SHUT_RDWR : SHUT_WR);
 }
 
-/* Sends the answer, or what is left of it: the only sender. 1: it is out; 0:
- * it would have to wait, and may not; -1: the client does not take it. */
-static int
+/* Sends a piece of a file, from an offset on, and moves that; as send(2). */
+static ssize_t
+file_send(int fd, int file, off_t *off, off_t left)
+{
+	size_t n = left < SEND_MAX ? (size_t)left : SEND_MAX;
+#ifdef __linux__
+	return sendfile(fd, file, off, n);
+#else
+	char piece[16384];
+	ssize_t got = read_at(file, piece, n < sizeof(piece) ? n :
+	    sizeof(piece), *off);
+
+	if (got > 0 && (got = send(fd, piece, (size_t)got, 0)) > 0)
+		*off += got;
+	return got;
+#endif
+}
+
+/* A thread will send the rest, and until then the cache may hold something
+ * else: so what is the cache's is copied. */
+static void
+reply_detach(struct request *r)
+{
+	if (r->cached == NULL)
+		return;
+	r->cached = NULL;
+	r->out.len = 0;
+	buf_add(&r->out, r->unsent.ptr, r->unsent.len);
+	r->unsent.ptr = r->out.data;
+	if (r->out.failed)
+		(void)cut(r, "out of memory");
+}
+
+/* Sends the answer, or what is left of it, and ends the request: it is out, or
+ * cut. False: that would have to wait, and may not. */
+static bool
 reply_send(struct request *r, bool may_wait)
 {
-	ssize_t n;
+	struct conn *c = r->conn;
+	size_t n;
+	ssize_t sent;
 
-	if (r->head.failed)
-		return cut(r, "out of memory");
-	while (r->out[0].len + r->out[1].len > 0 || r->left > 0) {
-		n = reply_more(r);
-		if (n > 0 && may_wait)
-			conn_moved(r->conn, (size_t)n);
-		else if (n == 0)
-			return cut(r, "the file has become shorter");
-		else if (n == -1 && errno == EIO)
-			return cut(r, "the file cannot be read");
-		else if (n == -1 && !may_wait && errno == EAGAIN)
-			return 0;
-		else if (n == -1 && ((errno != EAGAIN && errno != EINTR) ||
-		    !conn_wait(r->conn, POLLOUT)))
-			return cut(r, "the client did not take the answer");
+	if (r->out.len == 0 && r->status != -1)
+		reply_ready(r);
+	while (r->status != -1 && (r->unsent.len > 0 || r->left > 0)) {
+		n = r->unsent.len;
+		/* The last answer, and the end of the connection, are one
+		 * packet. */
+		sent = n == 0 ? file_send(c->fd, r->file, &r->off, r->left) :
+		    send(c->fd, r->unsent.ptr, n, r->left > 0 || !r->keep ?
+		    MSG_MORE : 0);
+		if (sent > 0) {
+			n = n > 0 ? (size_t)sent : 0;
+			r->unsent.ptr += n;
+			r->unsent.len -= n;
+			r->left -= n > 0 ? 0 : sent;
+			if (may_wait)
+				conn_moved(c, (size_t)sent);
+		} else if (sent == -1 && errno == EAGAIN && !may_wait) {
+			reply_detach(r);
+			return false;
+		} else if (sent == 0 || errno == EIO)
+			(void)cut(r, "the file cannot be read to its end");
+		else if (!conn_wait(c, POLLOUT))
+			(void)cut(r, "the client did not take the answer");
 	}
-	return 1;
+	request_end(r);
+	return true;
 }
 
 /* ---- requests ---- */
@@ -5459,51 +5185,41 @@ reply_send(struct request *r, bool may_wait)
 static struct request *
 request_new(struct conn *c, const struct head *h, int n)
 {
+	struct span agent = h->field[F_AGENT], front = h->field[F_FORWARDED];
 	struct request *r = calloc(1, sizeof(*r));
-	struct span agent = h->field[F_AGENT], told_by = h->field[F_FORWARDED];
 	struct span last = { NULL, 0 };
-	unsigned char bytes[16];
-	char text[INET6_ADDRSTRLEN];
 
 	if (r == NULL)
 		return NULL;
 	r->conn = c;
 	r->file = -1;
 	r->method = h->method;
-	r->kind = K_STAR;
 	r->start = clock_us(CLOCK_MONOTONIC);
 	r->fronted = c->from->path || conf.fronted;
 	memcpy(r->client, c->peer, sizeof(c->peer));
-	r->users = users_hold();
+	if ((r->users = users) != NULL)
+		r->users->refs++;
+	/* Until the body is admitted: it is there, and stays unread. */
+	r->length = n < 0 || h->chunked || h->length > 0 ? -1 : 0;
 	if (n < 0) {
-		/* Go's client, seeing HTTP/1.0, says at once what it met. */
-		r->tls = c->used > 0 && *c->in == 0x16;
-		r->length = -1;
-		(void)refuse(r, -n, "%s", r->tls ?
-		    "this is TLS, and the port speaks plain HTTP" : h->why);
+		(void)refuse(r, -n, "%s", h->why);
 		return r;
 	}
 	trace(">", c->in, (size_t)n);
 	c->at += (size_t)n;
 	r->got = n;
-	r->keep = h->keep;
-	r->http10 = h->minor == 0;
+	r->keep = h->keep && !pool.stop;
 	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
 	    http_lists(h->field[F_ACCEPT], "application/json") ? JSON : TEXT;
 	r->go = agent.len >= 14 && memcmp(agent.ptr, "Go-http-client", 14) == 0;
 	span_copy(r->host, sizeof(r->host), h->host);
 	/* The last address that a front tells counts, if it is one. */
-	while (r->fronted && span_next(&told_by, ',', &last))
+	while (r->fronted && span_next(&front, ',', &last))
 		continue;
-	span_copy(text, sizeof(text), last);
-	if (inet_pton(AF_INET, text, bytes) == 1 ||
-	    inet_pton(AF_INET6, text, bytes) == 1)
-		(void)snprintf(r->client, sizeof(r->client), "%s", text);
-	/* Until the body is admitted: it is there, and stays unread. */
-	r->length = h->chunked || h->length > 0 ? -1 : 0;
-	if (admit(r, h, c->from->local && r->users == NULL &&
-	    !conf.open) == 411)
-		r->length = -1;		/* who knows what comes next */
+	if (last.len > 0 &&
+	    strspn(last.ptr, "0123456789abcdefABCDEF.:") >= last.len)
+		span_copy(r->client, sizeof(r->client), last);
+	(void)admit(r, h);
 	return r;
 }
 
@@ -5511,45 +5227,14 @@ static void
 request_free(struct request *r)
 {
 	users_drop(r->users);
-	buf_free(&r->head);
+	buf_free(&r->out);
 	buf_free(&r->text);
 	close_quietly(r->file);
 	free(r->body);
 	free(r);
 }
 
-/* The answer is out, or nothing more will be: what becomes of the connection?
- * RFC 9112, 9.6: to close while bytes are unread, or with much unsent, would
- * reset it, and the client might lose the answer with it. */
-static void
-request_end(struct request *r, int sent)
-{
-	struct conn *c = r->conn;
-	bool large = r->file != -1 || r->sent > 16384;
-	int64_t now = request_told(r);
-	char byte;
-
-	c->r = NULL;
-	c->begun = false;
-	conn_within(c, now, r->keep ? IDLE_MS : DRAIN_MS);
-	if (sent != 1)
-		c->state = C_GONE;
-	else if (r->keep)
-		c->state = C_HEAD;
-	else {
-		(void)shutdown(c->fd, SHUT_WR);
-		c->state = !large && r->length == 0 && c->used == c->at &&
-		    recv(c->fd, &byte, 1, MSG_PEEK) != 1 ? C_GONE : C_DRAIN;
-	}
-}
-
 /* ---- the pool ---- */
-
-static void
-loop_wake(char byte)
-{
-	(void)!write(loop.wake[1], &byte, 1);	/* a full pipe wakes, too */
-}
 
 /* Does a request from first line to last, answers it, and gives its
  * connection back before it frees and prunes. */
@@ -5559,29 +5244,23 @@ thread_serve(struct conn *c)
 	struct change ch = { .place.dir = -1, .tmp.fd = -1, .old = -1,
 	    .kept.fd = -1, .history = -1 };
 	struct request *r = c->r;
-	const struct action *act;
+	const struct action *act = action_of(r);
 	bool whole;
 
 	r->change = &ch;
 	conn_within(c, clock_ms(), BODY_MS);
-	if (r->head.len == 0) {		/* else it is the rest of an answer */
-		act = action_of(r);
-		whole = r->status == 0 && (act->body != B_NONE ||
+	if (r->out.len == 0) {		/* else it is the rest of an answer */
+		whole = r->status == 0 && (act->right >= R_PLAN ||
 		    r->length == 0 || body_whole(r) == 0);
-		if (whole && act->page)
-			page(r, act->run);
-		else if (whole)
-			(void)(act->run != NULL ? act->run(r) : act->now(r));
-		if (!r->cut)
-			reply_ready(r);
+		if (whole)
+			(void)(act->page ? page(r, act->run) : act->run(r));
 		conn_within(c, clock_ms(), BODY_MS);
 	}
-	request_end(r, r->cut ? -1 : reply_send(r, true));
+	(void)reply_send(r, true);
 	(void)pthread_mutex_lock(&conn_mutex);
-	list_remove(&pool.busy, c);
 	list_add(&pool.back, c);
 	if (pool.back.n == 1)
-		loop_wake(0);
+		(void)!write(loop.wake[1], "", 1);
 	(void)pthread_mutex_unlock(&conn_mutex);
 	change_free(&ch);
 	request_free(r);
@@ -5607,16 +5286,11 @@ pool_thread(void *unused)
 		if ((c = pool.queue.first) == NULL)
 			break;
 		list_remove(&pool.queue, c);
-		list_add(&pool.busy, c);
 		(void)pthread_mutex_unlock(&conn_mutex);
 		thread_serve(c);
 		(void)pthread_mutex_lock(&conn_mutex);
 	}
-	(void)told_add(&told.threads, -1);
-#ifdef __GLIBC__
-	if (told.threads == 0)		/* what a flood needed is given back */
-		(void)malloc_trim(0);
-#endif
+	told.threads--;
 	(void)pthread_mutex_unlock(&conn_mutex);
 	return unused;
 }
@@ -5626,14 +5300,41 @@ static void
 pool_give(struct conn *c)
 {
 	list_remove(&set.list, c);
-	c->since = loop.now;
+	c->deadline = loop.now + QUEUE_MS;
 	(void)pthread_mutex_lock(&conn_mutex);
 	list_add(&pool.queue, c);
 	if (pool.queue.n > pool.idle && told.threads < pool.max &&
 	    thread_start(pool_thread))
-		(void)told_add(&told.threads, 1);
+		told.threads++;
 	(void)pthread_mutex_unlock(&conn_mutex);
 	(void)pthread_cond_signal(&pool.work);
+}
+
+/*
+ * Somebody waits for a thread, and all are taken: whoever has kept one waiting
+ * for longest, for himself, loses his connection; one that waits for a disk,
+ * a guard or a page never does. Who has waited too long for a thread comes
+ * back, and is late. Does somebody wait?
+ */
+static bool
+pool_relieve(void)
+{
+	struct conn *c;
+	bool waiting;
+
+	(void)pthread_mutex_lock(&conn_mutex);
+	waiting = pool.queue.n > pool.idle;
+	c = conn_waiting.first;
+	if (waiting && c != NULL && c->active < loop.now - STALL_MS)
+		(void)shutdown(c->fd, SHUT_RDWR);
+	c = pool.queue.first;
+	if (c != NULL && c->deadline <= loop.now) {
+		list_remove(&pool.queue, c);
+		list_add(&set.list, c);
+		c->active = loop.now;
+	}
+	(void)pthread_mutex_unlock(&conn_mutex);
+	return waiting;
 }
 
 /* ---- a connection's life ---- */
@@ -5645,7 +5346,7 @@ conn_close(struct conn *c, const char *why)
 {
 	static const struct head begun = { .method = M_COUNT, .why = "" };
 
-	if (c->r == NULL && c->begun)
+	if (c->r == NULL && c->used > 0 && !c->ending)
 		c->r = request_new(c, &begun, -400);
 	if (c->r != NULL) {
 		(void)cut(c->r, why);
@@ -5656,197 +5357,129 @@ conn_close(struct conn *c, const char *why)
 	(void)close(c->fd);
 	free(c->in);
 	free(c);
-	(void)told_add(&told.connections, -1);
+	told.connections--;
 }
 
-/* Reads what has come of a head. Its length; 0: more must come, if the
- * connection is not gone; or minus a status. */
-static int
-head_read(struct conn *c, struct head *h)
-{
-	ssize_t n = 1;
-	int size;
-
-	*h = (struct head){ .method = M_COUNT, .why = "too many empty lines" };
-	for (;;) {
-		for (; c->used - c->at >= 2 && c->in[c->at] == '\r' &&
-		    c->in[c->at + 1] == '\n'; c->at += 2)
-			if (++c->blanks > BLANKS_MAX)
-				return -400;
-		if (c->used > c->at) {
-			if (!c->begun)
-				conn_within(c, loop.now, HEAD_MS);
-			c->begun = true;
-			conn_compact(c);
-			size = *c->in == 0x16 ? -400 :
-			    http_parse(c->in, c->used, &c->seen, h);
-			c->blanks = size > 0 ? 0 : c->blanks;
-			if (size != 0)
-				return size;
-		} else {
-			c->at = c->used = c->seen = 0;
-			c->begun = false;
-		}
-		if (c->dry || (c->in == NULL &&
-		    (c->in = malloc(HEAD_MAX)) == NULL))
-			break;
-		n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0);
-		c->dry = n < (ssize_t)(HEAD_MAX - c->used);
-		if (n <= 0)
-			break;
-		c->used += (size_t)n;
-	}
-	if (c->in == NULL || n == 0 || (n == -1 && errno != EAGAIN &&
-	    errno != EINTR) || (pool.stop != 0 && !c->begun))
-		c->state = C_GONE;
-	if (c->used == 0) {
-		free(c->in);
-		c->in = NULL;
-	}
-	return 0;
-}
-
-/* Answers a request that has its answer, without waiting. False: a thread
- * sends what the socket did not take, and has the connection. */
+/* Reads what has come, once: poll tells if there is more. False: the client
+ * has left, or the server ends and nothing has begun. */
 static bool
-conn_answer(struct conn *c)
+conn_read(struct conn *c)
 {
-	struct request *r = c->r;
-	int sent;
+	ssize_t n;
 
-	reply_ready(r);
-	sent = reply_send(r, false);
-	if (sent == 0 && r->text.len == 0 && r->out[1].len > 0) {
-		/* The rest is the cache's, which may drop it. */
-		buf_add(&r->text, r->out[1].ptr, r->out[1].len);
-		r->out[1].ptr = r->text.data;
-		sent = r->text.failed ? cut(r, "out of memory") : 0;
-	}
-	if (sent == 0) {
-		pool_give(c);
+	if (c->in == NULL && (c->in = malloc(HEAD_MAX)) == NULL)
 		return false;
-	}
-	request_end(r, sent);
-	request_free(r);
-	return true;
+	if (c->ending)
+		c->at = c->used;	/* nobody wants it */
+	conn_compact(c);
+	assert(c->used < HEAD_MAX);	/* a full one was a head, or refused */
+	n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0);
+	c->used += n > 0 ? (size_t)n : 0;
+	c->lingers |= n > 0;
+	return n > 0 || (n == -1 && (errno == EAGAIN || errno == EINTR) &&
+	    (c->ending ? c->lingers : !pool.stop || c->used > 0));
 }
 
-/* Answers a request that is quickly answered, and true; else a thread has the
- * connection, or it waits for a moment. */
+/* The next head in the buffer: its length, 0 if it is not all there, or minus
+ * a status. */
+static int
+head_next(struct conn *c, struct head *h)
+{
+	unsigned blanks = 0;
+
+	/* Old clients send an empty line behind a body (RFC 9112, 2.2). */
+	for (; blanks < BLANKS_MAX && c->used - c->at >= 2 &&
+	    memcmp(c->in + c->at, "\r\n", 2) == 0; blanks++)
+		c->at += 2;
+	if (c->used == c->at || c->ending) {
+		c->at = c->used = c->seen = 0;
+		return 0;
+	}
+	conn_compact(c);
+	if (c->seen == 0)		/* it begins */
+		conn_within(c, loop.now, HEAD_MS);
+	if (*c->in != 0x16)
+		return http_parse(c->in, c->used, &c->seen, h);
+	*h = (struct head){ .method = M_COUNT,
+	    .why = "this is TLS, and the port speaks plain HTTP" };
+	return -400;
+}
+
+/* Answers a request if that needs no waiting. False: a thread has it, perhaps
+ * only for what the socket did not take. */
 static bool
 conn_request(struct conn *c, bool quick)
 {
 	struct request *r = c->r;
 
-	if (r->status == 401 && (*r->user != '\0' || r->bearer)) {
-		c->state = C_DENY;
-		conn_within(c, loop.now, DENY_MS);
-		return false;
-	}
 	if (quick && (r->status != 0 || (r->length == 0 &&
-	    action_of(r)->now != NULL && action_of(r)->now(r))))
-		return conn_answer(c);
+	    action_of(r)->now != NULL && action_of(r)->now(r) != 0)) &&
+	    reply_send(r, false)) {
+		request_free(r);
+		return true;
+	}
 	pool_give(c);
 	return false;
 }
 
-/* Does for a connection what can be done now. */
+/* Does for a connection what can be done now. A wrong secret's answer waits
+ * for its deadline. */
 static void
 conn_drive(struct conn *c)
 {
-	static char sink[65536];
+	bool stays = conn_read(c);
+	struct request *r = NULL;
+	unsigned turns = 0;
 	struct head h;
-	ssize_t n;
-	int size, turns;
+	int size;
 
-	c->dry = false;
-	for (turns = 0; c->state == C_HEAD; turns++) {
-		if ((size = head_read(c, &h)) != 0)
-			c->r = request_new(c, &h, size);
-		if (size != 0 && c->r == NULL)
-			c->state = C_GONE;
-		if (c->r != NULL ? !conn_request(c, turns < TURN_MAX) :
-		    c->state == C_HEAD)
+	while ((size = head_next(c, &h)) != 0 &&
+	    (c->r = r = request_new(c, &h, size)) != NULL) {
+		if (r->status == 401 && (*r->user != '\0' || r->bearer)) {
+			conn_within(c, loop.now, DENY_MS);
+			return;
+		}
+		if (!conn_request(c, turns++ < TURN_MAX))
 			return;
 	}
-	for (turns = 0; c->state == C_DRAIN && turns < 16; turns++) {
-		n = recv(c->fd, sink, sizeof(sink), 0);
-		if (n == -1 && (errno == EAGAIN || errno == EINTR))
-			return;
-		if (n <= 0)
-			c->state = C_GONE;
-	}
-	if (c->state == C_GONE)
+	if (!stays || size != 0 || (c->ending && !conn_read(c)))
 		conn_close(c, "the client has left");
+	else if (c->used == 0) {
+		free(c->in);
+		c->in = NULL;
+	}
 }
 
-/* A deadline has passed. */
+/* A deadline has passed: of a head, of a denial, or of the wait for a thread,
+ * and then perhaps in the middle of an answer. */
 static void
 conn_late(struct conn *c)
 {
-	if (c->state != C_DENY)
-		conn_close(c, c->r != NULL ? "no thread had time for the rest" :
+	struct request *r = c->r;
+
+	if (r != NULL && r->status == 0)
+		(void)refuse(r, 503, "all threads are busy");
+	if (r == NULL || r->out.len > 0)
+		conn_close(c, r != NULL ? "no thread had time for the rest" :
 		    "the head came too slowly");
-	else if (conn_answer(c))
+	else if (conn_request(c, true))
 		conn_drive(c);
-}
-
-/*
- * Somebody waits for a thread, and all are taken: whoever has kept one waiting
- * for longest, for himself, loses his connection; one that waits for a disk,
- * a guard or a page never does. Who has waited too long for a thread is told.
- * Does still somebody wait?
- */
-static bool
-pool_relieve(void)
-{
-	int64_t oldest = loop.now - STALL_MS;
-	struct conn *c, *stalled = NULL;
-	bool waiting;
-
-	(void)pthread_mutex_lock(&conn_mutex);
-	waiting = pool.queue.n > pool.idle;
-	for (c = waiting ? pool.busy.first : NULL; c != NULL; c = c->next)
-		if (c->waits != 0 && c->waits < oldest) {
-			stalled = c;
-			oldest = c->waits;
-		}
-	if (stalled != NULL)
-		(void)shutdown(stalled->fd, SHUT_RDWR);
-	c = pool.queue.first;
-	if (c != NULL && loop.now - c->since > QUEUE_MS)
-		list_remove(&pool.queue, c);
-	else
-		c = NULL;
-	(void)pthread_mutex_unlock(&conn_mutex);
-	if (c != NULL) {
-		c->active = c->deadline = loop.now;
-		list_add(&set.list, c);
-	}
-	if (c != NULL && c->r->status == 0) {
-		c->r->retry = 10;
-		(void)refuse(c->r, 503, "all threads are busy");
-		c->state = C_DENY;
-	}
-	return waiting;
 }
 
 /* ---- accepting ---- */
 
-/* Makes room by closing the connection that is idle for longest, and for
- * so many milliseconds at least; else the listeners rest, or poll would spin
- * on what cannot be accepted. */
-static bool
-conn_evict(int64_t ms)
+/* Makes room by closing the connection that is idle for longest, but not too
+ * new to have spoken; else the listeners rest, or poll would spin on what
+ * cannot be accepted. */
+static void
+conn_evict(void)
 {
 	struct conn *c = set.list.first;
 
-	if (c != NULL && loop.now - c->active >= ms) {
+	if (c != NULL && loop.now - c->active >= NEW_MS)
 		conn_close(c, "others needed its place");
-		return true;
-	}
-	loop.rest = loop.now + 50;
-	return false;
+	else
+		loop.rest = loop.now + 50;
 }
 
 static void
@@ -5863,150 +5496,132 @@ address_text(const union address *a, char *out, size_t size)
 		    ntohs(six ? a->six.sin6_port : a->four.sin_port));
 }
 
-/* Accepts what waits on a listener, up to a number. */
+/* Accepts what waits on a listener, up to a number: poll tells if there is
+ * more, also after an error. */
 static void
 conn_accept(unsigned slot)
 {
-	int listener = set.fd[slot].fd, fd, n;
 	union address peer;
 	socklen_t len;
 	struct conn *c;
+	int fd, n;
 
-	for (n = 0; n < 64; n++) {
-		if (told.connections >= set.max && !conn_evict(NEW_MS))
-			return;
+	if (told.connections >= set.max)
+		conn_evict();
+	for (n = 0; n < 64 && told.connections < set.max; n++) {
+		peer = (union address){ .any = { 0 } };
 		len = sizeof(peer);
-		memset(&peer, 0, sizeof(peer));
 #ifdef __linux__
-		fd = accept4(listener, &peer.any, &len, SOCK_NONBLOCK |
+		fd = accept4(set.fd[slot].fd, &peer.any, &len, SOCK_NONBLOCK |
 		    SOCK_CLOEXEC);
 #else
-		fd = accept(listener, &peer.any, &len);
-		(void)fcntl(fd, F_SETFL, O_NONBLOCK);
-		(void)fcntl(fd, F_SETFD, FD_CLOEXEC);
+		fd = accept(set.fd[slot].fd, &peer.any, &len);
+		if (fd != -1)
+			(void)fcntl(fd, F_SETFL, O_NONBLOCK);
 #endif
-		if (fd == -1 && (errno == EINTR || errno == ECONNABORTED ||
-		    ((errno == EMFILE || errno == ENFILE || errno == ENOBUFS ||
-		    errno == ENOMEM) && conn_evict(1000))))
-			continue;
-		if (fd == -1)
-			return;
-		if ((c = calloc(1, sizeof(*c))) == NULL) {
-			(void)close(fd);
+		if (fd == -1 && (errno == EMFILE || errno == ENFILE ||
+		    errno == ENOBUFS || errno == ENOMEM))
+			conn_evict();
+		c = fd == -1 ? NULL : calloc(1, sizeof(*c));
+		if (c == NULL) {
+			close_quietly(fd);
 			return;
 		}
 		c->fd = fd;
 		c->from = &listeners[slot - 1];
 		address_text(&peer, c->peer, sizeof(c->peer));
-		(void)told_add(&told.connections, 1);
-		(void)told_add(&told.accepted, 1);
+		told.connections++;
 		conn_within(c, loop.now, IDLE_MS);
 		list_add(&set.list, c);
 		conn_drive(c);
 	}
 }
+
 /* ==== start and stop =====================================================
  *
  * The directory, the listeners, the sandbox, signals, the loop's turns, and
  * the wrapper: statesrv NAME COMMAND.
  */
 
+/* ---- what we were started with ---- */
+
 /* The signals that we take; each becomes a byte in the wake pipe. As process 1
  * of a container there are no defaults: all are set. */
 static const int signals[] = {
-	SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGCHLD, SIGPIPE
+	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE
 };
 #define SIGNALS (sizeof(signals) / sizeof(*signals))
 
-/* What we change of what we were started with, for the wrapper's command. */
+/* What we change, and the wrapper's command gets back. */
 static struct {
 	mode_t mask;
 	struct rlimit files;
-	struct sigaction action[SIGNALS];
+	void (*action[SIGNALS])(int);
 } inherited;
 
-/* Bytes that nobody can guess. */
 static void
-random_bytes(void *out, size_t n)
+on_signal(int sig)
 {
-	if (getentropy(out, n) == -1)
-		die(1, "cannot get random bytes: %s", strerror(errno));
+	int saved = errno;
+	char byte = (char)sig;
+
+	(void)!write(loop.wake[1], &byte, 1);	/* a full pipe wakes, too */
+	errno = saved;
+}
+
+/* Takes signals, and as many descriptors as the system gives: half of them for
+ * connections, the rest for threads, which have a handful each. */
+static void
+loop_start(void)
+{
+	struct rlimit files;
+	rlim_t half;
+	size_t i;
+
+	(void)getrlimit(RLIMIT_NOFILE, &inherited.files);
+	files = inherited.files;
+	files.rlim_cur = files.rlim_max > SLOTS_MAX * 4 ? SLOTS_MAX * 4 :
+	    files.rlim_max;
+	if (setrlimit(RLIMIT_NOFILE, &files) == -1)
+		files = inherited.files;
+	half = files.rlim_cur / 2;
+	pool.max = (unsigned)(half / 8 < THREADS_MAX ? half / 8 : THREADS_MAX);
+	set.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
+	if (files.rlim_cur < 48 || pipe(loop.wake) == -1)
+		die(1, "48 open files at least: see ulimit -n");
+	for (i = 0; i < 2; i++) {
+		(void)fcntl(loop.wake[i], F_SETFL, O_NONBLOCK);
+		(void)fcntl(loop.wake[i], F_SETFD, FD_CLOEXEC);
+	}
+	set.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
+	set.base = 1;
+	for (i = 0; i < SIGNALS; i++)
+		inherited.action[i] = signal(signals[i],
+		    signals[i] == SIGPIPE ? SIG_IGN : on_signal);
+	if (conf.users == NULL && inherited.action[0] == SIG_IGN)
+		(void)signal(SIGHUP, SIG_IGN);	/* nohup */
 }
 
 /* ---- the directory ---- */
 
-/* Makes a directory if there is none; true if there was none. */
-static bool
-store_mkdir(int dir, const char *name)
-{
-	struct stat st;
-
-	if (mkdirat(dir, name, 0700) == 0)
-		return true;
-	if (errno == EACCES && dir != AT_FDCWD && fstat(dir, &st) == 0 &&
-	    st.st_uid != geteuid())
-		die(1, "cannot write to %s: it belongs to uid %u and this is "
-		    "uid %u: chown %u it", conf.dir, (unsigned)st.st_uid,
-		    (unsigned)geteuid(), (unsigned)geteuid());
-	if (errno != EEXIST)
-		die(1, "cannot create %s%s%s: %s", dir == AT_FDCWD ? "" :
-		    conf.dir, dir == AT_FDCWD ? "" : "/", name,
-		    strerror(errno));
-	return false;
-}
-
-/* How many files a directory has. Of .tmp, uploads of dead servers are removed
- * on the way. */
-static unsigned
-store_files(const char *name, bool sweep)
-{
-	int dir = openat(store.root, name, O_RDONLY | O_DIRECTORY |
-	    O_NOFOLLOW | O_CLOEXEC);
-	DIR *d = dir == -1 ? NULL : fdopendir(dir);
-	struct dirent *e;
-	unsigned n = 0;
-
-	if (d == NULL)
-		die(1, "cannot open %s/%s: %s", conf.dir, name,
-		    strerror(errno));
-	for (; (e = readdir(d)) != NULL; n++)
-		if (sweep && e->d_name[0] != '.')
-			tmp_sweep(dir, e->d_name, e->d_name);
-	(void)closedir(d);
-	return n - 2;			/* without . and .. */
-}
-
-/* Learns of the file system: whether it ignores the case of letters, and what
- * several servers could not safely share, as far as it can be seen. */
+/* On a network file system the loop reads no states, for it might wait. */
 static void
 store_look(void)
 {
-	struct tmp t = { .fd = -1 };
-	char other[sizeof(t.name)];
-	struct stat st;
-	size_t i;
 #ifdef __linux__
 	struct statfs fs;
 
-	if (fstatfs(store.root, &fs) == 0)
-		switch ((unsigned)fs.f_type) {
-		case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
-		case 0x65735546:	/* FUSE: GlusterFS, CephFS, sshfs */
-		case 0x6969:		/* NFS */
-		case 0x00c36400:	/* CephFS */
-			store.remote = true;
-			complain("%s is on a network file system: to share it "
-			    "see README, SHARING; never share SMB", conf.dir);
-		}
-#endif
-	if (tmp_create(&t, store.root) == -1)
-		return;			/* no room: /-/ready will say so */
-	for (i = 0; i < sizeof(other); i++)
-		other[i] = (char)toupper((unsigned char)t.name[i]);
-	names_fold = fstatat(store.root, other, &st, AT_SYMLINK_NOFOLLOW) == 0;
-	tmp_remove(&t);
-#ifdef FOLD
-	names_fold = true;
+	if (fstatfs(store.root, &fs) == -1)
+		return;
+	switch ((unsigned)fs.f_type) {
+	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
+	case 0x65735546:	/* FUSE: GlusterFS, CephFS, sshfs */
+	case 0x6969:		/* NFS */
+	case 0x00c36400:	/* CephFS */
+		store.remote = true;
+		complain("%s is on a network file system: to share it see "
+		    "README, SHARING; never share SMB", conf.dir);
+	}
 #endif
 }
 
@@ -6014,35 +5629,43 @@ store_look(void)
 static bool
 store_open(void)
 {
-	bool created = store_mkdir(AT_FDCWD, conf.dir), new = created;
-	int parent, fd;
+	bool created = mkdir(conf.dir, 0700) == 0;
+	struct place tmp, history;
+	struct stat st;
+	int parent;
 
-	store.root = open(conf.dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (store.root == -1)
+	if ((!created && errno != EEXIST) || (store.root = open(conf.dir,
+	    O_RDONLY | O_DIRECTORY | O_CLOEXEC)) == -1)
 		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
-	/* What is empty, git shall not take along when it is full. */
-	if (store_files(".", false) == 0 && (fd = file_open(store.root,
-	    ".gitignore", O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
-		(void)write_all(fd, "*\n", 2);
-		close_quietly(fd);
+	if (place_open(".tmp/", D_MAKE, &tmp) == -1 ||
+	    place_open(".history/", D_MAKE, &history) == -1 ||
+	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
+	    &store.guard_st)) == -1) {
+		if (errno == EACCES && fstat(store.root, &st) == 0 &&
+		    st.st_uid != geteuid())
+			die(1, "cannot write to %s: it belongs to uid %u and "
+			    "this is uid %u: chown %u it", conf.dir,
+			    (unsigned)st.st_uid, (unsigned)geteuid(),
+			    (unsigned)geteuid());
+		die(1, "cannot open .tmp, .history or .guard in %s: %s",
+		    conf.dir, strerror(errno));
 	}
-	new |= store_mkdir(store.root, ".tmp");
-	new |= store_mkdir(store.root, ".history");
-	store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
-	    &store.guard_st);
-	if (store.guard == -1)
-		die(1, "cannot open %s/.guard: %s", conf.dir, strerror(errno));
+	close_quietly(tmp.dir);
+	close_quietly(history.dir);
 	/* A new directory's own name must be on the disk as well. */
-	parent = openat(store.root, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (new && (dir_sync(store.root) == -1 ||
-	    (parent != -1 && dir_sync(parent) == -1)))
+	parent = created ? openat(store.root, "..", O_RDONLY | O_CLOEXEC) : -1;
+	if (dir_sync(store.root) == -1 ||
+	    (parent != -1 && dir_sync(parent) == -1))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(parent);
-	random_bytes(&store.token, sizeof(store.token));
-	if (guard_set(F_WRLCK, guard_server_byte(store.token)) == -1)
+	if (getentropy(&store.token, sizeof(store.token)) == -1 ||
+	    guard_set(F_WRLCK, guard_server_byte(store.token)) == -1)
 		die(1, "%s has no record locks (%s): choose another file "
 		    "system", conf.dir, strerror(errno));
-	(void)store_files(".tmp", true);
+	names_fold = fstatat(store.root, ".GUARD", &st, 0) == 0;
+#ifdef FOLD
+	names_fold = true;
+#endif
 	store_look();
 	return created;
 }
@@ -6054,27 +5677,22 @@ static socklen_t
 address_read(const char *text, union address *a)
 {
 	const char *colon = strrchr(text, ':');
+	uint64_t port = 0;
+	bool ok = colon != NULL && whole_number(colon + 1, &port) &&
+	    port <= 65535;
 	char host[64];
-	uint64_t port;
 
 	memset(a, 0, sizeof(*a));
-	if (strncmp(text, "unix:", 5) == 0) {
-		if (strlen(text + 5) - 1 >= sizeof(a->path.sun_path) - 1)
-			die(2, "-l %s: the path is empty or too long", text);
+	if (strncmp(text, "unix:", 5) == 0 && text[5] != '\0' &&
+	    strlen(text + 5) < sizeof(a->path.sun_path)) {
 		a->path.sun_family = AF_UNIX;
-		span_copy(a->path.sun_path, sizeof(a->path.sun_path),
-		    span(text + 5));
+		memcpy(a->path.sun_path, text + 5, strlen(text + 5));
 		return (socklen_t)sizeof(a->path);
 	}
-	if (colon == NULL || !whole_number(colon + 1, &port) || port > 65535)
-		die(2, "-l %s: want HOST:PORT, [V6]:PORT or unix:PATH, with a "
-		    "port up to 65535", text);
 	span_copy(host, sizeof(host), (struct span){ text,
-	    (size_t)(colon - text) });
+	    ok ? (size_t)(colon - text) : 0 });
 	if (inet_pton(AF_INET6, host, &a->six.sin6_addr) == 1)
 		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
-	if (inet_pton(AF_INET6, text, &a->six.sin6_addr) == 1)
-		die(2, "-l %s: write [%s]:PORT", text, text);
 	if (host[0] == '[' && cut_suffix(host, "]") &&
 	    inet_pton(AF_INET6, host + 1, &a->six.sin6_addr) == 1) {
 		a->six.sin6_family = AF_INET6;
@@ -6083,11 +5701,11 @@ address_read(const char *text, union address *a)
 	}
 	a->four.sin_family = AF_INET;
 	a->four.sin_port = htons((uint16_t)port);
-	if (inet_pton(AF_INET, strcmp(host, "localhost") == 0 ? "127.0.0.1" :
-	    host[0] == '\0' || strcmp(host, "*") == 0 ? "0.0.0.0" : host,
-	    &a->four.sin_addr) != 1)
-		die(2, "-l %s: that is no address; a name is not looked up",
-		    text);
+	if (!ok || inet_pton(AF_INET, strcmp(host, "localhost") == 0 ?
+	    "127.0.0.1" : host[0] == '\0' || strcmp(host, "*") == 0 ?
+	    "0.0.0.0" : host, &a->four.sin_addr) != 1)
+		die(2, "-l %s: want ADDRESS:PORT, [V6]:PORT or unix:PATH, with "
+		    "a port up to 65535; no name is looked up", text);
 	return (socklen_t)sizeof(a->four);
 }
 
@@ -6103,22 +5721,42 @@ address_connect(const union address *a, socklen_t len)
 	return -1;
 }
 
-/* Takes a listening socket into the poll set. */
+/* A socket that is bound to an address, or -1. A socket file that nobody listens
+ * on any more is in the way; any other kind of file refuses connections, too,
+ * and is not ours to remove. */
+static int
+address_bind(const char *text)
+{
+	union address a;
+	socklen_t len = address_read(text, &a);
+	int fd = -1, one = 1;
+	struct stat st;
+
+	if (a.any.sa_family == AF_UNIX &&
+	    (fd = address_connect(&a, len)) == -1 && errno == ECONNREFUSED &&
+	    lstat(a.path.sun_path, &st) == 0 && S_ISSOCK(st.st_mode))
+		(void)unlink(a.path.sun_path);
+	close_quietly(fd);
+	fd = socket(a.any.sa_family, SOCK_STREAM, 0);
+	return fd == -1 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one,
+	    sizeof(one)) == -1 || bind(fd, &a.any, len) == -1 ? -1 : fd;
+}
+
+/* Listens on a socket, and takes it into the poll set. */
 static void
-listener_add(int fd)
+listener_add(int fd, const char *text)
 {
 	struct listener *l = &listeners[set.base - 1];
-	socklen_t len = sizeof(union address), size = sizeof(int);
-	int on = 0, one = 1, unsent = UNSENT_MAX;
+	socklen_t len = sizeof(union address);
+	int one = 1, unsent = UNSENT_MAX;
 	union address a = { .any = { 0 } };
 
-	if (set.base > LISTENERS_MAX)
-		die(2, "too many listeners");
-	if (getsockname(fd, &a.any, &len) == -1 ||
-	    getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &size) == -1 ||
-	    on == 0 || fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
+	if (fd == -1 || listen(fd, SOMAXCONN) == -1 ||
+	    getsockname(fd, &a.any, &len) == -1 ||
+	    fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
 	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
-		die(1, "descriptor %d is no listener: %s", fd, strerror(errno));
+		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
+		    errno == EADDRINUSE ? "; choose another with -l" : "");
 	l->path = a.any.sa_family == AF_UNIX;
 	l->local = a.any.sa_family == AF_INET ?
 	    ntohl(a.four.sin_addr.s_addr) >> 24 == 127 :
@@ -6135,42 +5773,13 @@ listener_add(int fd)
 	    sizeof(unsent));
 #endif
 	if (!l->path && !l->local && users == NULL && !conf.open)
-		die(2, "%s can be reached from other machines, and anybody "
-		    "could read and write the states. Set TF_HTTP_USERNAME "
-		    "and TF_HTTP_PASSWORD, or name users with -u FILE, or let "
-		    "everybody in with -n", l->name);
+		die(2, "%s is open to other machines. Set TF_HTTP_USERNAME and "
+		    "TF_HTTP_PASSWORD, or name users with -u FILE, or let "
+		    "everybody read and write with -n", l->name);
 	set.fd[set.base++] = (struct pollfd){ .fd = fd, .events = POLLIN };
 }
 
-/* Listens. A socket file that nobody listens on any more is in the way; any
- * other kind of file refuses connections, too, and is not ours to remove. */
-static void
-listener_open(const char *text)
-{
-	union address a;
-	socklen_t len = address_read(text, &a);
-	bool is_path = a.any.sa_family == AF_UNIX;
-	int fd = -1, one = 1;
-	struct stat st;
-
-	if (is_path && (fd = address_connect(&a, len)) == -1 &&
-	    errno == ECONNREFUSED && lstat(a.path.sun_path, &st) == 0 &&
-	    S_ISSOCK(st.st_mode))
-		(void)unlink(a.path.sun_path);
-	close_quietly(fd);
-	fd = socket(a.any.sa_family, SOCK_STREAM, 0);
-	if (fd == -1 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one,
-	    sizeof(one)) == -1 || bind(fd, &a.any, len) == -1 ||
-	    listen(fd, SOMAXCONN) == -1)
-		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
-		    errno != EADDRINUSE ? "" : is_path ? "; something is "
-		    "there" : "; another server is there: choose another port "
-		    "with -l");
-	listener_add(fd);
-}
-
-/* Sockets that systemd holds for us, sd_listen_fds(3), or those of -l. The
- * umask is the user's own here: it says who may connect to a unix socket. */
+/* Sockets that systemd holds for us, sd_listen_fds(3), or those of -l. */
 static void
 listeners_open(void)
 {
@@ -6178,44 +5787,15 @@ listeners_open(void)
 	int given = pid != NULL && n != NULL && conf.command == NULL &&
 	    atol(pid) == (long)getpid() ? atoi(n) : 0, i;
 
-	if (given < 0)
-		die(2, "LISTEN_FDS=%s is no number of sockets", n);
-	(void)unsetenv("LISTEN_PID");
-	(void)unsetenv("LISTEN_FDS");
-	(void)umask(inherited.mask);
+	if (given < 0 || given > LISTENERS_MAX)
+		die(2, "LISTEN_FDS=%s: want %d at most", n, LISTENERS_MAX);
 	for (i = 0; i < given; i++)
-		listener_add(3 + i);
+		listener_add(3 + i, "a socket of LISTEN_FDS");
 	for (i = 0; given == 0 && i < (int)conf.listeners; i++)
-		listener_open(conf.listen[i]);
-	if (set.base == 1)
-		listener_open(conf.command != NULL ? "127.0.0.1:0" :
-		    "127.0.0.1:8080");
-	(void)umask(077);
+		listener_add(address_bind(conf.listen[i]), conf.listen[i]);
 }
 
-/* ---- limits and the sandbox ---- */
-
-/* As many descriptors as the system gives: half of them for connections, the
- * rest for threads, which have a handful each. */
-static void
-limits_set(void)
-{
-	struct rlimit files;
-	rlim_t half;
-
-	if (getrlimit(RLIMIT_NOFILE, &files) == -1)
-		die(1, "cannot read the limits: %s", strerror(errno));
-	inherited.files = files;
-	files.rlim_cur = files.rlim_max > SLOTS_MAX * 4 ? SLOTS_MAX * 4 :
-	    files.rlim_max;
-	if (setrlimit(RLIMIT_NOFILE, &files) == -1)
-		files = inherited.files;
-	if (files.rlim_cur < 48)
-		die(1, "48 open files at least: see ulimit -n");
-	half = files.rlim_cur / 2;
-	pool.max = (unsigned)(half / 8 < THREADS_MAX ? half / 8 : THREADS_MAX);
-	set.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
-}
+/* ---- the sandbox ---- */
 
 /*
  * From now on the process reaches its directory and nothing else: no other
@@ -6227,119 +5807,55 @@ limits_set(void)
 static void
 sandbox(void)
 {
+	bool ok = true;
 #if defined(__linux__) && !defined(NO_SANDBOX)
 	enum { WRITE = 1 << 1, READ = 1 << 2, READ_DIR = 1 << 3,
 	    REMOVE = 1 << 5, MAKE_DIR = 1 << 7, MAKE_REG = 1 << 8,
 	    REFER = 1 << 13, TRUNCATE = 1 << 14 };
 	struct { uint64_t fs, net, scoped; } all = { 0, 0, 0 };
 	struct { uint64_t allowed; int32_t fd; } __attribute__((packed)) rule;
-	long abi = syscall(444, NULL, (size_t)0, 1), failed;
+	long abi = syscall(444, NULL, (size_t)0, 1);
 	char dir[PATH_MAX], *slash;
 	int rules;
 
 	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 	(void)prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-	if (abi < 2) {			/* 1 forbids all renames we need */
-		if (conf.verbose)
-			complain("no sandbox: the kernel has no Landlock");
+	if (abi < 2)			/* 1 forbids all renames we need */
 		return;
-	}
 	all.fs = abi < 3 ? 0x3fff : abi < 5 ? 0x7fff : 0xffff;
 	all.net = abi < 4 ? 0 : 3;	/* bind, connect */
 	all.scoped = abi < 6 ? 0 : conf.command != NULL ? 1 : 3;
-	rules = (int)syscall(444, &all, (size_t)(abi < 4 ? 8 : abi < 6 ? 16 :
-	    24), 0);
+	rules = (int)syscall(444, &all, sizeof(all), 0);
 	rule.fd = store.root;
 	rule.allowed = all.fs & (WRITE | READ | READ_DIR | REMOVE | MAKE_DIR |
 	    MAKE_REG | REFER | TRUNCATE);
-	failed = syscall(445, rules, 1, &rule, 0);
-	if (conf.users != NULL && failed == 0) {
+	ok = syscall(445, rules, 1, &rule, 0) == 0;
+	if (conf.users != NULL && ok) {
 		(void)snprintf(dir, sizeof(dir), "%s", conf.users);
 		slash = strrchr(dir, '/');
 		(void)snprintf(slash == NULL ? dir : slash + 1, 2, ".");
 		rule.fd = open(dir, O_PATH | O_CLOEXEC);
 		rule.allowed = READ;
-		failed = syscall(445, rules, 1, &rule, 0);
+		ok = syscall(445, rules, 1, &rule, 0) == 0;
 		close_quietly(rule.fd);
 	}
-	if (failed != 0 || syscall(446, rules, 0) == -1)
-		die(1, "cannot enter the sandbox: %s", strerror(errno));
+	ok = ok && syscall(446, rules, 0) == 0;
 	close_quietly(rules);
 #elif defined(__OpenBSD__)
-	if (unveil(conf.dir, "rwc") == -1 ||
-	    (conf.users != NULL && unveil(conf.users, "r") == -1) ||
+	ok = unveil(conf.dir, "rwc") == 0 &&
+	    (conf.users == NULL || unveil(conf.users, "r") == 0) &&
 	    pledge("stdio rpath wpath cpath fattr flock inet unix proc",
-	    NULL) == -1)
-		die(1, "cannot enter the sandbox: %s", strerror(errno));
+	    NULL) == 0;
 #endif
-}
-
-/* ---- users ---- */
-
-/* The one user of the environment, or of the wrapper. */
-static void
-users_single(char *name, const char *secret)
-{
-	static struct user user = { .right = R_WRITE, .pattern = "*" };
-	static struct users single = { &user, 1, 2, NULL };	/* never freed */
-
-	user.name = name;
-	sha256(secret, strlen(secret), user.secret);
-	users = &single;
-}
-
-static void
-users_start(void)
-{
-	static const char *const vars[] = { "TF_HTTP_USERNAME",
-	    "TF_HTTP_PASSWORD" };
-	char *v[2];
-	int i;
-
-	if (conf.users != NULL && (users = users_read(conf.users)) == NULL)
-		exit(1);
-	if (conf.users != NULL || conf.command != NULL)
-		return;			/* the wrapper makes its own */
-	for (i = 0; i < 2; i++)
-		if ((v[i] = getenv(vars[i])) != NULL && has_control(v[i]))
-			die(2, "%s has a control character in it, perhaps a "
-			    "newline at its end", vars[i]);
-		else if (v[i] != NULL && *v[i] == '\0')
-			v[i] = NULL;
-	if ((v[0] == NULL) != (v[1] == NULL))
-		die(2, "%s is set and %s is not: set both, or none",
-		    vars[v[0] == NULL], vars[v[0] != NULL]);
-	if (v[0] == NULL)
-		return;
-	if (strchr(v[0], ':') != NULL || strlen(v[0]) > 63)
-		die(2, "TF_HTTP_USERNAME has a colon, or more than 63 bytes: "
-		    "no client could show it");
-	users_single(v[0], v[1]);
-}
-
-/* SIGHUP: a file that is no good leaves the users as they were. */
-static void
-users_again(void)
-{
-	struct users *new = users_read(conf.users), *old = users;
-
-	if (new == NULL) {
-		complain("the users stay as they were");
-		return;
-	}
-	(void)pthread_mutex_lock(&told.mutex);
-	buf_str(&told.log, "statesrv: read the users again\n");
-	(void)pthread_mutex_unlock(&told.mutex);
-	users = new;
-	users_drop(old);
+	if (!ok)
+		die(1, "cannot enter the sandbox: %s", strerror(errno));
 }
 
 /* ---- the wrapper ---- */
 
-/* The command's side of the fork: it finds everything as we found it, and a
- * backend of its own in its environment. */
+/* The command's side of the fork: it finds everything as we found it. */
 static void
-command_exec(const char *url, const char *secret)
+command_exec(void)
 {
 	size_t i;
 
@@ -6349,49 +5865,42 @@ command_exec(const char *url, const char *secret)
 	(void)umask(inherited.mask);
 	(void)setrlimit(RLIMIT_NOFILE, &inherited.files);
 	for (i = 0; i < SIGNALS; i++)
-		(void)sigaction(signals[i], &inherited.action[i], NULL);
-	(void)setenv("TF_HTTP_ADDRESS", url, 1);
-	(void)setenv("TF_HTTP_LOCK_ADDRESS", url, 1);
-	(void)setenv("TF_HTTP_UNLOCK_ADDRESS", url, 1);
-	(void)setenv("TF_HTTP_USERNAME", "statesrv", 1);
-	(void)setenv("TF_HTTP_PASSWORD", secret, 1);
-	(void)unsetenv("TF_HTTP_UPDATE_METHOD");
-	(void)unsetenv("TF_HTTP_LOCK_METHOD");
-	(void)unsetenv("TF_HTTP_UNLOCK_METHOD");
+		(void)signal(signals[i], inherited.action[i]);
 	(void)execvp(conf.command[0], conf.command);
 	i = errno == ENOENT ? 127 : 126;
 	complain("cannot run %s: %s", conf.command[0], strerror(errno));
 	_exit((int)i);
 }
 
+/* Starts the command, with a backend of its own in its environment. */
 static void
 command_start(void)
 {
-	static char name[] = "statesrv";
-	unsigned char bytes[16];
-	char secret[33];
 	struct buf url = { 0 };
 
-	random_bytes(bytes, sizeof(bytes));
-	hex(bytes, sizeof(bytes), secret);
-	users_single(name, secret);
 	buf_fmt(&url, "%s/", listeners[0].name);
 	buf_url(&url, conf.command_name);
 	loop.shares_terminal = isatty(STDIN_FILENO) == 1 &&
 	    tcgetpgrp(STDIN_FILENO) == getpgrp();
-	if (url.failed || (loop.child = fork()) == -1)
+	if (url.failed || setenv("TF_HTTP_ADDRESS", url.data, 1) == -1 ||
+	    setenv("TF_HTTP_LOCK_ADDRESS", url.data, 1) == -1 ||
+	    setenv("TF_HTTP_UNLOCK_ADDRESS", url.data, 1) == -1 ||
+	    unsetenv("TF_HTTP_UPDATE_METHOD") == -1 ||
+	    unsetenv("TF_HTTP_LOCK_METHOD") == -1 ||
+	    unsetenv("TF_HTTP_UNLOCK_METHOD") == -1 ||
+	    (loop.child = fork()) == -1)
 		die(1, "cannot fork: %s", strerror(errno));
+	buf_free(&url);
 	/* Both of us do this, for who knows which one runs first. */
 	if (!loop.shares_terminal)
 		(void)setpgid(loop.child, loop.child);
 	if (loop.child == 0)
-		command_exec(url.data, secret);
+		command_exec();
 	/* What the terminal sends, it gets from that; else, from us. */
 	if (loop.shares_terminal) {
 		(void)signal(SIGINT, SIG_IGN);
 		(void)signal(SIGQUIT, SIG_IGN);
 	}
-	buf_free(&url);
 }
 
 /* Names the lock that the command left behind, with what releases it. */
@@ -6399,82 +5908,34 @@ static void
 command_farewell(void)
 {
 	struct buf b = { 0 };
-	struct place p;
 	struct lock l;
 
-	if (place_open(conf.command_name, D_OPEN, &p) == -1)
-		return;
-	if (lock_read(&p, &l) == 0 && lock_is(&l, told.locked)) {
+	if (lock_look(conf.command_name, &l) == 0 && lock_is(&l, told.locked)) {
 		buf_shell(&b, "", conf.program);
 		buf_shell(&b, " -d ", conf.dir);
 		buf_shell(&b, " ", conf.command_name);
 		buf_shell(&b, " terraform force-unlock -force ", l.id);
-		complain("%s is still locked by '%s' (%s). If nothing runs any "
-		    "more, release it with", conf.command_name, l.who,
-		    *l.operation != '\0' ? l.operation : "?");
+		complain("%s is still locked by '%s'. If nothing runs any "
+		    "more, release it with", conf.command_name, l.who);
 		(void)fprintf(stderr, "\t%s\n", b.data);
 		buf_free(&b);
 	}
 	free(l.raw);
-	dir_leave(p.dir);
-}
-
-/* ---- signals ---- */
-
-static void
-on_signal(int sig)
-{
-	int saved = errno;
-
-	loop_wake((char)sig);
-	errno = saved;
-}
-
-static void
-signals_set(void)
-{
-	struct sigaction act = { .sa_flags = SA_RESTART }, *was;
-	size_t i;
-
-	if (pipe(loop.wake) == -1)
-		die(1, "cannot make a pipe: %s", strerror(errno));
-	for (i = 0; i < 2; i++) {
-		(void)fcntl(loop.wake[i], F_SETFL, O_NONBLOCK);
-		(void)fcntl(loop.wake[i], F_SETFD, FD_CLOEXEC);
-	}
-	set.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
-	set.base = 1;
-	(void)sigemptyset(&act.sa_mask);
-	for (i = 0; i < SIGNALS; i++) {
-		was = &inherited.action[i];
-		act.sa_handler = signals[i] == SIGPIPE ? SIG_IGN : on_signal;
-		(void)sigaction(signals[i], &act, was);
-		if ((signals[i] == SIGQUIT && conf.command == NULL) ||
-		    (signals[i] == SIGHUP && conf.users == NULL &&
-		    was->sa_handler == SIG_IGN))	/* nohup */
-			(void)sigaction(signals[i], was, NULL);
-	}
 }
 
 /* ---- the loop ---- */
 
-/* Stops listening, and closes the connections that ask for nothing. */
+/* Stops listening; loop_turn closes the connections that ask for nothing. Who
+ * says it again does not wait. */
 static void
 loop_stop(void)
 {
-	struct conn *c, *next;
-	unsigned i;
-
-	(void)pthread_mutex_lock(&conn_mutex);
-	pool.stop = loop.now + STOP_MS;
-	(void)pthread_mutex_unlock(&conn_mutex);
-	for (i = 1; i < set.base; i++)
-		(void)close(set.fd[i].fd);
-	set.base = 1;
-	for (c = set.list.first; c != NULL; c = next) {
-		next = c->next;
-		conn_drive(c);
-	}
+	if (pool.stop)
+		_exit(1);
+	pool.stop = true;
+	loop.end = loop.now + STOP_MS;
+	while (set.base > 1)
+		(void)close(set.fd[--set.base].fd);
 }
 
 /* The wrapper passes signals on to its command, once a second: timeout(1)
@@ -6483,7 +5944,7 @@ loop_stop(void)
 static void
 loop_signal(int sig)
 {
-	static int64_t passed;
+	static int64_t passed = -1000;
 	int status;
 
 	if (sig == SIGCHLD) {
@@ -6495,17 +5956,15 @@ loop_signal(int sig)
 		    128 + WTERMSIG(status);
 		loop_stop();
 	} else if (loop.child > 0) {
-		if (passed != 0 && loop.now - passed < 1000)
+		if (loop.now - passed < 1000)
 			return;
 		passed = loop.now;
 		(void)kill(loop.shares_terminal ? loop.child : -loop.child,
 		    sig);
-	} else if (sig == SIGHUP && conf.users != NULL)
-		users_again();
-	else if (pool.stop != 0)
-		_exit(1);
-	else
+	} else if (sig != SIGHUP || conf.users == NULL)
 		loop_stop();
+	else if (!users_read())
+		complain("the users stay as they were");
 }
 
 /* What signals came, and which connections the threads give back. */
@@ -6550,10 +6009,9 @@ loop_turn(void)
 
 	if (all) {
 		next_all = loop.now + HOT_MS + set.list.n / 250;
-		wait = !idle ? 0 : pool.stop != 0 ? pool.stop - loop.now :
-		    INT_MAX;
+		wait = idle ? INT_MAX : 0;
 	}
-	if (wait > 50 && (waiting || loop.now < loop.rest))
+	if (wait > 50 && (waiting || pool.stop || loop.now < loop.rest))
 		wait = 50;
 	for (c = set.list.last; c != NULL && (all || c->active >= busy);
 	    c = prev) {
@@ -6569,25 +6027,25 @@ loop_turn(void)
 		at[n] = c;
 		/* Who waits to be denied may hang up, which poll would tell
 		 * for ever. */
-		n += c->state != C_DENY;
+		n += c->r == NULL;
 	}
 	for (i = 1; i < set.base; i++)
 		set.fd[i].events = loop.now < loop.rest ? 0 : POLLIN;
-	if (poll(set.fd, n, (int)log_flush(wait)) < 1)
+	if (poll(set.fd, n, (int)log_flush(wait)) == -1)
 		n = 0;
 	loop.now = clock_ms();
 	for (i = set.base; i < n; i++)
-		if (set.fd[i].revents != 0) {
+		if (set.fd[i].revents != 0 || pool.stop) {
 			at[i]->active = loop.now;
 			list_remove(&set.list, at[i]);
 			list_add(&set.list, at[i]);
 			conn_drive(at[i]);
 		}
-	if (n > 0 && set.fd[0].revents != 0)
-		loop_woken();
-	for (i = 1; i < set.base && n > 0; i++)
+	for (i = set.base - 1; i > 0 && n > 0; i--)
 		if (set.fd[i].revents != 0)
 			conn_accept(i);
+	if (n > 0 && set.fd[0].revents != 0)
+		loop_woken();
 }
 
 /* ---- -c ---- */
@@ -6609,7 +6067,6 @@ check(const char *text)
 	    write_all(fd, ask, sizeof(ask) - 1) == -1 ||
 	    recv(fd, answer, 12, MSG_WAITALL) == -1)
 		die(1, "%s does not answer: %s", text, strerror(errno));
-	close_quietly(fd);
 	if (strcmp(answer, "HTTP/1.1 200") != 0)
 		die(1, "%s is not ready", text);
 	return 0;
@@ -6638,10 +6095,7 @@ static const char usage_text[] =
 "  -V        show the version (--version too)\n"
 "  -x        believe X-Forwarded-For: only behind a front\n\n"
 "Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user who may do\n"
-"everything. Without users, a loopback address lets everyone in.\n\n"
-"  statesrv                               serve ./states on this machine\n"
-"  statesrv demo terraform apply          run terraform (init too) with it\n"
-"  statesrv -l unix:/run/s.sock -u users  serve a team, behind TLS\n";
+"everything. Without users, a loopback address lets everyone in.\n";
 
 /* Reads an option's number, or ends the program. */
 static unsigned
@@ -6658,8 +6112,6 @@ number(int option, unsigned min, unsigned max)
 static void
 option(int c)
 {
-	union address address;
-
 	switch (c) {
 	case 'b': conf.break_hours = number(c, 1, 1000000); break;
 	case 'c': conf.check = true; break;
@@ -6668,7 +6120,6 @@ option(int c)
 	case 'l':
 		if (conf.listeners == 16)
 			die(2, "-l can be given 16 times at most");
-		(void)address_read(optarg, &address);
 		conf.listen[conf.listeners++] = optarg;
 		break;
 	case 'm': conf.body_max = (int64_t)number(c, 1, 1 << 20) << 20; break;
@@ -6700,6 +6151,12 @@ options(int argc, char **argv)
 			complain("invalid option: --%s", optarg);
 		option(c);
 	}
+	if (optind < argc && (conf.listeners > 0 || conf.users != NULL ||
+	    conf.check))
+		die(2, "-c, -l and -u do not go with a COMMAND");
+	if (conf.listeners == 0)
+		conf.listen[conf.listeners++] = optind < argc ? "127.0.0.1:0" :
+		    "127.0.0.1:8080";
 	if (optind == argc)
 		return;
 	conf.command_name = argv[optind];
@@ -6713,90 +6170,80 @@ options(int argc, char **argv)
 		    conf.command_name);
 	if ((wrong = name_wrong(conf.command_name)) != NULL)
 		die(2, "%s: %s", conf.command_name, wrong);
-	if (conf.listeners > 0 || conf.users != NULL || conf.check)
-		die(2, "-c, -l and -u do not go with a COMMAND, which has a "
-		    "server of its own");
 }
 
 /* Says where we are, on stdout; the wrapper's stdout is not ours. Temporary
- * files of dead servers, outside .tmp, are swept on the way. */
+ * files of dead servers are swept on the way. What is empty, git shall not take
+ * along when it is full. */
 static void
 greet(bool created)
 {
-	struct walk w = { .sweep = true, .deleted = true };
-	char *path = realpath(conf.dir, NULL), how[32] = "created";
-	const char *dir = path != NULL ? path : conf.dir;
-	struct stat st;
+	struct walk w = { .sweep = true };
+	char dir[PATH_MAX], how[32] = "created";
+	int fd = -1;
 	unsigned i;
-	int fd;
 
-	if (path != NULL)
-		scrub(path);
-	loop.log_blocks = fstat(STDOUT_FILENO, &st) == 0 &&
-	    !S_ISREG(st.st_mode);
-	if (conf.command != NULL) {
-		fd = name_file(conf.command_name, STATE, NULL);
-		if (fd == -1 && errno == ENOENT)
-			complain("no state %s in %s yet", conf.command_name,
-			    dir);
+	if (realpath(conf.dir, dir) == NULL)
+		span_copy(dir, sizeof(dir), span(conf.dir));
+	scrub(dir);
+	if (conf.command != NULL && (fd = name_file(conf.command_name, STATE,
+	    NULL)) == -1 && errno == ENOENT)
+		complain("no state %s in %s yet", conf.command_name, dir);
+	close_quietly(fd);
+	if (walk_names(&w, ".") == -1 || walk_names(&w, ".history") == -1 ||
+	    walk_names(&w, ".tmp") == -1)
+		complain("cannot list the states: %s", strerror(errno));
+	else if (w.files == 0 && (fd = file_open(store.root, ".gitignore",
+	    O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
+		(void)write_all(fd, "*\n", 2);
 		close_quietly(fd);
 	}
-	if (walk_names(&w) == -1)
-		complain("cannot list the states: %s", strerror(errno));
 	if (!created)
-		(void)snprintf(how, sizeof(how), "%llu state%s",
-		    (unsigned long long)w.states, w.states == 1 ? "" : "s");
+		(void)snprintf(how, sizeof(how), "%u state%s", w.states,
+		    w.states == 1 ? "" : "s");
+	names_free(&w.names);
 	for (i = 1; i < set.base && conf.command == NULL; i++)
 		(void)printf("statesrv: %s (%s) on %s\n", dir, how,
 		    listeners[i - 1].name);
 	(void)fflush(stdout);
-	names_free(&w.names);
-	free(path);
 }
 
 int
 main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
-	bool created;
 	int fd;
 
 	do				/* or our files would become stdout */
 		fd = open("/dev/null", O_RDWR);
 	while (fd >= 0 && fd <= STDERR_FILENO);
 	close_quietly(fd);
-	inherited.mask = umask(077);
 	conf.program = argv[0];
 	options(argc, argv);
 	if (conf.check)
-		return check(conf.listeners > 0 ? conf.listen[0] :
-		    "127.0.0.1:8080");
+		return check(conf.listen[0]);
 #ifdef __GLIBC__
 	(void)mallopt(M_ARENA_MAX, 1);	/* an arena a thread is a waste */
 	(void)mallopt(M_TRIM_THRESHOLD, 4 << 20);
 	(void)mallopt(M_MMAP_THRESHOLD, 1 << 20);
 #endif
-	limits_set();
-	signals_set();
+	loop_start();
 	users_start();
-	created = store_open();
-	listeners_open();
-	greet(created);
+	listeners_open();		/* before the umask: it says who may */
+	inherited.mask = umask(077);	/* connect to a unix socket */
+	greet(store_open());
 	if (conf.command != NULL)
 		command_start();
 	if (conf.verbose)
-		complain("-v: heads and bodies will be shown, and the secrets "
-		    "in the states with them");
+		complain("-v shows heads and bodies, with their secrets");
 	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */
 	sandbox();
 	loop.now = clock_ms();
 	/* Threads may still free and prune when the last answer is out. */
-	while (pool.stop == 0 || (told.connections > 0 &&
-	    loop.now < pool.stop))
+	while (!pool.stop || (told.connections > 0 && loop.now < loop.end))
 		loop_turn();
 	(void)log_flush(-1);
 	if (conf.command != NULL)
 		command_farewell();
-	users_drop(users);
 	return loop.status;
 }

@@ -1285,8 +1285,8 @@ say_json(const char *s, size_t n, char *out)
 			*l.id = '\0';
 		j = start;
 		if (meta_read(&j, &m))
-			sprintf(said, "good %s %s %llu %s.", l.id, m.lineage,
-			    (unsigned long long)(m.known ? m.serial : 0),
+			sprintf(said, "good %s %s %s %s.", l.id, m.lineage,
+			    *m.serial != '\0' ? m.serial : "-",
 			    m.doubled != NULL ? m.doubled : m.type == 's' ?
 			    "state" : m.type == 'l' ? "lock" : "");
 		else
@@ -1326,28 +1326,27 @@ say_head(const char *s, size_t n, char *out)
 static void
 say_chunk(const char *s, size_t n, char *out)
 {
-	uint64_t size = 0;
-	int status = chunk_size((struct span){ s, n }, &size);
+	int64_t size = 0;
+	bool ok = chunk_size((struct span){ s, n }, &size);
 
-	assert(status == 0 || status == -400 || status == -413);
-	sprintf(out, "%lld", status != 0 ? -status : (long long)size);
+	assert(!ok || size >= 0);
+	sprintf(out, "%lld", ok ? (long long)size : 400);
 }
 
 /* A letter for the kind, and a name that is safe to open. */
 static void
 say_route(const char *s, size_t n, char *out)
 {
-	static const char kinds[] = { [K_STAR] = '*', [K_ROOT] = '/',
+	static const char kinds[] = { [K_STAR] = '-', [K_ROOT] = '/',
 	    [K_STATE] = 's', [K_LOCK] = 'l', [K_VERSIONS] = 'v', [K_VERSION] = 'e',
 	    [K_LOG] = 'g', [K_HEALTHY] = 'h', [K_READY] = 'r', [K_METRICS] = 'm' };
 	static struct request r;
-	bool found;
 
 	memset(&r, 0, sizeof(r));
 	strcpy(out, "refused");
-	if (name_route((struct span){ s, n }, &r, &found) != NULL)
+	if (name_route((struct span){ s, n }, &r) != NULL)
 		return;
-	sprintf(out, "%c %s", found ? kinds[r.kind] : '-', r.name);
+	sprintf(out, "%c %s", kinds[r.kind], r.name);
 	assert(strchr("slveg", *out) == NULL || (name_wrong(r.name) == NULL &&
 	    *r.name != '/' && *r.name != '.' && strstr(r.name, "/.") == NULL));
 	assert(r.kind != K_VERSION || strchr(r.version, '/') == NULL);
@@ -1442,7 +1441,7 @@ value	at *	[1]]	[[1]	[3[4]]	[1}	[x	["": 1]	[*]	[-]	["",]	[1%0a,1%0a,1	[{]	[{}	[%
 value	at *	[\n]	['	["a"x	["a\f"]]	[%0b"a"]	{	}	{]	{[: "x"}	{"x"}	{"x", null}	{"x"::1}	{"a" b}	{"a":
 value	at *	{:1}	{1:1}	{null:null}	{9999E9999:1}	{'a':0}	{a:1}	{"a":0,}	{"a":0,,}	{,"a":0}	{"a":1,,"b":2}
 value	at *	/**/0	%c2%a00	%ef%bb%bf0	%0b0	0%0c	0%e2%80%a8	%000	#0
-json	good   0 .	{}	 {}	{} 	~%09 {}~%09 	{"a":0}	{ "a"%0a:~0%09}
+json	good   - .	{}	 {}	{} 	~%09 {}~%09 	{"a":0}	{ "a"%0a:~0%09}
 json	at 0:*	<>	[]	[{}]	0	"{}"	null	true	}	%00{}	%ef%bb%bf{}	%ef%bb{}	%ff%fe{%00}%00	%0c{}	(){}	5985~{	<html>	a: b
 json	at 1:*	 	%0a	{	{,}	{%00}
 json	at 2:*	{}}	{}{}	{},{}	{}0	{}#	{};	{}%00	{}%0b
@@ -1450,18 +1449,19 @@ json	at 6:*	{"a": }	{"a":01}	{"a":1	{"a":"%ff"}	{"a":"%01"}
 json	at 7:*	{"a":1,}	{"a":1,	{"a":"\x"}
 json	good  x 7 .	{"serial":7,"lineage":"x"}	{"lineage":"x","serial":7}	{"SERIAL":7,"LineAge":"x"}
 json	good i  7 lock.	{ "serial" :%0a7 , "ID" : "i" }	{"id":"i","a":{"serial":9},"serial":7}
-json	good   0 .	{"serial":0}	{"serial":18446744073709551616}	{"serial":-1}	{"serial":1.5}	{"serial":"7"}
-json	good   0 .	{"serial":null,"lineage":null}	{"serial":[7],"lineage":["x"]}	{"a":{"serial":7,"ID":"i"}}
-json	good   0 .	{"a":"ID","b":"serial"}	{"IDx":"i","xID":"i"}	{"serial\u0000":7}	{"ID\u0000":"i"}	{"versions":4}
-json	good   18446744073709551615 .	{"serial":18446744073709551615}
+json	good   0 .	{"serial":0}	{"a":1,"serial":0}
+json	good   - .	{"serial":-1}	{"serial":1.5}	{"serial":"7"}	{"serial":123456789012345678901}
+json	good   - .	{"serial":null,"lineage":null}	{"serial":[7],"lineage":["x"]}	{"a":{"serial":7,"ID":"i"}}
+json	good   - .	{"a":"ID","b":"serial"}	{"IDx":"i","xID":"i"}	{"serial\u0000":7}	{"ID\u0000":"i"}	{"versions":4}
+json	good   98765432109876543210 .	{"serial":98765432109876543210}
 json	good   8 state.	{"a":[{"serial":7}],"serial":8,"version":4}	{"\u0073erial":8,"Version":3}
-json	good   0 state.	{"version":4}	{"encrypted_data":"x"}	{"version":0}	{"ver\u017fion":4}
-json	good   0 lock.	{"version":"4"}	{"ID":""}	{"ID":"a\u0000b"}
-json	good   0 .	{"ID":1}	{"version":null}	{"encrypted_data":5}	{"version":[4]}
-json	good 😹  0 lock.	{"ID":"\ud83d\ude39"}	{"\u0049D":"😹"}
+json	good   - state.	{"version":4}	{"encrypted_data":"x"}	{"version":0}	{"ver\u017fion":4}
+json	good   - lock.	{"version":"4"}	{"ID":""}	{"ID":"a\u0000b"}
+json	good   - .	{"ID":1}	{"version":null}	{"encrypted_data":5}	{"version":[4]}
+json	good 😹  - lock.	{"ID":"\ud83d\ude39"}	{"\u0049D":"😹"}
 json	good   2 serial.	{"serial":1,"serial":2}	{"serial":1,"SERIAL":2}
-json	good   0 version.	{"version":4,"Version":"1.11.4"}	{"version":4,"version":4}
-json	good  b 0 lineage.	{"lineage":"a","lineage":"b"}
+json	good   - version.	{"version":4,"Version":"1.11.4"}	{"version":4,"version":4}
+json	good  b - lineage.	{"lineage":"a","lineage":"b"}
 head	200	GET / HTTP/1.0~~	OPTIONS * HTTP/1.1~Host: a~~	GET http://a.b/c HTTP/1.1~Host: a~~
 head	200	LOCK /a/b?ID=c HTTP/1.1~Host:[::1]:1~A:~B: %09~~	PUT / HTTP/1.1~Host: a~Content-Length: 9223372036854775807~~
 head	200	PUT / HTTP/1.1~Host: a~Transfer-Encoding: chunked~~
