@@ -13,7 +13,7 @@
  *	states/team/prod.tfstate	a name with slashes is a path
  *	states/.history/demo/	earlier versions
  *	states/.tmp/		uploads in flight, swept at start
- *	states/.guard		its bytes are locked by the servers that share it
+ *	states/.guard		its bytes are locked by servers that share it
  *
  * Promises, each tested under its number by test.sh:
  *
@@ -33,7 +33,7 @@
  * given with its connection to one thread of a pool, which does it from the
  * first line to the last. So every wait has an end, every piece of work has
  * somebody who wants it, and no lock of the program is held over a disk, but
- * for a name's own guard, and the output's where stdout is a file. To follow
+ * for a name's own guard, and the log's two where stdout is a file. To follow
  * one request, read these in order:
  *
  *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
@@ -112,6 +112,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
@@ -154,6 +155,9 @@
 #ifndef POLLRDHUP
 #define POLLRDHUP 0			/* a recv tells it as well */
 #endif
+#ifndef __linux__			/* a BSD's inherits O_NONBLOCK */
+#define accept4(fd, peer, len, how) accept(fd, peer, len)
+#endif
 #ifdef __APPLE__
 #define st_mtim st_mtimespec
 #define st_ctim st_ctimespec
@@ -175,7 +179,6 @@
 #define HEAD_MAX 16384		/* bytes: request line and fields */
 #define TARGET_MAX 8192		/* bytes: request target */
 #define FIELDS_MAX 100		/* header fields, and trailer fields */
-#define BLANKS_MAX 8		/* empty lines before a request line */
 #define CHUNK_LINE_MAX 1024	/* bytes: a chunk's size and extensions */
 #define SEGMENTS_MAX 32		/* of a name */
 #define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
@@ -226,8 +229,8 @@
 #define HEAD_MS 20000		/* for the head, from its first byte on */
 #endif
 #ifndef BODY_MS
-#define BODY_MS 60000		/* of silence, in a body or of a slow reader, */
-#endif				/* and a byte a millisecond, on average */
+#define BODY_MS 60000		/* of silence; a byte a ms on average, too */
+#endif
 #ifndef DRAIN_MS
 #define DRAIN_MS 10000		/* for a client to read the last answer */
 #endif
@@ -299,8 +302,8 @@ enum method {
 	M_COUNT
 };
 
-static const char method_names[M_COUNT][8] = {
-	"GET", "HEAD", "POST", "PUT", "DELETE", "LOCK", "UNLOCK", "OPTIONS"
+static const char method_names[M_COUNT + 1][8] = {
+	"GET", "HEAD", "POST", "PUT", "DELETE", "LOCK", "UNLOCK", "OPTIONS", "-"
 };
 
 /* The fields that mean something here. From F_CONNECTION on they may come
@@ -363,12 +366,11 @@ struct meta {
 struct lock {
 	bool held;
 	bool foreign;			/* made by hand: not lock info */
-	bool torn;			/* a crash cut its LOCK short */
 	struct timespec since;		/* the file's mtime */
 	char id[ID_MAX + 1];
 	char operation[64], info[256], who[128], created[64];
-	char *raw;			/* the file's bytes, malloced */
-	size_t len;
+	char *raw;			/* the file's bytes, malloced; if it is
+					 * not held: a crash cut a LOCK short */
 };
 
 /* What a URL names, as what a page is written, what a user may do there. */
@@ -406,7 +408,6 @@ struct tmp {
  */
 struct change {
 	struct place place;
-	struct guard guard;
 	struct lock lock;		/* the lock that was found */
 	struct lock asked;		/* the lock info that was sent */
 	struct tmp tmp;			/* the new state, */
@@ -420,8 +421,8 @@ struct change {
 	int history;			/* the history's directory, or -1 */
 	struct tmp kept;		/* a second name of old, in there */
 	struct names ids;		/* the versions in it, oldest first */
-	bool writes;			/* changes the state: is prepared for, and
-					 * logged even if it is refused */
+	bool writes;			/* changes the state: is prepared for,
+					 * and logged even if it is refused */
 	const char *event;		/* what was done, for the state's log */
 };
 
@@ -468,8 +469,8 @@ struct request {
 	const char *type;		/* Content-Type, perhaps more fields */
 	bool heading;			/* a table's cells write their titles */
 	struct buf out, text;		/* all of it but a file; a body */
-	char *cached;			/* or a body that is the cache's, with */
-	size_t cached_len;		/* HEAD_ROOM before it */
+	char *cached;			/* or the cache's, with HEAD_ROOM */
+	size_t cached_len;		/* before it */
 	struct span unsent;		/* of out, or of both in the cache */
 	int file;			/* or a body that is a file, or -1 */
 	off_t off, left;		/* of the file */
@@ -549,14 +550,18 @@ utf8_next(const char *s, unsigned *code)
 	return n;
 }
 
-/* May a terminal or a page get it? Not what they would obey: the controls of
- * ASCII and Latin-1, and what turns the direction of a text around. */
-static bool
-is_shown(unsigned code)
+/* The length of the character that s begins with, if a terminal or a page may
+ * get it, else 0. Not what they would obey: the controls of ASCII and Latin-1,
+ * and what turns the direction of a text around. */
+static size_t
+shown_next(const char *s)
 {
-	return code >= 0x20 && (code < 0x7f || code >= 0xa0) &&
-	    (code < 0x2028 || code > 0x202e) &&
-	    (code < 0x2066 || code > 0x2069);
+	unsigned code;
+	size_t n = utf8_next(s, &code);
+
+	return code < 0x20 || (code >= 0x7f && code < 0xa0) ||
+	    (code >= 0x2028 && code <= 0x202e) ||
+	    (code >= 0x2066 && code <= 0x2069) ? 0 : n;
 }
 
 /* Makes text from outside fit to be shown, in place: each byte that is not
@@ -564,15 +569,11 @@ is_shown(unsigned code)
 static void
 scrub(char *s)
 {
-	unsigned code;
 	size_t n;
 
-	for (; *s != '\0'; s += n) {
-		if ((n = utf8_next(s, &code)) > 0 && is_shown(code))
-			continue;
-		n = n > 0 ? n : 1;
-		memset(s, '?', n);
-	}
+	for (; *s != '\0'; s += n > 0 ? n : 1)
+		if ((n = shown_next(s)) == 0)
+			*s = '?';
 }
 
 /* Both stdout and stderr may be one pipe, which takes PIPE_BUF bytes when it
@@ -723,40 +724,33 @@ buf_free(struct buf *b)
 	*b = (struct buf){ 0 };
 }
 
-/* Appends s so that it means itself in a JSON string or in HTML, attributes
+/* Appends a JSON string, with its quotes, or what means s in HTML, attributes
  * too; what is not UTF-8, or should not be shown, is escaped or replaced. */
 static void
 buf_text(struct buf *b, const char *s, enum form form)
 {
+	const char *quote = form == JSON ? "\"" : "";
 	const char *quoted = form == JSON ? "\"\\" :
 	    form == HTML ? "<>&\"'" : "";
 	unsigned code;
 	size_t n;
 
+	buf_str(b, quote);
 	for (; *s != '\0'; s += n > 0 ? n : 1) {
-		n = utf8_next(s, &code);
-		if (n > 0 && is_shown(code) && strchr(quoted, *s) == NULL)
+		n = shown_next(s);
+		if (n > 0 && strchr(quoted, *s) == NULL)
 			buf_add(b, s, n);
-		else if (form == JSON && n > 0 && is_shown(code))
-			buf_fmt(b, "\\%c", *s);
-		else if (form == JSON)
-			buf_fmt(b, "\\u%04x", n > 0 ? code : 0xfffd);
-		else if (n > 0 && is_shown(code))
-			buf_fmt(b, "&#%u;", code);
+		else if (n > 0)
+			buf_fmt(b, form == JSON ? "\\%c" : "&#%d;", *s);
+		else if (form == JSON && (n = utf8_next(s, &code)) > 0)
+			buf_fmt(b, "\\u%04x", code);
 		else
-			buf_str(b, "?");
+			buf_str(b, form == JSON ? "\\ufffd" : "?");
 	}
+	buf_str(b, quote);
 }
 
-/* Appends a JSON string. */
-static void
-buf_json(struct buf *b, const char *s)
-{
-	buf_str(b, "\"");
-	buf_text(b, s, JSON);
-	buf_str(b, "\"");
-}
-
+#define buf_json(b, s) buf_text(b, s, JSON)
 #define buf_html(b, s) buf_text(b, s, HTML)
 
 /* Appends a member to a JSON object that is open; bare: its value is JSON
@@ -817,20 +811,11 @@ names_order(const void *a, const void *b)
 	return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-/* Sorts a list, and removes what is in it twice. */
 static void
 names_sort(struct names *v)
 {
-	size_t i, n = 0;
-
 	if (v->n > 0)
 		qsort(v->list, v->n, sizeof(*v->list), names_order);
-	for (i = 0; i < v->n; i++)
-		if (n > 0 && strcmp(v->list[n - 1], v->list[i]) == 0)
-			free(v->list[i]);
-		else
-			v->list[n++] = v->list[i];
-	v->n = n;
 }
 
 static void
@@ -1461,12 +1446,12 @@ whole_number(const char *text, uint64_t *n)
 static bool
 http_value_ok(struct span s)
 {
-	const char *end = s.ptr + s.len;
+	size_t i = 0;
 
-	while (s.ptr < end && ((unsigned char)*s.ptr >= 0x20 ?
-	    *s.ptr != 0x7f : *s.ptr == '\t'))
-		s.ptr++;
-	return s.ptr == end;
+	while (i < s.len && (s.ptr[i] == '\t' ||
+	    !iscntrl((unsigned char)s.ptr[i])))
+		i++;
+	return i == s.len;
 }
 
 /* Takes a token off the front of what is left of a line. Its characters (RFC
@@ -1502,10 +1487,8 @@ http_host_ok(struct span h)
 		while (n < h.len && (isalnum((unsigned char)h.ptr[n]) ||
 		    strchr("-._", h.ptr[n]) != NULL))
 			n++;
-	if (n == 0 || n == h.len)
-		return n > 0;
-	return h.ptr[n] == ':' && h.len - n <= 6 &&
-	    n + 1 + strspn(h.ptr + n + 1, "0123456789") == h.len;
+	return n > 0 && (n == h.len || (h.ptr[n] == ':' && h.len - n <= 6 &&
+	    n + 1 + strspn(h.ptr + n + 1, "0123456789") == h.len));
 }
 
 /* Is word in a comma-separated list? With a quality of 0 it is not wanted
@@ -1532,7 +1515,7 @@ static const char *
 http_field(struct head *h, struct span line)
 {
 	struct span name = http_token(&line), value;
-	size_t f = name.len < sizeof(*field_names) ? 0 : F_COUNT;
+	size_t f = 0;
 
 	/* obs-fold and "Name :" end here. */
 	if (name.len == 0 || line.len == 0 || *line.ptr != ':')
@@ -1544,8 +1527,7 @@ http_field(struct head *h, struct span line)
 	value = (struct span){ ++line.ptr, --line.len };
 	(void)span_next(&line, '\0', &value);	/* takes blanks off */
 	while (f < F_COUNT && ((*name.ptr | 32) != *field_names[f] ||
-	    field_names[f][name.len] != '\0' ||
-	    strncasecmp(name.ptr, field_names[f], name.len) != 0))
+	    !span_is(name, field_names[f])))
 		f++;
 	if (f == F_COUNT)
 		return NULL;
@@ -1571,8 +1553,7 @@ http_absolute(struct head *h)
 		return "400 the target is no path and no URL";
 	h->host = (struct span){ p + n, strcspn(p + n, "/? ") };
 	n += h->host.len;
-	h->target.ptr += n;
-	h->target.len -= n;
+	h->target = (struct span){ p + n, h->target.len - n };
 	return http_host_ok(h->host) ? NULL :
 	    "400 the target's host is malformed";
 }
@@ -1655,12 +1636,9 @@ http_head(struct head *h, const char *p, size_t len, const char *end)
 	return NULL;
 }
 
-/*
- * Parses a request's head, from its first line to the empty one. Returns the
+/* Parses a request's head, from its first line to the empty one. Returns the
  * bytes it took, 0 if there must be more, or minus a status. *seen is how far
- * an earlier call came, so that a head sent byte by byte is not read anew
- * each time; the head must begin with its request line.
- */
+ * an earlier call came: a head sent byte by byte is not read anew each time. */
 static int
 http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 {
@@ -1668,6 +1646,8 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 
 	*h = (struct head){ .method = M_COUNT, .length = -1, .minor = 1,
 	    .host = { "", 0 } };
+	if (len > 0 && *data == 0x16)
+		wrong = "400 this is TLS, and the port speaks plain HTTP";
 	for (; end == NULL && wrong == NULL && (lf = memchr(p, '\n',
 	    (size_t)(data + len - p))) != NULL; p = lf + 1) {
 		if (lf == data || lf[-1] != '\r')
@@ -1692,19 +1672,20 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 static bool
 chunk_size(struct span line, int64_t *size)
 {
-	struct span digits = http_token(&line), part;
-	bool ok = digits.len > 0 && http_value_ok(line);
+	struct span part;
+	size_t i = 0;
 	int v;
 
-	for (*size = 0; ok && digits.len > 0; digits.ptr++, digits.len--) {
-		v = hex_value((unsigned char)*digits.ptr);
-		ok = v != -1;
+	*size = 0;
+	for (; i < line.len &&
+	    (v = hex_value((unsigned char)line.ptr[i])) != -1; i++)
 		*size = *size > INT64_MAX >> 4 ? INT64_MAX : *size << 4 | v;
-	}
-	if (!ok || !span_next(&line, ';', &part))
-		return ok;
-	return part.len == 0 && span_next(&line, ';', &part) &&
-	    http_token(&part).len > 0;
+	if (i == 0 || !http_value_ok(line))
+		return false;
+	line = (struct span){ line.ptr + i, line.len - i };
+	return line.len == 0 || (span_next(&line, ';', &part) &&
+	    part.len == 0 && span_next(&line, ';', &part) &&
+	    http_token(&part).len > 0);
 }
 
 /* ==== names ==============================================================
@@ -1749,29 +1730,28 @@ static bool names_fold;
 
 /*
  * NULL if name may be a state's, else what is wrong with it:
- * 1. at most 1,000 bytes; 2. UTF-8 without control characters, without
- * backslash; 3. 1 to 32 segments of 1 to 200 bytes; 4. none begins with '.'
- * or '-': so there is no "..", nothing hidden, nothing like an option;
- * 5. none ends like our own files, so no state's file is another's lock;
- * 6. the last is not "lock", which is the lock's URL;
- * 7. the first of several is not the original demo's terraform_state or
- * terraform_lock, whose URLs mean another state;
- * 8. on a file system that ignores case, only one spelling is let in.
+ * 1. it has 1 to 32 segments of 1 to 200 bytes, and 1,000 bytes in all;
+ * 2. it is UTF-8 without control characters, without backslash;
+ * 3. no segment begins with '.' or '-': so there is no "..", nothing hidden,
+ * nothing like an option; 4. none ends like our own files, so no state's file
+ * is another's lock; 5. its URL means no other state, as the original demo's
+ * terraform_state/NAME would, and no lock;
+ * 6. on a file system that ignores case, only one spelling is let in.
  */
 static const char *
 name_wrong(const char *name)
 {
 	static const char size[] = "a state name has 1 to 32 segments of 1 to "
 	    "200 bytes, and 1000 bytes in all";
-	unsigned segments = 0, code;
+	unsigned segments = 0;
 	const char *p = name;
 	size_t n;
 
 	if (strlen(name) > NAME_LEN_MAX)
 		return size;
 	for (; *p != '\0'; p += n) {
-		n = utf8_next(p, &code);
-		if (n == 0 || !is_shown(code) || code == '\\')
+		n = shown_next(p);
+		if (n == 0 || *p == '\\')
 			return "a state name is UTF-8 without control "
 			    "characters or backslashes";
 		if (names_fold && (isupper((unsigned char)*p) || n > 1))
@@ -1818,7 +1798,8 @@ url_decode(struct span s, char *out, size_t size, bool query)
 	return i == s.len;
 }
 
-/* What URLs begin with. A page without a name is the whole of its URL. */
+/* What URLs begin with. A page without a name is the whole of its URL; the
+ * path of http://host is empty. */
 static const struct route {
 	const char *path;
 	enum kind kind;
@@ -1827,13 +1808,11 @@ static const struct route {
 	{ "/-/metrics", K_METRICS }, { "/-/versions/", K_VERSIONS },
 	{ "/-/log/", K_LOG }, { "/-/", K_STAR }, { "/", K_ROOT },
 	{ "/terraform_state/", K_STATE }, { "/terraform_lock/", K_LOCK },
-	{ "/", K_STATE }, { "", K_STAR }
+	{ "/", K_STATE }, { "", K_ROOT }, { "", K_STAR }
 };
 
-/*
- * Fills kind, name and version from a target's path; K_STAR: there is no such
- * page. NULL, or what is wrong with a name.
- */
+/* Fills kind, name and version from a target's path; K_STAR: there is no such
+ * page. NULL, or what is wrong with a name. */
 static const char *
 name_route(struct span target, struct request *r)
 {
@@ -1872,25 +1851,20 @@ name_route(struct span target, struct request *r)
 	return wrong;
 }
 
-/*
- * Takes what we know from a target's query: ID, and for the listing q and
- * locked. NULL, or what is wrong. To a state's or a lock's URL nobody may add
- * another key: ?env=prod and ?env=dev would be one state. Only an UNLOCK with
- * one is done, so that a run that has begun ends well.
- */
+/* Takes what we know from a target's query: ID, and for the listing q and
+ * locked. NULL, or what is wrong: a state's or a lock's URL has no other key,
+ * for ?env=prod and ?env=dev would be one state. Only an UNLOCK with one is
+ * done, so that a run that has begun ends well. */
 static const char *
 name_query(struct span query, struct request *r, bool unlock)
 {
 	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock, id;
 	struct span part, key;
-	char word[8];
 
 	while (span_next(&query, '&', &part)) {
 		if (!span_next(&part, '=', &key))
 			continue;
-		if (!url_decode(key, word, sizeof(word), true))
-			word[0] = '\0';
-		id = strcmp(word, "ID") == 0;
+		id = key.len == 2 && memcmp(key.ptr, "ID", 2) == 0;
 		if (strict && !id)
 			return "a state's URL takes no query but ?ID=: put "
 			    "what makes two states different into the path, "
@@ -1900,14 +1874,15 @@ name_query(struct span query, struct request *r, bool unlock)
 		    !url_decode(part, r->id, sizeof(r->id), true)))
 			return "?ID= is given twice, badly escaped, or longer "
 			    "than 256 bytes";
-		if (r->kind == K_ROOT && strcmp(word, "q") == 0 &&
+		if (r->kind == K_ROOT && span_is(key, "q") &&
 		    !url_decode(part, r->query, sizeof(r->query), true))
 			return "?q= is badly escaped or longer than 255 bytes";
 		r->has_id |= id;
-		r->locked |= strcmp(word, "locked") == 0;
+		r->locked |= span_is(key, "locked");
 	}
 	return NULL;
 }
+
 /* ==== storage ============================================================
  *
  * A name's files lie in one directory, its place; everything is opened
@@ -1929,7 +1904,6 @@ name_query(struct span query, struct request *r, bool unlock)
 static struct {
 	int root;			/* the directory */
 	int guard;			/* .guard, opened once */
-	struct stat guard_st;
 	bool remote;			/* on a network file system */
 	uint64_t token;			/* ours, in temporary names */
 	_Atomic unsigned tmps;		/* temporary files so far */
@@ -1951,16 +1925,18 @@ unchanged(const struct stat *a, const struct stat *b)
 	    time_order(a->st_ctim, b->st_ctim) == 0;
 }
 
-/* Is the states' directory still the one of its path? Link counts do not tell
- * that on overlayfs. */
+/* Is an open file still the one that a path leads to? */
 static bool
-store_there(void)
+file_is(int fd, int dir, const char *path, int flag)
 {
 	struct stat mine, named;
 
-	return fstat(store.root, &mine) == 0 && stat(conf.dir, &named) == 0 &&
+	return fstat(fd, &mine) == 0 && fstatat(dir, path, &named, flag) == 0 &&
 	    same_file(&mine, &named);
 }
+
+/* Link counts do not tell that of a directory on overlayfs. */
+#define store_there() file_is(store.root, AT_FDCWD, conf.dir, 0)
 
 /* Leaves ENOENT in errno only if that is the whole truth. Returns -1. */
 static int
@@ -2029,21 +2005,24 @@ place_open(const char *name, enum enter how, struct place *p)
 }
 
 static const char *
-leaf_name(char out[LEAF], const struct place *p, const char *suffix)
+leaf_name(char out[LEAF], const char *leaf, const char *suffix)
 {
-	(void)snprintf(out, LEAF, "%.200s%s", p->leaf, suffix);
+	(void)snprintf(out, LEAF, "%.200s%s", leaf, suffix);
 	return out;
 }
 
 /* Opens an ordinary file, and nothing else: a FIFO would block, a link lead
- * elsewhere. st may be NULL. */
+ * elsewhere. -1 with errno, ENOENT only if there is none; st may be NULL. */
 static int
 file_open(int dir, const char *name, int how, struct stat *st)
 {
 	struct stat mine = { 0 };
-	int fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY |
-	    O_CLOEXEC, 0600);
+	int fd = -1;
 
+	errno = ENOENT;			/* if there is no directory */
+	if (dir != -1)
+		fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK |
+		    O_NOCTTY | O_CLOEXEC, 0600);
 	if (fd == -1)
 		return absent();
 	st = st != NULL ? st : &mine;
@@ -2056,26 +2035,30 @@ file_open(int dir, const char *name, int how, struct stat *st)
 	return -1;
 }
 
-/* Opens one of a name's files; -1 with errno, ENOENT only if there is none. */
+/* Opens one of a name's files. */
 static int
 place_file(const struct place *p, const char *suffix, int how,
     struct stat *st)
 {
 	char leaf[LEAF];
 
-	errno = ENOENT;
-	return p->dir == -1 ? absent() :
-	    file_open(p->dir, leaf_name(leaf, p, suffix), how, st);
+	return file_open(p->dir, leaf_name(leaf, p->leaf, suffix), how, st);
 }
 
-/* Opens a file of a name, for reading; as place_file. */
+/* Opens a file of a name, or of its earlier version id, if that is not "", for
+ * reading. */
 static int
-name_file(const char *name, const char *suffix, struct stat *st)
+name_file(const char *name, const char *id, const char *suffix,
+    struct stat *st)
 {
+	char path[NAME_LEN_MAX + VERSION_ID + 16];
+	bool old = *id != '\0';
 	struct place p;
 	int fd;
 
-	if (place_open(name, D_OPEN, &p) == -1)
+	(void)snprintf(path, sizeof(path), "%s%s%s%s", old ? ".history/" : "",
+	    name, old ? "/" : "", id);
+	if (place_open(path, D_OPEN, &p) == -1)
 		return -1;
 	fd = place_file(&p, suffix, O_RDONLY, st);
 	dir_leave(p.dir);
@@ -2145,40 +2128,29 @@ meta_file(int fd, struct meta *m)
 	(void)meta_read(&j, m);
 }
 
-/* Room on the disk, in bytes, and how much of it is kept, so that locks can be
- * released and taken when states no longer fit: at most a sixteenth. */
-static int
-store_room(uint64_t *room, uint64_t *reserve)
-{
-	struct statvfs fs;
-	bool low;
-
-	if (fstatvfs(store.root, &fs) == -1)
-		return -1;
-	/* Some network file systems do not tell. */
-	*room = fs.f_blocks == 0 ? UINT64_MAX / 2 :
-	    (uint64_t)fs.f_bavail * fs.f_frsize;
-	*reserve = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
-	*reserve = *reserve < RESERVE ? *reserve : RESERVE;
-	low = *room < *reserve;
-	if (low != store.low)
-		complain("%s: %s", conf.dir, low ? "the disk is nearly full, "
-		    "only locks are written" : "there is room again");
-	store.low = low;
-	return 0;
-}
-
-/* 0 if n more bytes leave the reserve alone, else -1; errno may be ENOSPC in
- * either case. */
+/* 0 if n more bytes leave alone what is kept so that locks can be released and
+ * taken when states no longer fit: a sixteenth of the disk at most. Else -1.
+ * errno may be ENOSPC in either case; n may be -1: of a chunked body. */
 static int
 store_fits(int64_t n)
 {
-	uint64_t room, reserve;
+	struct statvfs fs;
+	uint64_t reserve;
+	int64_t left;
 
-	if (store_room(&room, &reserve) == -1)
+	if (fstatvfs(store.root, &fs) == -1)
 		return -1;
+	reserve = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
+	reserve = reserve < RESERVE ? reserve : RESERVE;
+	/* Some network file systems do not tell. */
+	left = fs.f_blocks == 0 ? INT64_MAX :
+	    (int64_t)((uint64_t)fs.f_bavail * fs.f_frsize - reserve);
+	if (store.low != (left < 0))
+		complain("%s: %s", conf.dir, left < 0 ? "the disk is nearly "
+		    "full, only locks are written" : "there is room again");
+	store.low = left < 0;
 	errno = ENOSPC;
-	return room >= reserve + (uint64_t)n ? 0 : -1;
+	return left >= n ? 0 : -1;
 }
 
 /* ---- temporary files: .tmp/TOKEN-NUMBER, or .tmp-TOKEN-NUMBER elsewhere */
@@ -2210,15 +2182,13 @@ tmp_remove(struct tmp *t)
 static int
 tmp_create(struct tmp *t, int dir)
 {
-	const int how = O_RDWR | O_CREAT | O_EXCL;
-
 	tmp_name(t, dir);
-	t->fd = file_open(dir, t->name, how, NULL);
-	if (t->fd == -1 && errno == ENOENT && dir == store.root &&
-	    mkdirat(dir, ".tmp", 0700) == 0)	/* somebody tidied up */
-		t->fd = file_open(dir, t->name, how, NULL);
+	t->fd = file_open(dir, t->name, O_RDWR | O_CREAT | O_EXCL, NULL);
 	if (t->fd != -1)
 		return 0;
+	if (errno == ENOENT && dir == store.root &&
+	    mkdirat(dir, ".tmp", 0700) == 0)	/* somebody tidied up */
+		return tmp_create(t, dir);
 	tmp_remove(t);			/* it may have been made */
 	return -1;
 }
@@ -2253,13 +2223,15 @@ tmp_copy(struct tmp *t, int dir, int fd)
 	return -1;
 }
 
-/* Moves one to another directory: by a copy, if that is another file system
- * or a mount point. */
+/* Moves one, if it is open, to another directory: by a copy, if that is another
+ * file system or a mount point. */
 static int
 tmp_move(struct tmp *t, int dir)
 {
 	struct tmp to;
 
+	if (t->fd == -1 || t->dir == dir)
+		return 0;
 	tmp_name(&to, dir);
 	if (renameat(t->dir, t->name, dir, to.name) == 0)
 		to.fd = t->fd;
@@ -2285,22 +2257,6 @@ history_open(const char *name, enum enter how)
 	return p.dir;
 }
 
-/* Opens an earlier version for reading. */
-static int
-version_open(const char *name, const char *id, struct stat *st)
-{
-	char path[NAME_LEN_MAX + VERSION_ID + 16];
-
-	(void)snprintf(path, sizeof(path), ".history/%s/%s", name, id);
-	return name_file(path, STATE, st);
-}
-
-static const char *
-version_leaf(char out[LEAF], const char *id)
-{
-	return leaf_name(out, &(struct place){ .leaf = id }, STATE);
-}
-
 /* Lists the IDs in a history, oldest first; its directory stays open. */
 static int
 history_list(int dir, struct names *ids)
@@ -2313,7 +2269,6 @@ history_list(int dir, struct names *ids)
 		close_quietly(copy);
 		return -1;
 	}
-	names_free(ids);
 	while (errno = 0, (e = readdir(d)) != NULL)
 		if (is_version(e->d_name, STATE) &&
 		    cut_suffix(e->d_name, STATE))
@@ -2366,38 +2321,36 @@ history_next(struct names *ids, const char *serial)
  * terraform writes every 20 seconds of a long run, and these must not push out
  * what was there before it. Their mtime is later than the lock's: one file
  * system, one clock. If an ID or an mtime is later than now, clocks have
- * moved: then the oldest go.
+ * moved: then the oldest go. Round 0 looks for the newest, round 1 removes
+ * those before it, round 2 the oldest.
  */
 static void
 history_prune(int dir, struct names *ids, const struct lock *lock)
 {
 	size_t excess = ids->n > conf.keep ? ids->n - conf.keep : 0, i;
-	size_t own = ids->n, first = 0;
+	size_t newest = 0;
 	int64_t now = time_ms();
-	char leaf[LEAF], *id;
+	bool moved = ids->n > 0 && version_ms(ids->list[ids->n - 1]) > now;
+	int round = lock->held && !moved ? 0 : 2;
+	char leaf[LEAF];
 	struct stat st;
 
-	for (i = 0; lock->held && excess > 0 && i < ids->n; i++) {
-		id = ids->list[i];
-		if (fstatat(dir, version_leaf(leaf, id), &st,
-		    AT_SYMLINK_NOFOLLOW) == -1)
-			continue;
-		if (version_ms(id) > now || st.st_mtim.tv_sec > now / 1000) {
-			names_sort(ids);
-			break;
+	for (; round < 3; round++)
+		for (i = 0; i < ids->n && excess > 0; i++) {
+			(void)leaf_name(leaf, ids->list[i], STATE);
+			if (*ids->list[i] == '\0' || (round < 2 &&
+			    (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ==
+			    -1 || time_order(st.st_mtim, lock->since) <= 0)))
+				continue;
+			if (round == 0) {
+				moved |= st.st_mtim.tv_sec > now / 1000;
+				newest = moved ? 0 : i;
+			} else if (round == 2 || i < newest) {
+				(void)unlinkat(dir, leaf, 0);
+				*ids->list[i] = '\0';
+				excess--;
+			}
 		}
-		if (time_order(st.st_mtim, lock->since) <= 0)
-			continue;
-		if (own < i) {		/* the one before: to the front */
-			id = ids->list[own];
-			memmove(ids->list + first + 1, ids->list + first,
-			    (own - first) * sizeof(id));
-			ids->list[first++] = id;
-		}
-		own = i;
-	}
-	for (i = 0; i < excess; i++)
-		(void)unlinkat(dir, version_leaf(leaf, ids->list[i]), 0);
 }
 
 /* ---- small states, for the loop alone ----
@@ -2496,17 +2449,15 @@ lock_info(struct json *j, struct lock *l)
 static int
 lock_read(const struct place *p, struct lock *l)
 {
-	struct lock freeze;
-	ssize_t n = -1;
 	struct stat st;
+	int fd = place_file(p, LOCK, O_RDONLY, &st);
+	ssize_t n = -1;
 	struct json j;
-	unsigned code;
 	size_t len;
 	char *end;
-	int fd;
 
 	*l = (struct lock){ 0 };
-	if ((fd = place_file(p, LOCK, O_RDONLY, &st)) == -1)
+	if (fd == -1)
 		return errno == ENOENT ? 0 : -1;
 	if ((end = calloc(1, LOCK_INFO_MAX + 1)) != NULL)
 		n = read_at(fd, end, LOCK_INFO_MAX, 0);
@@ -2515,17 +2466,16 @@ lock_read(const struct place *p, struct lock *l)
 		free(end);
 		return -1;
 	}
-	freeze = (struct lock){ .since = st.st_mtim, .raw = end,
-	    .len = (size_t)n, .held = *end != '\0', .torn = *end == '\0' };
-	*l = freeze;
-	j = json_text(l->raw, l->len, NULL, 0);
-	if (l->torn || (st.st_size <= LOCK_INFO_MAX && lock_info(&j, l)))
+	*l = (struct lock){ .since = st.st_mtim, .raw = end,
+	    .held = *end != '\0' };	/* else it is torn */
+	j = json_text(end, (size_t)n, NULL, 0);
+	if (!l->held || lock_info(&j, l))
 		return 0;
 	/* A freeze: what its first line says becomes its ID, which is all
 	 * that Terraform up to 1.14 shows of a holder, and its Info. */
-	*l = freeze;
 	l->foreign = true;
-	while ((len = utf8_next(end, &code)) > 0 && is_shown(code))
+	*l->operation = *l->who = *l->created = '\0';
+	while ((len = shown_next(end)) > 0)
 		end += len;
 	span_copy(l->info, sizeof(l->info), (struct span){ l->raw,
 	    (size_t)(end - l->raw) });
@@ -2534,52 +2484,10 @@ lock_read(const struct place *p, struct lock *l)
 	return 0;
 }
 
-/* Appends what a client in conflict is told: the holder's own bytes, or, of
- * a freeze, lock info with an ID (terraform 1.15) and without a Created, which
- * would have to be a time. */
-static void
-lock_tell(const struct lock *l, struct buf *b)
-{
-	if (!l->foreign) {
-		buf_add(b, l->raw, l->len);
-		return;
-	}
-	buf_str(b, "{\"ID\":");
-	buf_json(b, l->id);
-	buf_str(b, ",\"Operation\":\"\",\"Info\":");
-	buf_json(b, l->info);
-	buf_str(b, ",\"Who\":\"\",\"Version\":\"\",\"Path\":\"\"}");
-}
-
-/* Appends what is known of it, to a JSON object that is open. */
-static void
-lock_pairs(struct buf *b, const struct lock *l)
-{
-	buf_pair(b, "id", l->id, false);
-	buf_pair(b, "who", l->who, false);
-	buf_pair(b, "operation", l->operation, false);
-	buf_pair(b, "info", l->info, false);
-	buf_pair(b, "created", l->created, false);
-}
-
 static bool
 lock_is(const struct lock *l, const char *id)
 {
 	return l->held && !l->foreign && strcmp(l->id, id) == 0;
-}
-
-/* May one who may only plan take and release it: does its operation change
- * no state? terraform console's is OperationTypeInvalid. */
-static bool
-lock_plans(const struct lock *l)
-{
-	static const char *const plans[] = { "", "OperationTypePlan",
-	    "OperationTypeInvalid", "migration source state" };
-	size_t i = 0;
-
-	while (i < 4 && strcmp(l->operation, plans[i]) != 0)
-		i++;
-	return i < 4;
 }
 
 /* ---- the guard ---- */
@@ -2591,8 +2499,8 @@ static struct {
 	struct guard *first;
 } guards = { .mutex = PTHREAD_MUTEX_INITIALIZER };
 
-/* Locks or frees one byte of .guard; does not wait. Classic locks belong to
- * the process, and any close of .guard drops them all: it is opened once. */
+/* Locks or frees one byte of .guard; does not wait. With classic locks any
+ * close of .guard would drop them all: it is opened once. */
 static int
 guard_set(short type, off_t byte)
 {
@@ -2617,14 +2525,8 @@ guard_server_byte(uint64_t token)
 }
 
 /* Is the locked file still the one that other servers lock? */
-static bool
-guard_in_place(void)
-{
-	struct stat st;
-
-	return fstatat(store.root, ".guard", &st, AT_SYMLINK_NOFOLLOW) == 0 &&
-	    same_file(&st, &store.guard_st);
-}
+#define guard_in_place() \
+	file_is(store.guard, store.root, ".guard", AT_SYMLINK_NOFOLLOW)
 
 /* How many stand before it with the same byte. It joins the list, if it is
  * not in it; or leaves it. */
@@ -2719,6 +2621,7 @@ lock_look(const char *name, struct lock *l)
 	dir_leave(p.dir);
 	return status;
 }
+
 /* ==== users ==============================================================
  *
  * Who may do what. A request shows a name and a secret, or a secret alone;
@@ -2754,37 +2657,37 @@ users_drop(struct users *u)
 		free(u);
 }
 
+/* Is the line the request's? A Bearer secret comes without a name. */
 static bool
-same_secret(const unsigned char *a, const unsigned char *b)
+user_is(const struct user *u, const struct request *r)
 {
 	unsigned diff = 0;
 	size_t i;
 
 	for (i = 0; i < 32; i++)
-		diff |= a[i] ^ b[i];
-	return diff == 0;
+		diff |= u->secret[i] ^ r->secret[i];
+	return diff == 0 && (r->bearer || strcmp(u->name, r->user) == 0);
 }
 
 /* '*' any bytes, slashes too; '?' one byte. No recursion, no surprises. */
 static bool
-glob(const char *pattern, const char *s)
+glob(const char *p, const char *s)
 {
 	const char *star = NULL, *from = NULL;
 
-	while (*s != '\0') {
-		if (*pattern == '*') {
-			star = pattern++;
+	while (*s != '\0')
+		if (*p == '*') {
+			star = ++p;
 			from = s;
-		} else if (*pattern == '?' || *pattern == *s) {
-			pattern++;
+		} else if (*p == '?' || *p == *s) {
+			p++;
 			s++;
 		} else if (star != NULL) {
-			pattern = star + 1;
+			p = star;
 			s = ++from;
 		} else
 			return false;
-	}
-	return pattern[strspn(pattern, "*")] == '\0';
+	return p[strspn(p, "*")] == '\0';
 }
 
 /* The highest permission of the lines that are the request's, on a name;
@@ -2794,17 +2697,13 @@ user_right(const struct request *r, const char *name)
 {
 	enum right right = R_NONE;
 	const struct user *u;
-	size_t i;
 
 	if (r->users == NULL)
 		return R_WRITE;
-	for (i = 0; i < r->users->n; i++) {
-		u = &r->users->list[i];
-		if (same_secret(u->secret, r->secret) && u->right > right &&
-		    (r->bearer || strcmp(u->name, r->user) == 0) &&
+	for (u = r->users->list; u < r->users->list + r->users->n; u++)
+		if (user_is(u, r) && u->right > right &&
 		    (name == NULL || glob(u->pattern, name)))
 			right = u->right;
-	}
 	return right;
 }
 
@@ -2813,9 +2712,10 @@ user_right(const struct request *r, const char *name)
 static bool
 user_shows(struct request *r, struct span v)
 {
+	const struct user *u = r->users->list;
 	char text[8192];
 	struct span scheme;
-	size_t i, len;
+	size_t len;
 	ssize_t n;
 
 	(void)span_next(&v, ' ', &scheme);
@@ -2823,22 +2723,20 @@ user_shows(struct request *r, struct span v)
 		return false;
 	if (span_is(scheme, "bearer")) {
 		sha256(v.ptr, v.len, r->secret);
-		r->bearer = true;	/* has no name until it is known */
-		for (i = 0; i < r->users->n; i++)
-			if (same_secret(r->users->list[i].secret, r->secret))
+		r->bearer = true;
+		for (; u < r->users->list + r->users->n; u++)
+			if (user_is(u, r))
 				span_copy(r->user, sizeof(r->user),
-				    span(r->users->list[i].name));
+				    span(u->name));
 		return true;
 	}
 	n = base64_decode(v, text, sizeof(text) - 1);
-	if (!span_is(scheme, "basic") || n == -1)
-		return false;
-	text[n] = '\0';
+	text[n == -1 ? 0 : n] = '\0';
 	len = strcspn(text, ":");
-	if (strlen(text) != (size_t)n || len == (size_t)n || len == 0 ||
+	if (!span_is(scheme, "basic") || text[len] != ':' ||
 	    len >= sizeof(r->user))
 		return false;
-	span_copy(r->user, sizeof(r->user), (struct span){ text, len });
+	memcpy(r->user, text, len);
 	sha256(text + len + 1, (size_t)n - len - 1, r->secret);
 	return true;
 }
@@ -2862,25 +2760,6 @@ user_wrong(const char *name, const char *secret)
 	return NULL;
 }
 
-/* Reads "sha256:HEX", or takes the digest of what is written. */
-static bool
-secret_read(const char *word, unsigned char out[32])
-{
-	size_t i;
-
-	if (strncmp(word, "sha256:", 7) != 0) {
-		sha256(word, strlen(word), out);
-		return true;
-	}
-	word += 7;
-	if (strlen(word) != 64 || strspn(word, "0123456789abcdefABCDEF") != 64)
-		return false;
-	for (i = 0; i < 64; i++)
-		out[i / 2] = (unsigned char)(out[i / 2] << 4 |
-		    hex_value((unsigned char)word[i]));
-	return true;
-}
-
 /* A pattern that was surely meant otherwise; NULL, or what is wrong: with a
  * letter for each wildcard it is no name. */
 static const char *
@@ -2889,8 +2768,8 @@ pattern_wrong(const char *pattern)
 	char name[NAME_LEN_MAX + 2], *p;
 
 	if (strpbrk(pattern, ",\"'") != NULL)
-		return "no commas or quotes between patterns, only blanks; ? "
-		    "stands for a comma in a name";
+		return "a pattern has no commas or quotes: ? stands for one in "
+		    "a name";
 	(void)snprintf(name, sizeof(name), "%s", pattern);
 	while ((p = strpbrk(name, "*?")) != NULL)
 		*p = 'x';
@@ -2902,6 +2781,7 @@ pattern_wrong(const char *pattern)
 static const char *
 user_line(struct users *u, char *line, const char **at)
 {
+	static const char digits[] = "0123456789abcdefABCDEF";
 	struct user new = { .right = R_WRITE };
 	char *save = NULL, *field[4];
 	const char *wrong;
@@ -2918,8 +2798,14 @@ user_line(struct users *u, char *line, const char **at)
 		return "a line is: name secret permission [pattern...]";
 	if ((wrong = user_wrong(field[0], field[1])) != NULL)
 		return wrong;
-	if (!secret_read(field[1], new.secret))
+	if (strncmp(field[1], "sha256:", 7) != 0)
+		sha256(field[1], strlen(field[1]), new.secret);
+	else if (strlen(field[1]) != 71 || strspn(field[1] + 7, digits) != 64)
 		return "after sha256: come 64 hexadecimal digits";
+	else
+		for (i = 0; i < 64; i++)
+			new.secret[i / 2] = (unsigned char)(new.secret[i / 2]
+			    << 4 | hex_value((unsigned char)field[1][7 + i]));
 	while (strcmp(field[2], right_names[new.right]) != 0)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
@@ -2948,34 +2834,31 @@ users_read(void)
 	size_t number = 0;
 	ssize_t n = -1;
 	struct stat st;
+	bool ok;
 
 	if (fd == -1 || u == NULL || fstat(fd, &st) == -1)
 		wrong = strerror(errno);
 	else if (!S_ISREG(st.st_mode))
 		wrong = "it is not a file";
-	else if ((n = read_at(fd, rest, USERS_MAX, 0)) == -1)
-		wrong = strerror(errno);
-	else if (n == USERS_MAX || strlen(rest) != (size_t)n)
-		wrong = "it is too large, or has a NUL in it";
+	else if ((n = read_at(fd, rest, USERS_MAX, 0)) == USERS_MAX ||
+	    strlen(rest) != (size_t)n)
+		wrong = "it cannot be read, is too large, or has a NUL in it";
 	else if ((st.st_mode & 077) != 0)
 		complain("others can read %s: chmod 600 it", conf.users);
 	close_quietly(fd);
 	for (; wrong == NULL && (line = strsep(&rest, "\n")) != NULL; number++)
 		wrong = user_line(u, line, &at);
-	if (wrong == NULL && u->n == 0) {
-		wrong = "it names no user";
-		number = 0;
-	}
-	if (wrong != NULL && number > 0)
-		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
-	else if (wrong != NULL)
-		complain("cannot use %s: %s", conf.users, wrong);
-	else {
+	ok = wrong == NULL && u->n > 0;
+	if (ok) {
 		old = users;
 		users = u;
-	}
+	} else if (wrong != NULL && number > 0)
+		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
+	else
+		complain("cannot use %s: %s", conf.users, wrong != NULL ?
+		    wrong : "it names no user");
 	users_drop(old);
-	return wrong == NULL;
+	return ok;
 }
 
 /* The users of -u, or the one of the environment. The wrapper's command finds
@@ -2988,11 +2871,10 @@ users_start(void)
 	unsigned char bytes[16];
 	char text[33];
 
-	if (conf.users != NULL) {
-		if (!users_read())
-			exit(1);
+	if (conf.users != NULL && !users_read())
+		exit(1);
+	if (conf.users != NULL)
 		return;
-	}
 	if (conf.command != NULL) {
 		if (getentropy(bytes, sizeof(bytes)) == -1)
 			die(1, "cannot make a password: %s", strerror(errno));
@@ -3014,6 +2896,7 @@ users_start(void)
 	single.n = 1;
 	users = &single;
 }
+
 /* ==== wire ===============================================================
  *
  * One connection, as the thread sees that serves its request: what is sent
@@ -3093,7 +2976,7 @@ refuse(struct request *r, int status, const char *fmt, ...)
 
 /* The one place where an errno becomes a status: what stands here, or 503,
  * which invites the client to try again. The first two mean that the guard was
- * not to be had: such a wait is long, and do_lock knows them by it. */
+ * not to be had: do_lock then looks at the lock without it. */
 static const struct { int error, status; const char *why; } errnos[] = {
 	{ ETIMEDOUT, 503, "another request for it takes too long" },
 	{ EBUSY, 503, "too many requests wait for it" },
@@ -3110,13 +2993,12 @@ static const struct { int error, status; const char *why; } errnos[] = {
 static int
 refuse_errno(struct request *r, const char *what)
 {
-	const char *why = strerror(errno);
 	size_t i = 0;
 
 	while (errnos[i].error != 0 && errnos[i].error != errno)
 		i++;
 	(void)refuse(r, errnos[i].status, "cannot %s: %s", what,
-	    errnos[i].why != NULL ? errnos[i].why : why);
+	    errnos[i].why != NULL ? errnos[i].why : strerror(errno));
 	r->unguarded = i < 2;
 	if (!r->unguarded)
 		complain("%s: %s", r->name, r->why);
@@ -3200,31 +3082,32 @@ refuse_gone(struct request *r)
 	    "was changed");
 }
 
-/* Closes the gap that consumed bytes left at the front of the buffer. */
-static void
-conn_compact(struct conn *c)
+/* Reads what has come, behind what is left in the buffer; as recv(2). */
+static ssize_t
+conn_recv(struct conn *c)
 {
-	if (c->at == 0)
-		return;
+	ssize_t n;
+
 	memmove(c->in, c->in + c->at, c->used - c->at);
 	c->used -= c->at;
-	c->at = c->seen = 0;
+	c->at = 0;
+	n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0);
+	c->used += n > 0 ? (size_t)n : 0;
+	return n;
 }
 
-/* Reads what comes of it into the connection's buffer. */
+/* Waits for more of the body. */
 static int
 body_more(struct request *r)
 {
 	static const char go_on[] = "HTTP/1.1 100 Continue\r\n\r\n";
 	struct conn *c = r->conn;
-	ssize_t n = sizeof(go_on) - 1;
+	ssize_t n;
 
-	/* So short a line fits, or the client has stopped reading. */
-	if (r->expects && send(c->fd, go_on, (size_t)n, 0) != n)
-		return cut(r, "the client has left before the body");
+	if (r->expects)			/* if that fails, the recv will tell */
+		(void)send(c->fd, go_on, sizeof(go_on) - 1, 0);
 	r->expects = false;
-	conn_compact(c);
-	while ((n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0)) == -1)
+	while ((n = conn_recv(c)) == -1)
 		if (!conn_wait(c, POLLIN))
 			return cut(r, clock_ms() >= c->deadline ?
 			    "the body came too slowly" :
@@ -3232,7 +3115,6 @@ body_more(struct request *r)
 	if (n == 0)
 		return refuse(r, 400, "the body is not complete");
 	conn_moved(c, (size_t)n);
-	c->used += (size_t)n;
 	return 0;
 }
 
@@ -3242,12 +3124,11 @@ body_line(struct request *r, size_t max, struct span *line)
 {
 	struct conn *c = r->conn;
 	const char *lf;
-	int status;
 
 	while ((lf = memchr(c->in + c->at, '\n', c->used - c->at)) == NULL &&
 	    c->used - c->at < max)
-		if ((status = body_more(r)) != 0)
-			return status;
+		if (body_more(r) != 0)
+			return r->status;
 	line->ptr = c->in + c->at;
 	line->len = lf == NULL ? 0 : (size_t)(lf - line->ptr);
 	if (line->len == 0 || line->len >= max || lf[-1] != '\r')
@@ -3267,25 +3148,24 @@ body_chunk(struct request *r)
 	const char *wrong;
 	struct span line;
 	int64_t size;
-	int status;
 
-	if (r->in_chunks && (status = body_line(r, 2, &line)) != 0)
-		return status;
+	if (r->in_chunks && body_line(r, 2, &line) != 0)
+		return r->status;
 	r->in_chunks = true;
-	if ((status = body_line(r, CHUNK_LINE_MAX, &line)) != 0)
-		return status;
+	if (body_line(r, CHUNK_LINE_MAX, &line) != 0)
+		return r->status;
 	if (!chunk_size(line, &size))
 		return refuse(r, 400, "a chunk's first line is malformed");
 	if (size > r->room)
 		return refuse(r, r->too_large, "the body is too large");
 	r->room -= size;
-	while (size == 0 && (status = body_line(r, CHUNK_LINE_MAX,
-	    &line)) == 0 && line.len > 0)
+	while (size == 0 && body_line(r, CHUNK_LINE_MAX, &line) == 0 &&
+	    line.len > 0)
 		if ((wrong = http_field(&trailer, line)) != NULL)
 			return refuse(r, atoi(wrong), "%s", wrong + 4);
-	if (status == 0)
+	if (r->status == 0)
 		r->length = size;
-	return status;
+	return r->status;
 }
 
 /* The next piece of a body, which stays in the connection's buffer until the
@@ -3294,12 +3174,11 @@ static int
 body_next(struct request *r, struct span *piece)
 {
 	struct conn *c = r->conn;
-	int status;
 
-	if (r->length < 0 && (status = body_chunk(r)) != 0)
-		return status;
-	if (r->length > 0 && c->used == c->at && (status = body_more(r)) != 0)
-		return status;
+	if (r->length < 0 && body_chunk(r) != 0)
+		return r->status;
+	if (r->length > 0 && c->used == c->at && body_more(r) != 0)
+		return r->status;
 	*piece = (struct span){ c->in + c->at, c->used - c->at };
 	if ((uint64_t)r->length < piece->len)
 		piece->len = (size_t)r->length;
@@ -3317,16 +3196,15 @@ static int
 body_whole(struct request *r)
 {
 	struct span piece;
-	int status;
 
 	if ((r->body = malloc(LOCK_INFO_MAX)) == NULL)
 		return refuse(r, 503, "out of memory");
-	while ((status = body_next(r, &piece)) == 0 && piece.len > 0) {
+	while (body_next(r, &piece) == 0 && piece.len > 0) {
 		assert(r->len + piece.len <= LOCK_INFO_MAX);
 		memcpy(r->body + r->len, piece.ptr, piece.len);
 		r->len += piece.len;
 	}
-	return status;
+	return r->status;
 }
 
 /* ==== commits ============================================================
@@ -3343,18 +3221,25 @@ body_whole(struct request *r)
  * Functions return 0, a status, or -1: the request was cut.
  */
 
-/* The answer is the holder's lock info: every client knows to read it. */
+/* Answers with who holds the lock, which every client knows to read: with the
+ * holder's own bytes, or, of a freeze, with lock info that has an ID (terraform
+ * 1.15) and no Created, which would have to be a time. */
 static int
-refuse_locked(struct request *r, int status)
+lock_tell(struct request *r, int status)
 {
 	const struct lock *l = &r->change->lock;
 
-	(void)refuse(r, status, l->foreign ? "frozen by hand: %s" :
-	    "locked by %s", l->id);
+	if (status != 200)
+		(void)refuse(r, status, "locked by %s", l->id);
 	r->text.len = 0;
-	lock_tell(l, &r->text);
+	buf_str(&r->text, l->foreign ? "{" : l->raw);
+	if (l->foreign) {
+		buf_pair(&r->text, "ID", l->id, false);
+		buf_pair(&r->text, "Info", l->info, false);
+		buf_str(&r->text, "}");
+	}
 	r->type = "application/json";
-	return status;
+	return r->status = status;
 }
 
 /* ---- the state's log ---- */
@@ -3367,19 +3252,15 @@ log_line(struct buf *b, const struct request *r, const char *event)
 	const struct change *ch = r->change;
 	const struct lock *l = &ch->lock;
 	const struct lock *who = lock_is(l, r->id) ? l : &ch->asked;
-	char when[32], status[16] = "", size[24] = "";
+	char when[32];
 
 	time_text(when, time_ms(), false);
-	if (r->status != 0)		/* a repair comes before any answer */
-		(void)snprintf(status, sizeof(status), "%d", r->status);
-	if (ch->size > 0)
-		(void)snprintf(size, sizeof(size), "%lld",
-		    (long long)ch->size);
 	buf_str(b, "{");
 	buf_pair(b, "time", when, false);
 	buf_pair(b, "event", event, false);
 	buf_pair(b, "method", method_names[r->method], false);
-	buf_pair(b, "status", status, true);
+	if (r->status != 0)		/* a repair comes before any answer */
+		buf_fmt(b, ",\"status\":%d", r->status);
 	buf_pair(b, "client", r->client, false);
 	buf_pair(b, "user", r->user, false);
 	buf_pair(b, "id", r->id, false);
@@ -3387,40 +3268,45 @@ log_line(struct buf *b, const struct request *r, const char *event)
 	buf_pair(b, "operation", who->operation, false);
 	buf_pair(b, "serial", ch->meta.serial, true);
 	buf_pair(b, "lineage", ch->meta.lineage, false);
-	buf_pair(b, "size", size, true);
+	if (ch->size > 0)
+		buf_fmt(b, ",\"size\":%lld", (long long)ch->size);
 	buf_pair(b, "md5", ch->md5, false);
 	buf_pair(b, "old_serial", ch->old_meta.serial, true);
 	buf_pair(b, "old_lineage", ch->old_meta.lineage, false);
 	buf_pair(b, "why", r->why, false);
 	if (l->held && who != l) {
-		buf_fmt(b, ",\"%s\":{", r->status == 200 ? "broken" :
-		    "holder");
-		lock_pairs(b, l);
+		buf_str(b, r->status == 200 ? ",\"broken\":{" :
+		    ",\"holder\":{");
+		buf_pair(b, "id", l->id, false);
+		buf_pair(b, "who", l->who, false);
+		buf_pair(b, "operation", l->operation, false);
+		buf_pair(b, "info", l->info, false);
+		buf_pair(b, "created", l->created, false);
 		buf_str(b, "}");
 	}
 	buf_str(b, "}\n");
 }
 
-/* Appends what happened to NAME.log. Not synced: it tells of the promise, it
- * is not the promise. What was refused makes no file for a name that is
- * nobody's, and takes no room of the reserve. */
+/* Appends what happened to NAME.log; NULL: a write was refused, which makes no
+ * file for a name that is nobody's, and takes no room of the reserve. Not
+ * synced: it tells of the promise, it is not the promise. */
 static void
 log_event(struct request *r, const char *event)
 {
+	bool refused = event == NULL;
 	struct change *ch = r->change;
-	bool refused = strcmp(event, "refused") == 0;
 	struct buf b = { 0 };
-	int fd = -1;
+	int fd;
 
 	if (refused && store_fits(0) == -1)
 		return;
-	log_line(&b, r, event);
-	if (ch->place.dir != -1 ||	/* else refused before it was opened */
-	    place_open(r->name, D_OPEN, &ch->place) == 0)
-		fd = place_file(&ch->place, LOG, O_WRONLY | O_APPEND |
-		    (refused && !ch->lock.held ? 0 : O_CREAT), NULL);
-	if ((fd == -1 && errno != ENOENT) || (fd != -1 && (b.failed ||
-	    write_all(fd, b.data, b.len) == -1)))
+	log_line(&b, r, refused ? "refused" : event);
+	if (ch->place.dir == -1)
+		(void)place_open(r->name, D_OPEN, &ch->place);
+	fd = place_file(&ch->place, LOG, O_WRONLY | O_APPEND | (refused &&
+	    !ch->lock.held ? 0 : O_CREAT), NULL);
+	if (fd == -1 ? errno != ENOENT : b.failed ||
+	    write_all(fd, b.data, b.len) == -1)
 		complain("%s: cannot write its log: %s", r->name,
 		    strerror(errno));
 	close_quietly(fd);
@@ -3429,58 +3315,46 @@ log_event(struct request *r, const char *event)
 
 /* ---- how every change is made ---- */
 
-/* Before the guard is taken: learns of the state that is there what is to be
- * known, and gives it a second, hidden name in its history; a copy, where
- * link(2) will not. The new state is moved beside it, if need be. */
+/* Before the guard, and under it if the state is no longer the same: learns of
+ * it what is to be known, and gives it a second, hidden name in its history; a
+ * copy, where link(2) will not. The new state is moved beside it. */
 static int
 change_prepare(struct request *r)
 {
 	struct change *ch = r->change;
+	const struct place *p = &ch->place;
+	struct stat st = { 0 };
+	int fd = place_file(p, STATE, O_RDONLY, &st);
 	char leaf[LEAF];
 	bool keep;
 
+	if (fd == -1 && errno != ENOENT)
+		return refuse_errno(r, "read the state that is there");
+	if (fd != -1 && ch->old != -1 && unchanged(&st, &ch->old_st)) {
+		close_quietly(fd);
+		return 0;
+	}
 	close_quietly(ch->old);
 	tmp_remove(&ch->kept);
-	ch->old_meta = (struct meta){ 0 };
-	ch->old = place_file(&ch->place, STATE, O_RDONLY, &ch->old_st);
-	if (ch->old == -1 && errno != ENOENT)
-		return refuse_errno(r, "read the state that is there");
-	if (ch->old != -1)
-		meta_file(ch->old, &ch->old_meta);
-	ch->equal = ch->old != -1 && ch->tmp.fd != -1 &&
-	    ch->old_st.st_size == ch->size && file_same(ch->old, ch->tmp.fd);
-	keep = conf.keep > 0 && ch->old != -1 && !ch->equal;
+	ch->old = fd;
+	meta_file(fd, &ch->old_meta);
+	ch->equal = st.st_size == ch->size && file_same(fd, ch->tmp.fd);
+	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
 		ch->history = history_open(r->name, keep ? D_MAKE : D_OPEN);
 	if (ch->history == -1 && (keep || errno != ENOENT))
 		return refuse_errno(r, "open the history");
 	if (keep) {
 		tmp_name(&ch->kept, ch->history);
-		if (linkat(ch->place.dir, leaf_name(leaf, &ch->place, STATE),
+		if (linkat(p->dir, leaf_name(leaf, p->leaf, STATE),
 		    ch->history, ch->kept.name, 0) == -1 &&
-		    tmp_copy(&ch->kept, ch->history, ch->old) == -1)
+		    tmp_copy(&ch->kept, ch->history, fd) == -1)
 			return refuse_errno(r, "keep the earlier version");
 	}
-	if (ch->old != -1)		/* if it fails, nothing will fit */
-		(void)fstat(ch->old, &ch->old_st);
-	if (ch->tmp.fd != -1 && ch->tmp.dir != ch->place.dir &&
-	    tmp_move(&ch->tmp, ch->place.dir) == -1)
+	if ((fd != -1 && fstat(fd, &ch->old_st) == -1) ||
+	    tmp_move(&ch->tmp, p->dir) == -1)
 		return refuse_errno(r, "put the state beside its place");
 	return 0;
-}
-
-/* Under the guard: is the state still the one that was prepared for? */
-static bool
-change_fits(const struct change *ch)
-{
-	char leaf[LEAF];
-	struct stat st;
-
-	errno = ENOENT;
-	if (ch->place.dir == -1 || fstatat(ch->place.dir, leaf_name(leaf,
-	    &ch->place, STATE), &st, AT_SYMLINK_NOFOLLOW) == -1)
-		return ch->old == -1 && errno == ENOENT;
-	return ch->old != -1 && unchanged(&st, &ch->old_st);
 }
 
 static int
@@ -3489,35 +3363,37 @@ lock_remove(struct request *r)
 	const struct place *p = &r->change->place;
 	char leaf[LEAF];
 
-	return unlinkat(p->dir, leaf_name(leaf, p, LOCK), 0) == 0 ? 0 :
+	return unlinkat(p->dir, leaf_name(leaf, p->leaf, LOCK), 0) == 0 ? 0 :
 	    refuse_errno(r, "remove the lock");
 }
 
 /* Makes a change: prepares, if it is one of a state, then publishes under the
- * guard, knowing the lock. If the state has changed in between, it is prepared
- * for again there: of many who write without a lock nobody must starve. */
+ * guard, knowing the lock. What has changed in between is prepared for again
+ * there: of many who write without a lock nobody must starve. */
 static int
 change(struct request *r, enum enter how, int (*publish)(struct request *))
 {
 	struct change *ch = r->change;
+	struct guard guard;
 	int status = 0;
 
 	if (ch->place.dir == -1 && place_open(r->name, how, &ch->place) == -1)
 		return refuse_errno(r, "open the state's directory");
 	if (ch->writes && (status = change_prepare(r)) != 0)
 		return status;
-	if (guard_take(&ch->guard, r->name, GUARD_MS) == -1)
+	if (guard_take(&guard, r->name, GUARD_MS) == -1)
 		return refuse_errno(r, "guard the name");
 	free(ch->lock.raw);
 	if (lock_read(&ch->place, &ch->lock) == -1)
 		status = refuse_errno(r, "read the lock");
-	else if (ch->lock.torn && (status = lock_remove(r)) == 0)
+	else if (ch->lock.raw != NULL && !ch->lock.held &&
+	    (status = lock_remove(r)) == 0)	/* it is torn */
 		log_event(r, "repair");
-	if (status == 0 && ch->writes && !change_fits(ch))
+	if (status == 0 && ch->writes)
 		status = change_prepare(r);
 	if (status == 0)
 		status = publish(r);
-	guard_drop(&ch->guard);
+	guard_drop(&guard);
 	return status;
 }
 
@@ -3532,9 +3408,8 @@ change_end(struct request *r, int status)
 {
 	struct change *ch = r->change;
 	struct place p = { .dir = -1 };
-	bool deep;
+	bool deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 
-	deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 	if (status == 0 && ch->place.dir != -1 && (deep ?
 	    place_open(r->name, D_SYNC, &p) : dir_sync(ch->place.dir)) == -1)
 		status = refuse_errno(r, "sync the directory");
@@ -3543,10 +3418,8 @@ change_end(struct request *r, int status)
 	tmp_remove(&ch->kept);
 	if (status == 0)
 		r->status = 200;
-	if (ch->event != NULL)
+	if (ch->event != NULL || (status > 0 && status != 404 && ch->writes))
 		log_event(r, ch->event);
-	else if (status > 0 && status != 404 && ch->writes)
-		log_event(r, "refused");
 	return status;
 }
 
@@ -3564,40 +3437,45 @@ change_free(struct change *ch)
 	dir_leave(ch->place.dir);
 }
 
-/* Is the body JSON, and has it the MD5 that was promised? */
+/* Is the body JSON, and has it the MD5 that was promised? That is r->md5 from
+ * now on, promised or not. */
 static int
-body_check(struct request *r, const struct json *j, unsigned char digest[16])
+body_check(struct request *r, const struct json *j, struct hash *md5)
 {
+	unsigned char digest[16];
+
+	hash_end(md5, digest);
 	errno = j->error;
 	if (errno != 0)
 		return refuse_errno(r, "read the state back");
 	if (j->why != NULL)
 		return refuse(r, 400, "the body is not a JSON object: at byte "
 		    "%llu it %s", (unsigned long long)j->at, j->why);
-	return r->has_md5 && memcmp(digest, r->md5, 16) != 0 ?
-	    refuse(r, 400, "the body's MD5 is not its Content-MD5") : 0;
+	if (r->has_md5 && memcmp(digest, r->md5, 16) != 0)
+		return refuse(r, 400, "the body's MD5 is not its Content-MD5");
+	memcpy(r->md5, digest, 16);
+	return 0;
 }
 
 /* ---- LOCK and UNLOCK ---- */
 
-/* Reads and checks a body that is lock info, and takes the ID from it. */
+/* Reads and checks a body that is lock info, or may be empty, and takes the ID
+ * from it. */
 static int
-lock_body(struct request *r)
+lock_body(struct request *r, bool may_be_empty)
 {
 	struct lock *asked = &r->change->asked;
 	struct hash md5 = md5_start;
-	unsigned char digest[16];
 	int status = body_whole(r);
 	struct json j;
-	bool ok;
+	bool empty = may_be_empty && r->len == 0, ok;
 
 	if (status != 0)
 		return status;
 	hash_add(&md5, r->body, r->len);
-	hash_end(&md5, digest);
 	j = json_text(r->body, r->len, NULL, 0);
-	ok = r->len == 0 || lock_info(&j, asked);
-	if ((status = body_check(r, &j, digest)) != 0 || r->len == 0)
+	ok = empty || lock_info(&j, asked);
+	if ((status = body_check(r, &j, &md5)) != 0 || empty)
 		return status;
 	if (!ok)
 		return refuse(r, 400, "the lock info has no ID, just one, of "
@@ -3607,54 +3485,56 @@ lock_body(struct request *r)
 	return 0;
 }
 
+/* Who may only plan, takes and releases no lock but one whose operation changes
+ * no state. terraform console's is OperationTypeInvalid. */
+static int
+lock_allowed(struct request *r, const struct lock *l)
+{
+	const char *what = l->operation;
+
+	return r->right == R_WRITE || *what == '\0' ||
+	    strcmp(what, "OperationTypePlan") == 0 ||
+	    strcmp(what, "OperationTypeInvalid") == 0 ||
+	    strcmp(what, "migration source state") == 0 ? 0 : refuse(r, 403,
+	    "%s may lock %s to plan only, not for %s", r->user, r->name, what);
+}
+
 /*
  * Writes the lock, and syncs it: another host that found it empty would take
  * it for none. What could not be written is removed again. What could not be
  * synced stays: a lock too many is an inconvenience, one too few a disaster.
- * One that is broken is replaced: at no moment is there none.
+ * One that is broken is replaced: at no moment is there none. The sender's own
+ * may not have got to the disk: it is written over itself, with its bytes and
+ * its time, for a sync that failed may say 0 the next time.
  */
 static int
 lock_write(struct request *r)
 {
 	const struct place *p = &r->change->place;
-	bool replace = r->change->lock.held;
+	const struct lock *l = &r->change->lock;
+	bool own = lock_is(l, r->id), replace = l->held && !own;
 	struct tmp t = { .fd = -1 };
 	char leaf[LEAF];
 	int status = 0;
 
-	(void)leaf_name(leaf, p, LOCK);
+	(void)leaf_name(leaf, p->leaf, LOCK);
 	if (replace)
 		(void)tmp_create(&t, p->dir);
 	else
-		t.fd = place_file(p, LOCK, O_WRONLY | O_CREAT | O_EXCL, NULL);
+		t.fd = file_open(p->dir, leaf, O_WRONLY |
+		    (own ? 0 : O_CREAT | O_EXCL), NULL);
 	if (t.fd == -1)
 		status = refuse_errno(r, "create the lock");
-	else if (write_all(t.fd, r->body, r->len) == -1) {
+	else if (write_all(t.fd, own ? l->raw : r->body,
+	    own ? strlen(l->raw) : r->len) == -1) {
 		status = refuse_errno(r, "write the lock");
-		if (!replace)
+		if (!l->held)
 			(void)unlinkat(p->dir, leaf, 0);
-	} else if (sync_fd(t.fd) == -1 ||
+	} else if ((own && futimens(t.fd, (const struct timespec[]){ l->since,
+	    l->since }) == -1) || sync_fd(t.fd) == -1 ||
 	    (replace && tmp_rename(&t, p->dir, leaf) == -1))
 		status = refuse_errno(r, "sync the lock");
 	tmp_remove(&t);
-	return status;
-}
-
-/* The sender has the lock, from a try that may not have got to the disk. Its
- * bytes are written over themselves, for a sync that failed may say 0 the next
- * time; what it is for, and since when, stays. */
-static int
-lock_again(struct request *r)
-{
-	const struct lock *l = &r->change->lock;
-	const struct timespec times[2] = { l->since, l->since };
-	int fd = place_file(&r->change->place, LOCK, O_WRONLY, NULL);
-	int status = 0;
-
-	if (fd == -1 || write_all(fd, l->raw, l->len) == -1 ||
-	    futimens(fd, times) == -1 || sync_fd(fd) == -1)
-		status = refuse_errno(r, "sync the lock");
-	close_quietly(fd);
 	return status;
 }
 
@@ -3671,13 +3551,12 @@ lock_publish(struct request *r)
 	int status;
 
 	if (l->held && !own && (!stale || r->right < R_WRITE))
-		return refuse_locked(r, 423);
-	if (own && r->right < R_WRITE && !lock_plans(l))
-		return refuse(r, 403, "%s may take only a plan's lock of %s",
-		    r->user, r->name);
+		return lock_tell(r, 423);
+	if (own && (status = lock_allowed(r, l)) != 0)
+		return status;
 	if (!client_there(r))
 		return refuse_gone(r);
-	if ((status = own ? lock_again(r) : lock_write(r)) == 0)
+	if ((status = lock_write(r)) == 0)
 		ch->event = l->held && !own ? "break" : "lock";
 	return status;
 }
@@ -3687,14 +3566,10 @@ static int
 do_lock(struct request *r)
 {
 	struct change *ch = r->change;
-	int status = lock_body(r);
+	int status = lock_body(r, false);
 
-	if (status == 0 && r->len == 0)
-		return refuse(r, 400, "LOCK wants lock info: a JSON object "
-		    "with an ID");
-	if (status == 0 && r->right < R_WRITE && !lock_plans(&ch->asked))
-		return refuse(r, 403, "%s may lock %s to plan only, not for "
-		    "%s", r->user, r->name, ch->asked.operation);
+	if (status == 0)
+		status = lock_allowed(r, &ch->asked);
 	if (status == 0)
 		status = change(r, D_MAKE, lock_publish);
 	/* The guard was not to be had: a lock that another holds can be told
@@ -3702,7 +3577,7 @@ do_lock(struct request *r)
 	if (r->unguarded && ch->lock.raw == NULL &&
 	    lock_read(&ch->place, &ch->lock) == 0 && ch->lock.held &&
 	    !lock_is(&ch->lock, r->id))
-		status = refuse_locked(r, 423);
+		status = lock_tell(r, 423);
 	return change_end(r, status);
 }
 
@@ -3721,10 +3596,9 @@ unlock_publish(struct request *r)
 	if (!l->held)			/* a repetition, perhaps */
 		return 0;
 	if (r->has_id && !made_up && !own)
-		return refuse_locked(r, 409);
-	if (r->right < R_WRITE && !lock_plans(l))
-		return refuse(r, 403, "%s may release only a plan's lock of "
-		    "%s", r->user, r->name);
+		return lock_tell(r, 409);
+	if ((status = lock_allowed(r, l)) != 0)
+		return status;
 	if (!own && !client_there(r))
 		return refuse_gone(r);
 	if ((status = lock_remove(r)) == 0)
@@ -3742,60 +3616,58 @@ write_allowed(struct request *r)
 	const struct lock *l = &r->change->lock;
 
 	if (l->held && !(r->has_id && lock_is(l, r->id)))
-		return refuse_locked(r, 423);
+		return lock_tell(r, 423);
 	return l->held || !r->has_id ? 0 : refuse(r, 409, "nothing is locked: "
 	    "the lock %s was broken or released", r->id);
 }
 
-/* Receives the body into a temporary file. */
-static int
-state_receive(struct request *r)
-{
-	struct change *ch = r->change;
-	struct span piece;
-	int status;
-
-	if (tmp_create(&ch->tmp, store.root) == -1)
-		return refuse_errno(r, "create a temporary file");
-	while ((status = body_next(r, &piece)) == 0 && piece.len > 0) {
-		ch->size += (int64_t)piece.len;
-		if (store_fits((int64_t)piece.len) == -1 ||
-		    write_all(ch->tmp.fd, piece.ptr, piece.len) == -1)
-			return refuse_errno(r, "write the state");
-	}
-	return status;
-}
-
 /* Checks the body in one pass: its form, its MD5, and whether it can be a
- * state, for nobody wants another text in the place of one. */
+ * state, for nobody wants another text in the place of one. Then syncs it. */
 static int
 state_check(struct request *r)
 {
 	struct change *ch = r->change;
 	struct meta *m = &ch->meta;
 	bool hash = r->has_md5 || ch->size <= HASH_MAX;
-	unsigned char digest[16];
 	struct hash md5 = md5_start;
 	struct json j = { .fd = ch->tmp.fd, .max = ch->size,
 	    .md5 = hash ? &md5 : NULL };
 	int status;
 
 	(void)meta_read(&j, m);
-	hash_end(&md5, digest);
-	if ((status = body_check(r, &j, digest)) != 0)
+	if ((status = body_check(r, &j, &md5)) != 0)
 		return status;
 	if (hash)
-		hex(digest, 16, ch->md5);
+		hex(r->md5, 16, ch->md5);
 	if (m->doubled != NULL)
 		return refuse(r, 400, "the body is no state: it has two keys "
 		    "\"%s\"", m->doubled);
-	if (m->type == 'l')
-		return refuse(r, 400, "the body is no state: it is lock info. "
-		    "lock_address points at a state's URL, with a lock_method "
-		    "that writes: use LOCK, or NAME/lock");
-	return m->type == 's' || ANY_OBJECT ? 0 : refuse(r, 400, "the body is "
-	    "no state: it has neither a \"version\" that is a number nor "
-	    "\"encrypted_data\"");
+	if (m->type != 's' && !ANY_OBJECT)
+		return refuse(r, 400, "the body is no state: it has neither a "
+		    "\"version\" that is a number nor \"encrypted_data\"%s",
+		    m->type == 'l' ? ", but is lock info: lock_address has a "
+		    "lock_method that writes: use LOCK, or NAME/lock" : "");
+	return sync_fd(ch->tmp.fd) == 0 ? 0 :
+	    refuse_errno(r, "sync the state");
+}
+
+/* Receives the body into a temporary file, checks and syncs it. */
+static int
+state_receive(struct request *r)
+{
+	struct change *ch = r->change;
+	struct span piece = { "", 0 };
+	int status;
+
+	if (tmp_create(&ch->tmp, store.root) == -1)
+		return refuse_errno(r, "create a temporary file");
+	do {				/* is there room for all of it? */
+		if (store_fits(r->length + (int64_t)piece.len) == -1 ||
+		    write_all(ch->tmp.fd, piece.ptr, piece.len) == -1)
+			return refuse_errno(r, "write the state");
+		ch->size += (int64_t)piece.len;
+	} while ((status = body_next(r, &piece)) == 0 && piece.len > 0);
+	return status != 0 ? status : state_check(r);
 }
 
 /* Under the guard: gives a file its ID in the history, and so makes it the
@@ -3808,10 +3680,12 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 	const char *id;
 	int dir = -1;
 
-	if ((t->dir != ch->history && tmp_move(t, ch->history) == -1) ||
+	if (ch->history == -1)
+		ch->history = history_open(r->name, D_MAKE);
+	if (ch->history == -1 || tmp_move(t, ch->history) == -1 ||
 	    history_list(ch->history, &ch->ids) == -1 ||
 	    (id = history_next(&ch->ids, serial)) == NULL ||
-	    tmp_rename(t, ch->history, version_leaf(leaf, id)) == -1 ||
+	    tmp_rename(t, ch->history, leaf_name(leaf, id, STATE)) == -1 ||
 	    (sync && (dir = history_open(r->name, D_SYNC)) == -1))
 		return refuse_errno(r, "keep a version in the history");
 	close_quietly(dir);
@@ -3823,49 +3697,17 @@ static int
 write_strict(struct request *r)
 {
 	const struct meta *new = &r->change->meta, *old = &r->change->old_meta;
-	size_t digits = strlen(old->serial);
-
-	if (!conf.strict)
-		return 0;
+	size_t n = strlen(new->serial), digits = strlen(old->serial);
 	/* JSON numbers have no zeros in front: the longer one is larger. */
-	if (strlen(new->serial) < digits || (strlen(new->serial) == digits &&
-	    strcmp(new->serial, old->serial) < 0))
-		return refuse(r, 409, "strict: its serial is no whole number, "
-		    "or lower than the present %s", old->serial);
-	if (old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
+	bool lower = n < digits || (n == digits && strcmp(new->serial,
+	    old->serial) < 0);
+	bool other = old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
 	    new->lineage_len != old->lineage_len ||
-	    strcmp(new->lineage, old->lineage) != 0))
-		return refuse(r, 409, "strict: its lineage is '%s', the "
-		    "present one is '%s'", new->lineage, old->lineage);
-	return 0;
-}
+	    strcmp(new->lineage, old->lineage) != 0);
 
-/* A complete state whose client is gone: these bytes may be the only copy. So
- * they go into the history, unless they are the present state, or the newest
- * version. */
-static int
-write_abandon(struct request *r)
-{
-	struct change *ch = r->change;
-	int newest = -1, status;
-	bool same;
-
-	if (ch->tmp.fd == -1 || ch->equal || conf.keep == 0)
-		return refuse_gone(r);
-	if (ch->history == -1)
-		ch->history = history_open(r->name, D_MAKE);
-	if (ch->history == -1 || history_list(ch->history, &ch->ids) == -1)
-		return refuse_errno(r, "keep the abandoned state");
-	if (ch->ids.n > 0)
-		newest = version_open(r->name, ch->ids.list[ch->ids.n - 1],
-		    NULL);
-	same = file_same(newest, ch->tmp.fd);
-	close_quietly(newest);
-	if (!same && (status = history_keep(r, &ch->tmp, ch->meta.serial,
-	    true)) != 0)
-		return status;
-	ch->event = same ? NULL : "abandoned";
-	return refuse_gone(r);
+	return !lower && !other ? 0 : refuse(r, 409, "strict: its serial '%s' "
+	    "and lineage '%s' do not follow the present '%s' and '%s'",
+	    new->serial, new->lineage, old->serial, old->lineage);
 }
 
 /*
@@ -3873,6 +3715,8 @@ write_abandon(struct request *r)
  * deletes the old, whose second name must be on the disk before. Else the
  * history is not synced: the promise is about the new state. A journal writes
  * both together; without one, a power cut may cost the old its second name.
+ * A complete state whose client is gone may be the only copy: it goes into the
+ * history, unless it is the present one.
  */
 static int
 write_publish(struct request *r)
@@ -3882,18 +3726,23 @@ write_publish(struct request *r)
 	int status = write_allowed(r);
 	char leaf[LEAF];
 
-	if (!client_there(r))
-		return write_abandon(r);
+	if (!client_there(r)) {
+		if (delete || ch->equal || conf.keep == 0)
+			return refuse_gone(r);
+		status = history_keep(r, &ch->tmp, ch->meta.serial, true);
+		ch->event = status == 0 ? "abandoned" : NULL;
+		return status != 0 ? status : refuse_gone(r);
+	}
 	if (status == 0 && delete && ch->old == -1)
 		return refuse(r, 404, "there is no such state");
-	if (status == 0 && !delete)
+	if (status == 0 && conf.strict && !delete)
 		status = write_strict(r);
 	if (status == 0 && kept)
 		status = history_keep(r, &ch->kept, ch->old_meta.serial,
 		    delete);
 	if (status != 0)
 		return status;
-	(void)leaf_name(leaf, &ch->place, STATE);
+	(void)leaf_name(leaf, ch->place.leaf, STATE);
 	if ((delete ? unlinkat(ch->place.dir, leaf, 0) :
 	    tmp_rename(&ch->tmp, ch->place.dir, leaf)) == 0) {
 		ch->event = delete ? "delete" : "write";
@@ -3901,8 +3750,8 @@ write_publish(struct request *r)
 	}
 	status = refuse_errno(r, "change the state");
 	if (kept)
-		(void)unlinkat(ch->history, version_leaf(leaf,
-		    ch->ids.list[ch->ids.n - 1]), 0);
+		(void)unlinkat(ch->history, leaf_name(leaf,
+		    ch->ids.list[ch->ids.n - 1], STATE), 0);
 	return status;
 }
 
@@ -3911,18 +3760,11 @@ write_publish(struct request *r)
 static int
 do_write(struct request *r)
 {
-	struct change *ch = r->change;
-	int status = store_fits(r->length > 0 ? r->length : 0) == -1 ?
-	    refuse_errno(r, "write the state") :
-	    change(r, D_OPEN, write_allowed);
+	int status = change(r, D_OPEN, write_allowed);
 
-	ch->writes = true;
+	r->change->writes = true;
 	if (status == 0)
 		status = state_receive(r);
-	if (status == 0)
-		status = state_check(r);
-	if (status == 0 && sync_fd(ch->tmp.fd) == -1)
-		status = refuse_errno(r, "sync the state");
 	if (status == 0)
 		status = change(r, D_MAKE, write_publish);
 	return change_end(r, status);
@@ -3937,19 +3779,20 @@ do_write(struct request *r)
 static int
 do_unlock(struct request *r)
 {
-	int status = lock_body(r);
+	int status = lock_body(r, true);
 	bool delete = r->kind == K_STATE && r->method == M_DELETE &&
 	    (status != 0 || (r->len == 0 && !r->has_md5 && !r->go));
 
 	r->change->writes = delete;
 	if (status == 0 && r->right < R_WRITE && (delete || !r->has_id))
-		status = refuse(r, 403, "%s may not %s %s", r->user, delete ?
-		    "delete" : "force-unlock", r->name);
+		status = refuse(r, 403, "%s may not delete or force-unlock %s",
+		    r->user, r->name);
 	if (status == 0)
 		status = change(r, D_OPEN, delete ? write_publish :
 		    unlock_publish);
 	return change_end(r, status);
 }
+
 /* ==== pages ==============================================================
  *
  * For people who look, and for machines that watch: the states, one state
@@ -3957,20 +3800,7 @@ do_unlock(struct request *r)
  * files. A table is written once, cell by cell, and comes out as text, JSON or
  * HTML. No page shows a value out of a state.
  */
-#define STATUSES 600
-static const char *const reasons[STATUSES] = {
-	[200] = "OK", [204] = "No Content", [400] = "Bad Request",
-	[401] = "Unauthorized", [403] = "Forbidden", [404] = "Not Found",
-	[405] = "Method Not Allowed", [409] = "Conflict",
-	[411] = "Length Required", [412] = "Precondition Failed",
-	[413] = "Content Too Large", [414] = "URI Too Long",
-	[417] = "Expectation Failed", [423] = "Locked",
-	[431] = "Request Header Fields Too Large",
-	[500] = "Internal Server Error", [501] = "Not Implemented",
-	[503] = "Service Unavailable", [505] = "HTTP Version Not Supported",
-	[507] = "Insufficient Storage"
-};
-
+#define STATUSES 600		/* below it are all that we answer */
 #define DURATIONS 6		/* of the histogram: 0.1 ms, 1 ms, ... 10 s */
 
 /* What is counted, by the loop and by threads, and, under the mutex, the log's
@@ -4056,10 +3886,12 @@ cell(struct request *r, const char *key, const char *title, const char *raw,
 static const char page_css[] =
     ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;"
     "max-width:72rem;margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}"
-    "table{border-collapse:collapse;width:100%}tr{border-bottom:1px solid #8884}"
+    "table{border-collapse:collapse;width:100%}"
+    "tr{border-bottom:1px solid #8884}"
     "td,th{text-align:left;padding:.4rem 1rem .4rem 0;min-width:4.5rem;"
-    "vertical-align:top}:is(td,th):nth-child(-n+3):nth-child(n+2){text-align:"
-    "right}th{font-weight:500;color:GrayText;white-space:nowrap}"
+    "vertical-align:top}td:first-child{min-width:11rem}"
+    ":is(td,th):nth-child(2),:is(td,th):nth-child(3){text-align:right}"
+    "th{font-weight:500;color:GrayText;white-space:nowrap}"
     "pre{overflow-x:auto}.hot{color:light-dark(#b3261e,#ff8a80)}"
     "input{font:inherit;width:100%;box-sizing:border-box;padding:.4rem}"
     "@media(max-width:44rem){th,td:empty{display:none}"
@@ -4077,7 +3909,6 @@ page_begin(struct request *r)
 	    "\r\nContent-Security-Policy: default-src 'none'; style-src "
 	    "'unsafe-inline'; img-src data:; form-action 'self'; base-uri "
 	    "'none'; frame-ancestors 'none'\r\nReferrer-Policy: no-referrer" };
-	const char *name = r->kind == K_ROOT ? "" : r->name;
 	struct buf *b = &r->text;
 
 	r->status = 200;
@@ -4086,11 +3917,11 @@ page_begin(struct request *r)
 		return;
 	buf_str(b, "<!DOCTYPE html>\n<html lang=en><meta charset=utf-8>"
 	    "<link rel=icon href=\"data:,\"><meta name=viewport "
-	    "content=\"width=device-width,initial-scale=1\"><title>States / ");
-	buf_html(b, name);
-	buf_fmt(b, "</title><style>%s</style>\n<h1><a href=\"%s\">States</a> "
-	    "/ ", page_css, r->root);
-	buf_html(b, name);
+	    "content=\"width=device-width,initial-scale=1\"><title>States: ");
+	buf_html(b, r->name);
+	buf_fmt(b, "</title><style>%s</style>\n<h1><a href=\"%s\">States</a>: ",
+	    page_css, r->root);
+	buf_html(b, r->name);
 	buf_str(b, "</h1>\n");
 }
 
@@ -4129,8 +3960,7 @@ row_read(struct row *row, const char *name, const char *id)
 	free(l->raw);
 	if (*id != '\0')
 		time_text(row->until, version_ms(id), false);
-	fd = *id == '\0' ? name_file(name, STATE, &st) :
-	    version_open(name, id, &st);
+	fd = name_file(name, id, STATE, &st);
 	if (fd == -1 && errno == ENOENT) {
 		fd = history_open(name, D_OPEN);
 		row->deleted = fd != -1;
@@ -4388,6 +4218,9 @@ page_root(struct request *r)
 	row_put(r, &(struct row){ .name = "", .id = "" });
 	for (; round < 2; round++)
 		for (i = 0; i < w.names.n && page_wanted(r); i++) {
+			if (i > 0 && strcmp(w.names.list[i - 1],
+			    w.names.list[i]) == 0)
+				continue;
 			(void)row_read(&row, w.names.list[i], "");
 			if (!r->locked || row.lock.held == (round == 0))
 				row_put(r, &row);
@@ -4412,7 +4245,7 @@ row_writer(struct row *row)
 	};
 	char *tail = malloc(TAIL_MAX);
 	struct stat st;
-	int fd = name_file(row->name, LOG, &st);
+	int fd = name_file(row->name, "", LOG, &st);
 	ssize_t n = fd == -1 || tail == NULL ? 0 : read_at(fd, tail, TAIL_MAX,
 	    st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0);
 	struct span rest = { tail, n > 0 ? (size_t)n : 0 }, line;
@@ -4441,23 +4274,20 @@ page_state(struct request *r)
 	const char *scheme = r->fronted ? "https" : "http";
 	const char *host = strchr(r->host, '\'') == NULL ? r->host : "HOST";
 	struct buf *b = &r->text, url = { 0 };
-	struct names ids = { 0 };
+	struct names *ids = &r->change->ids;	/* freed with that */
+	int dir = r->change->history = history_open(r->name, D_OPEN);
 	struct row row;
 	size_t i;
-	int dir;
 
-	buf_url(&url, r->name);
-	dir = history_open(r->name, D_OPEN);
-	if (dir == -1 ? errno != ENOENT : history_list(dir, &ids) == -1)
+	if (dir == -1 ? errno != ENOENT : history_list(dir, ids) == -1)
 		(void)refuse_errno(r, "read the history");
 	else if (row_read(&row, r->name, "") == -1)
 		(void)refuse_errno(r, "read the state");
-	else if (*row.size == '\0' && !row.lock.held && ids.n == 0)
+	else if (*row.size == '\0' && !row.lock.held && ids->n == 0)
 		(void)refuse(r, 404, "there is no such state");
-	else if (url.failed)
-		(void)refuse(r, 503, "out of memory");
 	else {
 		page_begin(r);
+		buf_url(&url, r->name);
 		if (r->form != JSON)
 			row_lock(r, &row);
 		if (r->form == HTML)
@@ -4465,27 +4295,27 @@ page_state(struct request *r)
 			    "state, with its secrets; see also <a href="
 			    "\"%s-/log/%s\">its log</a>.\n", r->root, url.data);
 		row_put(r, &(struct row){ .name = "", .id = "" });
-		for (i = ids.n;; i--) {
+		for (i = ids->n;; i--) {
 			row_writer(&row);
 			if (*row.size != '\0')
 				row_put(r, &row);
 			if (i == 0)
 				break;
-			(void)row_read(&row, r->name, ids.list[i - 1]);
+			(void)row_read(&row, r->name, ids->list[i - 1]);
 		}
 		put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n<p>");
-		if (r->form != JSON && ids.n > 0)
-			buf_fmt(b, "To go back to a version, or bring a deleted "
-			    "state back, and then look at terraform plan:\n"
-			    "%scurl -f -o old.tfstate '%s://%s/-/versions/%s/%s'"
-			    "\ncurl -f --data-binary @old.tfstate '%s://%s/%s'\n",
+		if (r->form != JSON && ids->n > 0)
+			buf_fmt(b, "To go back to a version, or bring a "
+			    "deleted state back, and then look at terraform "
+			    "plan:\n%scurl -f -o old.tfstate "
+			    "'%s://%s/-/versions/%s/%s'\ncurl -f --data-binary "
+			    "@old.tfstate '%s://%s/%s'\n",
 			    r->form == HTML ? "<pre>" : "", scheme, host,
-			    url.data, ids.list[ids.n - 1], scheme, host,
+			    url.data, ids->list[ids->n - 1], scheme, host,
 			    url.data);
 	}
+	r->text.failed |= url.failed;
 	buf_free(&url);
-	names_free(&ids);
-	close_quietly(dir);
 	return r->status;
 }
 
@@ -4555,9 +4385,7 @@ page_lock(struct request *r)
 		return refuse_errno(r, "read the lock");
 	if (!l->held)
 		return refuse(r, 404, "%s is not locked", r->name);
-	lock_tell(l, &r->text);
-	r->type = "application/json";
-	return r->status = 200;
+	return lock_tell(r, 200);
 }
 
 /*
@@ -4572,9 +4400,7 @@ page_file(struct request *r)
 	bool log = r->kind == K_LOG;
 	struct stat st;
 
-	r->file = r->kind == K_VERSION ?
-	    version_open(r->name, r->version, &st) :
-	    name_file(r->name, log ? LOG : STATE, &st);
+	r->file = name_file(r->name, r->version, log ? LOG : STATE, &st);
 	if (r->file == -1)
 		return errno == ENOENT ?
 		    refuse(r, 404, "there is no such %s", log ? "log" :
@@ -4615,10 +4441,10 @@ now_state(struct request *r)
 
 /* What /-/ready last found. */
 static struct {
-	_Atomic bool looking, known;	/* somebody is; somebody has */
+	_Atomic bool looking;		/* somebody is */
 	_Atomic unsigned at;		/* ms: since then, or it was then */
-	_Atomic int error;		/* errno; 0: it is ready */
-} ready;
+	_Atomic int error;		/* errno; 0: it is ready; -1: unknown */
+} ready = { .error = -1 };
 
 /* Looks whether states can be written. A thread of its own does, for a dying
  * disk may never answer it. */
@@ -4634,7 +4460,6 @@ ready_look(void *unused)
 		    store.root) == 0 && sync_fd(t.fd) == 0 ? 0 : errno;
 	tmp_remove(&t);
 	ready.at = (unsigned)clock_ms();
-	ready.known = true;
 	ready.looking = false;
 	return unused;
 }
@@ -4647,8 +4472,7 @@ now_ready(struct request *r)
 	unsigned age = (unsigned)clock_ms() - ready.at;
 	int error = looking && age >= LOOK_MS ? ETIMEDOUT : ready.error;
 
-	if (error != ETIMEDOUT && (!ready.known ||
-	    (!looking && age >= FRESH_MS)))
+	if (error == -1 || (!looking && age >= FRESH_MS))
 		return 0;
 	if (error == 0)
 		return refuse(r, 200, "ready");
@@ -4666,17 +4490,15 @@ do_ready(struct request *r)
 		if (!ready.looking)	/* else that tells since when */
 			ready.at = (unsigned)clock_ms();
 		if (!atomic_exchange(&ready.looking, true) &&
-		    !thread_start(ready_look)) {
-			ready.looking = false;
-			return refuse(r, 503, "not ready: there is no thread "
-			    "to ask the disk");
-		}
+		    !thread_start(ready_look))
+			(void)ready_look(NULL);
 		while (ready.looking &&
 		    (unsigned)clock_ms() - ready.at < LOOK_MS)
 			(void)wait_until(-1, 0, clock_ms() + 1);
 	}
 	return r->status;
 }
+
 /* ==== methods ============================================================
  *
  * What each method on each kind of URL wants: a permission, and a function of
@@ -4737,7 +4559,7 @@ action_allow(struct buf *b, enum kind kind)
 		if (actions[i].kind == kind)
 			methods |= actions[i].methods;
 	buf_str(b, "\r\nAllow: OPTIONS");
-	for (m = 0; m < M_COUNT; m++)
+	for (m = 0; m < M_OPTIONS; m++)
 		if ((methods & ON(m)) != 0)
 			buf_fmt(b, ", %s", method_names[m]);
 }
@@ -4748,18 +4570,14 @@ action_allow(struct buf *b, enum kind kind)
 static bool
 host_is_local(struct span h)
 {
-	struct span name = { NULL, 0 };
+	struct span name = http_token(&h);	/* no port, and no [address] */
 
-	if (h.len == 0 || *h.ptr == '[')
-		return true;
-	(void)span_next(&h, ':', &name);
 	/* A head's line ends after it: so there is an end to the digits. */
 	if (strspn(name.ptr, "0123456789.") >= name.len)
 		return true;
 	name.len -= name.ptr[name.len - 1] == '.';
 	return span_is(name, "localhost") || (name.len > 10 &&
-	    span_is((struct span){ name.ptr + name.len - 10, 10 },
-	    ".localhost"));
+	    strncasecmp(name.ptr + name.len - 10, ".localhost", 10) == 0);
 }
 
 /* What the user may not do to the name, and what the body's fields can be
@@ -4814,15 +4632,13 @@ admit(struct request *r, const struct head *h)
 	bool unlock;
 
 	(void)span_next(&query, '?', &path);
-	/* http://host means http://host/ */
-	wrong = name_route(path.len > 0 ? path : span("/"), r);
+	wrong = name_route(path, r);
 	if (r->conn->from->local && r->users == NULL && !conf.open &&
 	    !host_is_local(h->host))
 		return refuse(r, 403, "the Host %s is not this machine: set "
 		    "users (-u, or TF_HTTP_USERNAME and TF_HTTP_PASSWORD), or "
 		    "-n, which lets any web page read the states", r->host);
-	if (f[F_ORIGIN].ptr != NULL && r->method != M_GET &&
-	    r->method != M_HEAD && r->method != M_OPTIONS)
+	if (f[F_ORIGIN].ptr != NULL && action_of(r)->right >= R_PLAN)
 		return refuse(r, 403, "no web page may change a state");
 	if (r->users != NULL && r->kind != K_HEALTHY && r->kind != K_READY) {
 		if (f[F_AUTHORIZATION].ptr == NULL)
@@ -4868,7 +4684,7 @@ static struct {
 
 static struct {
 	struct list queue;		/* wait for a thread */
-	struct list back;		/* are answered; both under conn_mutex */
+	struct list back;		/* answered; both under conn_mutex */
 	pthread_cond_t work;
 	unsigned idle, max;		/* threads */
 	bool stop;			/* the loop's: nothing new is begun */
@@ -4954,8 +4770,7 @@ log_request(const struct request *r, int64_t us, struct buf *b)
 	buf_num(b, clock_text.log, ms % 1000, 3);
 	logfmt(b, "Z client=", *r->client != '\0' ? r->client : "unix");
 	logfmt(b, " user=", r->user);
-	logfmt(b, " method=",
-	    r->method < M_COUNT ? method_names[r->method] : "-");
+	logfmt(b, " method=", method_names[r->method]);
 	logfmt(b, r->kind >= K_STATE ? " name=" : " path=", r->name);
 	logfmt(b, " page=", pages[r->kind]);
 	if (r->status == -1)
@@ -5004,46 +4819,54 @@ request_told(struct request *r)
  * has the processor's timer set anew on each turn, which is dear.
  *
  * A reader of stdout that does not read must not stop the server: a pipe that
- * polls writable takes PIPE_BUF at once; the rest, and what comes meanwhile,
- * waits for it, up to LOG_MAX.
+ * polls writable takes PIPE_BUF at once; the rest waits, up to LOG_MAX.
  */
 static int64_t
 log_flush(int64_t wait)
 {
 	static int64_t flushed;
-	static struct buf b;		/* the lines that are being written, */
-	static size_t at;		/* and how far */
+	struct buf *b = &told.log;
+	size_t at = 0;
 	ssize_t n = 1;
-	bool more;
 
 	(void)pthread_mutex_lock(&told.mutex);
-	more = told.log.len > 0;
-	if (more && at == b.len && (loop.now - flushed >= LOG_MS || wait < 0 ||
-	    told.log.len > PIPE_BUF / 8 * 7)) {
-		buf_free(&b);
-		b = told.log;
-		told.log = (struct buf){ 0 };
-		at = 0;
+	if (b->len > 0 && (wait < 0 || loop.now - flushed >= LOG_MS ||
+	    b->len > PIPE_BUF / 8 * 7)) {
+		(void)pthread_mutex_lock(&output);
+		for (; at < b->len && n > 0 && (wait_until(STDOUT_FILENO,
+		    POLLOUT, 0) & POLLOUT) != 0; at += n > 0 ? (size_t)n : 0)
+			n = write(STDOUT_FILENO, b->data + at,
+			    b->len - at < PIPE_BUF ? b->len - at : PIPE_BUF);
+		(void)pthread_mutex_unlock(&output);
+		b->len -= at;
+		memmove(b->data, b->data + at, b->len);
+		b->failed = false;
 		flushed = loop.now;
-		more = false;
 	}
+	wait = b->len > 0 && wait > LOG_MS ? LOG_MS : wait;
 	(void)pthread_mutex_unlock(&told.mutex);
-	(void)pthread_mutex_lock(&output);
-	for (; at < b.len && n > 0 && (wait_until(STDOUT_FILENO, POLLOUT, 0) &
-	    POLLOUT) != 0; at += n > 0 ? (size_t)n : 0)
-		n = write(STDOUT_FILENO, b.data + at, b.len - at < PIPE_BUF ?
-		    b.len - at : PIPE_BUF);
-	(void)pthread_mutex_unlock(&output);
-	return (more || at < b.len) && wait > LOG_MS ? LOG_MS : wait;
+	return wait;
 }
 
 /* ---- answers ---- */
+
+static const char status_lines[][36] = {
+	"200 OK", "204 No Content", "400 Bad Request", "401 Unauthorized",
+	"403 Forbidden", "404 Not Found", "405 Method Not Allowed",
+	"409 Conflict", "411 Length Required", "412 Precondition Failed",
+	"413 Content Too Large", "414 URI Too Long", "417 Expectation Failed",
+	"423 Locked", "431 Request Header Fields Too Large",
+	"500 Internal Server Error", "501 Not Implemented",
+	"503 Service Unavailable", "505 HTTP Version Not Supported",
+	"507 Insufficient Storage"
+};
 
 /* Makes the answer ready to be sent: all of it but what is in a file. */
 static void
 reply_ready(struct request *r)
 {
 	struct buf *b = &r->out;
+	size_t i = 0;
 
 	if (r->text.failed)
 		(void)refuse(r, 503, "out of memory");
@@ -5052,10 +4875,10 @@ reply_ready(struct request *r)
 	(void)buf_room(b, HEAD_ROOM + r->text.len);
 	(void)clock_texts();
 	/* Go's client, seeing HTTP/1.0, says at once that it spoke TLS. */
-	buf_num(b, r->method == M_COUNT ? "HTTP/1.0 " : "HTTP/1.1 ",
-	    r->status, 3);
-	buf_str(b, " ");
-	buf_str(b, reasons[r->status]);
+	buf_str(b, r->method == M_COUNT ? "HTTP/1.0 " : "HTTP/1.1 ");
+	for (; atoi(status_lines[i]) != r->status; i++)
+		assert(i + 1 < sizeof(status_lines) / sizeof(*status_lines));
+	buf_str(b, status_lines[i]);
 	buf_str(b, clock_text.head);
 	if (r->status != 204)
 		buf_num(b, "\r\nContent-Length: ", r->sent, 1);
@@ -5108,22 +4931,36 @@ request_end(struct request *r)
 		(void)shutdown(c->fd, cut ? SHUT_RDWR : SHUT_WR);
 }
 
-/* Sends a piece of a file, from an offset on, and moves that; as send(2). */
+/* Sends the next piece of an answer; as send(2). */
 static ssize_t
-file_send(int fd, int file, off_t *off, off_t left)
+reply_piece(struct request *r)
 {
-	size_t n = left < SEND_MAX ? (size_t)left : SEND_MAX;
+	size_t n = r->unsent.len;
+	ssize_t sent;
+
+	if (n > 0) {
+		/* The last answer and the connection's end are one packet. */
+		sent = send(r->conn->fd, r->unsent.ptr, n,
+		    r->left > 0 || !r->keep ? MSG_MORE : 0);
+		n = sent > 0 ? (size_t)sent : 0;
+		r->unsent.ptr += n;
+		r->unsent.len -= n;
+		return sent;
+	}
+	n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX;
 #ifdef __linux__
-	return sendfile(fd, file, off, n);
+	sent = sendfile(r->conn->fd, r->file, &r->off, n);
 #else
 	char piece[16384];
-	ssize_t got = read_at(file, piece, n < sizeof(piece) ? n :
-	    sizeof(piece), *off);
 
-	if (got > 0 && (got = send(fd, piece, (size_t)got, 0)) > 0)
-		*off += got;
-	return got;
+	sent = read_at(r->file, piece, n < sizeof(piece) ? n : sizeof(piece),
+	    r->off);
+	if (sent > 0 &&
+	    (sent = send(r->conn->fd, piece, (size_t)sent, 0)) > 0)
+		r->off += sent;
 #endif
+	r->left -= sent > 0 ? sent : 0;
+	return sent;
 }
 
 /* A thread will send the rest, and until then the cache may hold something
@@ -5147,26 +4984,15 @@ static bool
 reply_send(struct request *r, bool may_wait)
 {
 	struct conn *c = r->conn;
-	size_t n;
 	ssize_t sent;
 
 	if (r->out.len == 0 && r->status != -1)
 		reply_ready(r);
 	while (r->status != -1 && (r->unsent.len > 0 || r->left > 0)) {
-		n = r->unsent.len;
-		/* The last answer, and the end of the connection, are one
-		 * packet. */
-		sent = n == 0 ? file_send(c->fd, r->file, &r->off, r->left) :
-		    send(c->fd, r->unsent.ptr, n, r->left > 0 || !r->keep ?
-		    MSG_MORE : 0);
-		if (sent > 0) {
-			n = n > 0 ? (size_t)sent : 0;
-			r->unsent.ptr += n;
-			r->unsent.len -= n;
-			r->left -= n > 0 ? 0 : sent;
-			if (may_wait)
-				conn_moved(c, (size_t)sent);
-		} else if (sent == -1 && errno == EAGAIN && !may_wait) {
+		sent = reply_piece(r);
+		if (sent > 0)
+			conn_moved(c, (size_t)sent);
+		else if (sent == -1 && errno == EAGAIN && !may_wait) {
 			reply_detach(r);
 			return false;
 		} else if (sent == 0 || errno == EIO)
@@ -5205,8 +5031,9 @@ request_new(struct conn *c, const struct head *h, int n)
 		(void)refuse(r, -n, "%s", h->why);
 		return r;
 	}
-	trace(">", c->in, (size_t)n);
+	trace(">", c->in + c->at, (size_t)n);
 	c->at += (size_t)n;
+	c->seen = 0;
 	r->got = n;
 	r->keep = h->keep && !pool.stop;
 	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
@@ -5245,17 +5072,14 @@ thread_serve(struct conn *c)
 	    .kept.fd = -1, .history = -1 };
 	struct request *r = c->r;
 	const struct action *act = action_of(r);
-	bool whole;
 
 	r->change = &ch;
 	conn_within(c, clock_ms(), BODY_MS);
-	if (r->out.len == 0) {		/* else it is the rest of an answer */
-		whole = r->status == 0 && (act->right >= R_PLAN ||
-		    r->length == 0 || body_whole(r) == 0);
-		if (whole)
-			(void)(act->page ? page(r, act->run) : act->run(r));
-		conn_within(c, clock_ms(), BODY_MS);
-	}
+	if (r->status == 0 && act->right < R_PLAN && r->length != 0)
+		(void)body_whole(r);	/* which nobody wants */
+	if (r->status == 0)		/* else there is an answer */
+		(void)(act->page ? page(r, act->run) : act->run(r));
+	conn_within(c, clock_ms(), BODY_MS);
 	(void)reply_send(r, true);
 	(void)pthread_mutex_lock(&conn_mutex);
 	list_add(&pool.back, c);
@@ -5371,10 +5195,7 @@ conn_read(struct conn *c)
 		return false;
 	if (c->ending)
 		c->at = c->used;	/* nobody wants it */
-	conn_compact(c);
-	assert(c->used < HEAD_MAX);	/* a full one was a head, or refused */
-	n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0);
-	c->used += n > 0 ? (size_t)n : 0;
+	n = conn_recv(c);		/* a full one was a head, or refused */
 	c->lingers |= n > 0;
 	return n > 0 || (n == -1 && (errno == EAGAIN || errno == EINTR) &&
 	    (c->ending ? c->lingers : !pool.stop || c->used > 0));
@@ -5385,24 +5206,18 @@ conn_read(struct conn *c)
 static int
 head_next(struct conn *c, struct head *h)
 {
-	unsigned blanks = 0;
-
 	/* Old clients send an empty line behind a body (RFC 9112, 2.2). */
-	for (; blanks < BLANKS_MAX && c->used - c->at >= 2 &&
-	    memcmp(c->in + c->at, "\r\n", 2) == 0; blanks++)
+	if (c->used - c->at >= 2 && memcmp(c->in + c->at, "\r\n", 2) == 0) {
 		c->at += 2;
+		c->seen = 0;
+	}
 	if (c->used == c->at || c->ending) {
 		c->at = c->used = c->seen = 0;
 		return 0;
 	}
-	conn_compact(c);
 	if (c->seen == 0)		/* it begins */
 		conn_within(c, loop.now, HEAD_MS);
-	if (*c->in != 0x16)
-		return http_parse(c->in, c->used, &c->seen, h);
-	*h = (struct head){ .method = M_COUNT,
-	    .why = "this is TLS, and the port speaks plain HTTP" };
-	return -400;
+	return http_parse(c->in + c->at, c->used - c->at, &c->seen, h);
 }
 
 /* Answers a request if that needs no waiting. False: a thread has it, perhaps
@@ -5412,9 +5227,10 @@ conn_request(struct conn *c, bool quick)
 {
 	struct request *r = c->r;
 
-	if (quick && (r->status != 0 || (r->length == 0 &&
-	    action_of(r)->now != NULL && action_of(r)->now(r) != 0)) &&
-	    reply_send(r, false)) {
+	if (quick && r->status == 0 && r->length == 0 &&
+	    action_of(r)->now != NULL)
+		(void)action_of(r)->now(r);
+	if (quick && r->status != 0 && reply_send(r, false)) {
 		request_free(r);
 		return true;
 	}
@@ -5501,7 +5317,7 @@ address_text(const union address *a, char *out, size_t size)
 static void
 conn_accept(unsigned slot)
 {
-	union address peer;
+	union address peer = { .any = { 0 } };
 	socklen_t len;
 	struct conn *c;
 	int fd, n;
@@ -5509,21 +5325,12 @@ conn_accept(unsigned slot)
 	if (told.connections >= set.max)
 		conn_evict();
 	for (n = 0; n < 64 && told.connections < set.max; n++) {
-		peer = (union address){ .any = { 0 } };
 		len = sizeof(peer);
-#ifdef __linux__
-		fd = accept4(set.fd[slot].fd, &peer.any, &len, SOCK_NONBLOCK |
-		    SOCK_CLOEXEC);
-#else
-		fd = accept(set.fd[slot].fd, &peer.any, &len);
-		if (fd != -1)
-			(void)fcntl(fd, F_SETFL, O_NONBLOCK);
-#endif
+		fd = accept4(set.fd[slot].fd, &peer.any, &len, SOCK_NONBLOCK);
 		if (fd == -1 && (errno == EMFILE || errno == ENFILE ||
 		    errno == ENOBUFS || errno == ENOMEM))
 			conn_evict();
-		c = fd == -1 ? NULL : calloc(1, sizeof(*c));
-		if (c == NULL) {
+		if (fd == -1 || (c = calloc(1, sizeof(*c))) == NULL) {
 			close_quietly(fd);
 			return;
 		}
@@ -5555,7 +5362,6 @@ static const int signals[] = {
 /* What we change, and the wrapper's command gets back. */
 static struct {
 	mode_t mask;
-	struct rlimit files;
 	void (*action[SIGNALS])(int);
 } inherited;
 
@@ -5570,7 +5376,8 @@ on_signal(int sig)
 }
 
 /* Takes signals, and as many descriptors as the system gives: half of them for
- * connections, the rest for threads, which have a handful each. */
+ * connections, the rest for threads, which have a handful each. The wrapper's
+ * command would inherit the limit, and a server for it has few. */
 static void
 loop_start(void)
 {
@@ -5578,16 +5385,15 @@ loop_start(void)
 	rlim_t half;
 	size_t i;
 
-	(void)getrlimit(RLIMIT_NOFILE, &inherited.files);
-	files = inherited.files;
+	(void)getrlimit(RLIMIT_NOFILE, &files);
+	half = files.rlim_cur / 2;
 	files.rlim_cur = files.rlim_max > SLOTS_MAX * 4 ? SLOTS_MAX * 4 :
 	    files.rlim_max;
-	if (setrlimit(RLIMIT_NOFILE, &files) == -1)
-		files = inherited.files;
-	half = files.rlim_cur / 2;
+	if (conf.command == NULL && setrlimit(RLIMIT_NOFILE, &files) == 0)
+		half = files.rlim_cur / 2;
 	pool.max = (unsigned)(half / 8 < THREADS_MAX ? half / 8 : THREADS_MAX);
 	set.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
-	if (files.rlim_cur < 48 || pipe(loop.wake) == -1)
+	if (half < 24 || pipe(loop.wake) == -1)
 		die(1, "48 open files at least: see ulimit -n");
 	for (i = 0; i < 2; i++) {
 		(void)fcntl(loop.wake[i], F_SETFL, O_NONBLOCK);
@@ -5615,9 +5421,7 @@ store_look(void)
 		return;
 	switch ((unsigned)fs.f_type) {
 	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
-	case 0x65735546:	/* FUSE: GlusterFS, CephFS, sshfs */
-	case 0x6969:		/* NFS */
-	case 0x00c36400:	/* CephFS */
+	case 0x6969: case 0x65735546: case 0x00c36400:	/* NFS, FUSE, CephFS */
 		store.remote = true;
 		complain("%s is on a network file system: to share it see "
 		    "README, SHARING; never share SMB", conf.dir);
@@ -5640,7 +5444,7 @@ store_open(void)
 	if (place_open(".tmp/", D_MAKE, &tmp) == -1 ||
 	    place_open(".history/", D_MAKE, &history) == -1 ||
 	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
-	    &store.guard_st)) == -1) {
+	    NULL)) == -1) {
 		if (errno == EACCES && fstat(store.root, &st) == 0 &&
 		    st.st_uid != geteuid())
 			die(1, "cannot write to %s: it belongs to uid %u and "
@@ -5653,9 +5457,8 @@ store_open(void)
 	close_quietly(tmp.dir);
 	close_quietly(history.dir);
 	/* A new directory's own name must be on the disk as well. */
-	parent = created ? openat(store.root, "..", O_RDONLY | O_CLOEXEC) : -1;
-	if (dir_sync(store.root) == -1 ||
-	    (parent != -1 && dir_sync(parent) == -1))
+	parent = openat(store.root, "..", O_RDONLY | O_CLOEXEC);
+	if (dir_sync(store.root) == -1 || (created && dir_sync(parent) == -1))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(parent);
 	if (getentropy(&store.token, sizeof(store.token)) == -1 ||
@@ -5709,37 +5512,21 @@ address_read(const char *text, union address *a)
 	return (socklen_t)sizeof(a->four);
 }
 
-/* A socket that is connected to an address, or -1. */
+/* A socket that is bound to an address, or else connected to it; or -1. */
 static int
-address_connect(const union address *a, socklen_t len)
-{
-	int fd = socket(a->any.sa_family, SOCK_STREAM, 0);
-
-	if (fd == -1 || connect(fd, &a->any, len) == 0)
-		return fd;
-	close_quietly(fd);
-	return -1;
-}
-
-/* A socket that is bound to an address, or -1. A socket file that nobody listens
- * on any more is in the way; any other kind of file refuses connections, too,
- * and is not ours to remove. */
-static int
-address_bind(const char *text)
+address_open(const char *text, bool listens)
 {
 	union address a;
 	socklen_t len = address_read(text, &a);
-	int fd = -1, one = 1;
-	struct stat st;
+	int fd = socket(a.any.sa_family, SOCK_STREAM, 0), one = 1;
 
-	if (a.any.sa_family == AF_UNIX &&
-	    (fd = address_connect(&a, len)) == -1 && errno == ECONNREFUSED &&
-	    lstat(a.path.sun_path, &st) == 0 && S_ISSOCK(st.st_mode))
-		(void)unlink(a.path.sun_path);
+	if (fd == -1)
+		return -1;
+	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	if ((listens ? bind(fd, &a.any, len) : connect(fd, &a.any, len)) == 0)
+		return fd;
 	close_quietly(fd);
-	fd = socket(a.any.sa_family, SOCK_STREAM, 0);
-	return fd == -1 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one,
-	    sizeof(one)) == -1 || bind(fd, &a.any, len) == -1 ? -1 : fd;
+	return -1;
 }
 
 /* Listens on a socket, and takes it into the poll set. */
@@ -5784,6 +5571,8 @@ static void
 listeners_open(void)
 {
 	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
+	const char *text;
+	struct stat st;
 	int given = pid != NULL && n != NULL && conf.command == NULL &&
 	    atol(pid) == (long)getpid() ? atoi(n) : 0, i;
 
@@ -5791,8 +5580,16 @@ listeners_open(void)
 		die(2, "LISTEN_FDS=%s: want %d at most", n, LISTENERS_MAX);
 	for (i = 0; i < given; i++)
 		listener_add(3 + i, "a socket of LISTEN_FDS");
-	for (i = 0; given == 0 && i < (int)conf.listeners; i++)
-		listener_add(address_bind(conf.listen[i]), conf.listen[i]);
+	for (i = 0; given == 0 && i < (int)conf.listeners; i++) {
+		/* A socket file that nobody listens on any more is in the way;
+		 * any other file refuses connections, too, and stays. */
+		text = conf.listen[i];
+		if (strncmp(text, "unix:", 5) == 0 &&
+		    address_open(text, false) == -1 && errno == ECONNREFUSED &&
+		    lstat(text + 5, &st) == 0 && S_ISSOCK(st.st_mode))
+			(void)unlink(text + 5);
+		listener_add(address_open(text, true), text);
+	}
 }
 
 /* ---- the sandbox ---- */
@@ -5815,7 +5612,7 @@ sandbox(void)
 	struct { uint64_t fs, net, scoped; } all = { 0, 0, 0 };
 	struct { uint64_t allowed; int32_t fd; } __attribute__((packed)) rule;
 	long abi = syscall(444, NULL, (size_t)0, 1);
-	char dir[PATH_MAX], *slash;
+	char dir[PATH_MAX];
 	int rules;
 
 	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
@@ -5832,9 +5629,7 @@ sandbox(void)
 	ok = syscall(445, rules, 1, &rule, 0) == 0;
 	if (conf.users != NULL && ok) {
 		(void)snprintf(dir, sizeof(dir), "%s", conf.users);
-		slash = strrchr(dir, '/');
-		(void)snprintf(slash == NULL ? dir : slash + 1, 2, ".");
-		rule.fd = open(dir, O_PATH | O_CLOEXEC);
+		rule.fd = open(dirname(dir), O_PATH | O_CLOEXEC);
 		rule.allowed = READ;
 		ok = syscall(445, rules, 1, &rule, 0) == 0;
 		close_quietly(rule.fd);
@@ -5863,7 +5658,6 @@ command_exec(void)
 	(void)prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
 #endif
 	(void)umask(inherited.mask);
-	(void)setrlimit(RLIMIT_NOFILE, &inherited.files);
 	for (i = 0; i < SIGNALS; i++)
 		(void)signal(signals[i], inherited.action[i]);
 	(void)execvp(conf.command[0], conf.command);
@@ -5880,8 +5674,7 @@ command_start(void)
 
 	buf_fmt(&url, "%s/", listeners[0].name);
 	buf_url(&url, conf.command_name);
-	loop.shares_terminal = isatty(STDIN_FILENO) == 1 &&
-	    tcgetpgrp(STDIN_FILENO) == getpgrp();
+	loop.shares_terminal = tcgetpgrp(STDIN_FILENO) == getpgrp();
 	if (url.failed || setenv("TF_HTTP_ADDRESS", url.data, 1) == -1 ||
 	    setenv("TF_HTTP_LOCK_ADDRESS", url.data, 1) == -1 ||
 	    setenv("TF_HTTP_UNLOCK_ADDRESS", url.data, 1) == -1 ||
@@ -6054,21 +5847,16 @@ loop_turn(void)
 static int
 check(const char *text)
 {
-	static const char ask[] = "GET /-/ready HTTP/1.1\r\nHost: localhost"
-	    "\r\nConnection: close\r\n\r\n";
-	struct timeval patience = { 5, 0 };
-	union address a;
-	socklen_t len = address_read(text, &a);
-	int fd = address_connect(&a, len);
+	static const char ask[] = "GET /-/ready HTTP/1.0\r\n\r\n";
+	int fd = address_open(text, false);
 	char answer[13] = "";
 
-	if (fd == -1 || setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience,
-	    sizeof(patience)) == -1 ||
-	    write_all(fd, ask, sizeof(ask) - 1) == -1 ||
-	    recv(fd, answer, 12, MSG_WAITALL) == -1)
+	if (fd == -1 || write_all(fd, ask, sizeof(ask) - 1) == -1)
 		die(1, "%s does not answer: %s", text, strerror(errno));
+	if (wait_until(fd, POLLIN, clock_ms() + 5000) != 0)
+		(void)recv(fd, answer, 12, 0);
 	if (strcmp(answer, "HTTP/1.1 200") != 0)
-		die(1, "%s is not ready", text);
+		die(1, "%s is not ready: '%s'", text, answer);
 	return 0;
 }
 
@@ -6139,8 +5927,6 @@ option(int c)
 static void
 options(int argc, char **argv)
 {
-	static const char *const tools[] = { "terraform", "tofu",
-	    "terragrunt" };
 	const char *wrong;
 	int c;
 
@@ -6161,10 +5947,11 @@ options(int argc, char **argv)
 		return;
 	conf.command_name = argv[optind];
 	conf.command = argv + optind + 1;
-	for (c = 0; c < 3; c++)
-		if (strcmp(conf.command_name, tools[c]) == 0)
-			die(2, "the state's name comes first: statesrv NAME %s "
-			    "init", tools[c]);
+	if (strcmp(conf.command_name, "terraform") == 0 ||
+	    strcmp(conf.command_name, "tofu") == 0 ||
+	    strcmp(conf.command_name, "terragrunt") == 0)
+		die(2, "the state's name comes first: statesrv NAME %s init",
+		    conf.command_name);
 	if (optind + 1 == argc)
 		die(2, "%s: a state's name is followed by a COMMAND; see -h",
 		    conf.command_name);
@@ -6186,8 +5973,8 @@ greet(bool created)
 	if (realpath(conf.dir, dir) == NULL)
 		span_copy(dir, sizeof(dir), span(conf.dir));
 	scrub(dir);
-	if (conf.command != NULL && (fd = name_file(conf.command_name, STATE,
-	    NULL)) == -1 && errno == ENOENT)
+	if (conf.command != NULL && (fd = name_file(conf.command_name, "",
+	    STATE, NULL)) == -1 && errno == ENOENT)
 		complain("no state %s in %s yet", conf.command_name, dir);
 	close_quietly(fd);
 	if (walk_names(&w, ".") == -1 || walk_names(&w, ".history") == -1 ||
