@@ -32,16 +32,16 @@
  * polls, reads heads, and answers what needs no waiting. Everything else is
  * given with its connection to one thread of a pool, which does it from the
  * first line to the last. So every wait has an end, every piece of work has
- * somebody who wants it, and no lock of the program is held over a disk, but
- * for a name's own guard, and the log's two where stdout is a file. To follow
- * one request, read these in order:
+ * somebody who wants it, and no mutex is held while a disk is waited for,
+ * except for the log's two if stdout is a file. (A name's guard is held, too,
+ * but only that name waits for it.) To follow one request, read in this order:
  *
  *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
- *	GET of a small state: now_state, cache_get, conn_request, reply_send
- *	POST: pool_give, then in a thread thread_serve, do_write; change, a
- *	first look: may it land at all? state_receive, state_check; change,
- *	now with change_prepare, guard_take, write_publish; change_end,
- *	reply_send, and at last change_free
+ *	GET of a small state: quick_state, cache_get, conn_request, reply_send
+ *	POST: pool_give; in a thread: thread_serve, do_write; change with
+ *	write_allowed (would it be refused anyway?); state_receive,
+ *	state_check; change with change_prepare, guard_take, write_publish;
+ *	change_end, reply_send, change_free
  *
  * What it does not do: TLS (put a front before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
@@ -92,7 +92,7 @@
 #define _POSIX_C_SOURCE 200809L
 #endif
 #define _FILE_OFFSET_BITS 64
-#define _TIME_BITS 64			/* 2038, on 32 bits with glibc */
+#define _TIME_BITS 64			/* for times after 2038 */
 
 #include <sys/types.h>
 #include <sys/resource.h>
@@ -120,7 +120,6 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -145,9 +144,9 @@
 /*
  * What other systems lack. macOS has no record locks of an open file (nor has
  * OpenBSD), no Landlock, no reads that do not wait, no sendfile of this kind,
- * no accept4, no condition that waits by the monotonic clock, and its fsync
- * does not reach the disk. Each is handled where it is used, behind #ifdef;
- * these have a plain stand-in.
+ * no accept4, and its fsync does not reach the disk. Each is handled where it
+ * is used, behind #ifdef; these have a plain stand-in. (It has no condition
+ * that waits by the monotonic clock either: pool_thread does without.)
  */
 #ifndef MSG_MORE
 #define MSG_MORE 0			/* only a hint */
@@ -184,22 +183,22 @@
 #define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
 #define NAME_LEN_MAX 1000	/* bytes: a name */
 #define ID_MAX 256		/* bytes: a lock's ID */
-#define SERIAL_MAX 20		/* digits of one that is known */
-#define LINEAGE_MAX 255		/* bytes: one that can be compared */
+#define SERIAL_MAX 20		/* digits: a longer serial is not known */
+#define LINEAGE_MAX 255		/* bytes: -s cannot compare a longer one */
 #define USERS_MAX 1048576	/* bytes: the users file */
 #define LOCK_INFO_MAX 65536	/* bytes: the body of LOCK and UNLOCK */
 #define JSON_DEPTH 1000		/* nested arrays and objects */
 #ifndef ANY_OBJECT
 #define ANY_OBJECT 0		/* 1: any JSON object is taken for a state */
 #endif
-#define HASH_MAX 16384		/* bytes: up to this MD5 is logged, unasked */
+#define HASH_MAX 16384		/* bytes: logged with its MD5 up to this */
 #define META_MAX 65536		/* bytes searched for serial and lineage */
 #define TAIL_MAX 65536		/* bytes of a log that a page looks at */
 #ifndef SMALL
-#define SMALL 65536		/* bytes: the loop answers such a state */
+#define SMALL 65536		/* bytes: the loop answers a state up to this */
 #endif
-#define CACHE_SLOTS 256		/* of them are kept in memory, each with */
-#define HEAD_ROOM 1024		/* bytes before it, for an answer's head */
+#define CACHE_SLOTS 256		/* small states that are kept in memory */
+#define HEAD_ROOM 1024		/* bytes before each, for an answer's head */
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
 #endif
@@ -208,7 +207,9 @@
 #define THREADS_MAX 256
 #endif
 #ifndef THREAD_STACK
-#define THREAD_STACK 262144	/* bytes, as far as touched */
+#define THREAD_STACK 524288	/* bytes: JSON_DEPTH values need 290 KB when
+				 * clang does not optimize; only touched
+				 * pages cost memory */
 #endif
 #define THREAD_IDLE_MS 1000	/* milliseconds; then an idle one leaves */
 #ifndef PAGES_MAX
@@ -217,11 +218,11 @@
 #define WAITERS_MAX 16		/* threads that wait for one name */
 #define UNSENT_MAX 131072	/* bytes of an answer that wait in the kernel */
 #define SEND_MAX 1048576	/* bytes in one sendfile */
-#define FLAT 64			/* so many connections are simply all polled */
+#define FLAT 64			/* up to so many connections all are polled */
 #define TURN_MAX 32		/* answers to one client in one turn */
-#define HOT_MS 5		/* milliseconds between looks at idle ones */
-#define LOG_MS 10		/* log lines may wait so long for others */
-#define LOG_MAX 65536		/* bytes of them, while nobody reads */
+#define HOT_MS 5		/* between polls of the idle ones, at least */
+#define LOG_MS 10		/* log lines are collected for so long */
+#define LOG_MAX 65536		/* bytes of log kept while nobody reads it */
 #ifndef IDLE_MS
 #define IDLE_MS 120000		/* Go's client gives up its own after 90 s */
 #endif
@@ -229,8 +230,8 @@
 #define HEAD_MS 20000		/* for the head, from its first byte on */
 #endif
 #ifndef BODY_MS
-#define BODY_MS 60000		/* of silence; a byte a ms on average, too */
-#endif
+#define BODY_MS 60000		/* of silence in a body or an answer; and on */
+#endif				/* average, at least a byte a millisecond */
 #ifndef DRAIN_MS
 #define DRAIN_MS 10000		/* for a client to read the last answer */
 #endif
@@ -240,7 +241,7 @@
 #define NEW_MS 100		/* a new connection has so long to speak */
 #define QUEUE_MS 20000		/* a request waits so long for a thread */
 #ifndef GUARD_MS
-#define GUARD_MS 5000		/* and so long for its name */
+#define GUARD_MS 5000		/* a request waits so long for its guard */
 #endif
 #ifndef LOOK_MS
 #define LOOK_MS 5000		/* /-/ready: a slower disk is not ready */
@@ -254,7 +255,7 @@
 
 static struct config {
 	const char *dir;		/* -d */
-	const char *listen[16];		/* -l, as given */
+	const char *listen[LISTENERS_MAX];	/* -l, as given */
 	size_t listeners;
 	const char *users;		/* -u */
 	unsigned keep;			/* -k: versions */
@@ -277,8 +278,8 @@ static struct config {
 /* ==== types ==============================================================
  *
  * Bytes, what is known about a state or a lock, and the request. A request
- * belongs to the loop until it is given to a thread, and from then on to that
- * thread, which frees it.
+ * belongs to the loop, or, from pool_give on, to one thread. Whoever answers
+ * it frees it.
  */
 struct span {				/* bytes that belong to another */
 	const char *ptr;
@@ -343,7 +344,8 @@ struct hash {				/* MD5 or SHA-256 */
 	unsigned char block[64];
 };
 
-/* A member of a JSON object that is asked for: what it is, by its last. */
+/* A member of a JSON object that is asked for. If it stands there more than
+ * once, its last value counts. */
 struct member {
 	const char *key;		/* in any case, as Go's clients read */
 	char *to;			/* its text is copied there */
@@ -353,7 +355,7 @@ struct member {
 	char type;			/* 's', 'n', or another */
 };
 
-/* What is told about a state without understanding it. */
+/* What a state's JSON says about itself. */
 struct meta {
 	char type;			/* 's'tate, 'l'ock info, 0: neither */
 	const char *doubled;		/* a key that is there twice, or NULL */
@@ -369,8 +371,8 @@ struct lock {
 	struct timespec since;		/* the file's mtime */
 	char id[ID_MAX + 1];
 	char operation[64], info[256], who[128], created[64];
-	char *raw;			/* the file's bytes, malloced; if it is
-					 * not held: a crash cut a LOCK short */
+	char *raw;			/* the file's bytes, malloced; or NULL.
+					 * Without held: a torn lock */
 };
 
 /* What a URL names, as what a page is written, what a user may do there. */
@@ -410,8 +412,8 @@ struct change {
 	struct place place;
 	struct lock lock;		/* the lock that was found */
 	struct lock asked;		/* the lock info that was sent */
-	struct tmp tmp;			/* the new state, */
-	struct meta meta;
+	struct tmp tmp;			/* the new state; fd -1: a delete */
+	struct meta meta;		/* what it says about itself */
 	int64_t size;			/* of the body, in bytes */
 	char md5[33];			/* of the body, in hex; "": unknown */
 	int old;			/* the state that is there, or -1 */
@@ -438,9 +440,10 @@ struct request {
 	enum right right;		/* on that name */
 	enum form form;			/* of pages, by Accept */
 	bool keep, expects;		/* as the head says */
+	bool tls;			/* it begins like a TLS connection */
 	bool fronted;			/* a front speaks for the client */
 	bool has_id, has_md5;
-	bool go;			/* sent by a Go program: terraform */
+	bool go;			/* by User-Agent a Go program */
 	bool bearer;			/* showed a secret, but no name */
 	bool locked;			/* ?locked of the listing */
 	char root[128];			/* from the URL to /: "../../" */
@@ -464,17 +467,19 @@ struct request {
 	size_t len;			/* of body */
 
 	/* the answer */
-	int status;			/* 0: none yet; -1: see cut */
-	bool unguarded;			/* the guard was not to be had */
+	int status;			/* 0: none yet; -1: there is none, the
+					 * connection is cut */
+	bool unguarded;			/* the guard could not be taken */
 	const char *type;		/* Content-Type, perhaps more fields */
 	bool heading;			/* a table's cells write their titles */
-	struct buf out, text;		/* all of it but a file; a body */
-	char *cached;			/* or the cache's, with HEAD_ROOM */
-	size_t cached_len;		/* before it */
-	struct span unsent;		/* of out, or of both in the cache */
-	int file;			/* or a body that is a file, or -1 */
-	off_t off, left;		/* of the file */
-	int64_t got, sent;		/* bytes, for the count */
+	struct buf text;		/* its body, or else: */
+	char *cached;			/* a state in the cache, behind */
+	size_t cached_len;		/* HEAD_ROOM bytes for the head; or */
+	int file;			/* a file, or -1: there is none */
+	off_t off, left;		/* sent of the file, and still to be */
+	struct buf out;			/* head and text */
+	struct span unsent;		/* of out, or of head and cached */
+	int64_t got, sent;		/* bytes, for the log and the metrics */
 	char why[300];			/* it was refused */
 };
 
@@ -496,9 +501,9 @@ clock_us(clockid_t id)
 #define clock_ms() (clock_us(CLOCK_MONOTONIC) / 1000)
 #define time_ms() (clock_us(CLOCK_REALTIME) / 1000)
 
-/* Waits for a descriptor, or with fd -1 only for the time, until a moment
- * (milliseconds, monotonic). No request waits elsewhere. What poll says of the
- * descriptor, or 0: it is too late. */
+/* Waits until a descriptor is ready or a moment (milliseconds, monotonic) has
+ * come; with fd -1 only for the moment. No request waits elsewhere. Returns
+ * poll's revents, or 0 if the time is up. */
 static short
 wait_until(int fd, short events, int64_t until)
 {
@@ -550,9 +555,9 @@ utf8_next(const char *s, unsigned *code)
 	return n;
 }
 
-/* The length of the character that s begins with, if a terminal or a page may
- * get it, else 0. Not what they would obey: the controls of ASCII and Latin-1,
- * and what turns the direction of a text around. */
+/* The length of the character that s begins with, if it may be shown on a
+ * terminal or a page, else 0. The controls of ASCII and Latin-1 may not, nor
+ * what changes the direction of the text: such text can lie. */
 static size_t
 shown_next(const char *s)
 {
@@ -702,8 +707,8 @@ buf_fmt(struct buf *b, const char *fmt, ...)
 		b->len += n;
 }
 
-/* Appends text, and then a number, in digits at least; many times as fast as
- * printf: every answer and every log line has several. */
+/* Appends text, and then a number (not negative) of so many digits at least.
+ * Much faster than printf: every answer and every log line has several. */
 static void
 buf_num(struct buf *b, const char *before, int64_t n, int digits)
 {
@@ -724,8 +729,9 @@ buf_free(struct buf *b)
 	*b = (struct buf){ 0 };
 }
 
-/* Appends a JSON string, with its quotes, or what means s in HTML, attributes
- * too; what is not UTF-8, or should not be shown, is escaped or replaced. */
+/* Appends s as a JSON string with its quotes, as HTML (also for attributes), or
+ * as plain text. What is not UTF-8, or may not be shown, is escaped or
+ * replaced. */
 static void
 buf_text(struct buf *b, const char *s, enum form form)
 {
@@ -806,7 +812,7 @@ names_add(struct names *v, const char *name)
 }
 
 static int
-names_order(const void *a, const void *b)
+names_compare(const void *a, const void *b)
 {
 	return strcmp(*(char *const *)a, *(char *const *)b);
 }
@@ -815,7 +821,7 @@ static void
 names_sort(struct names *v)
 {
 	if (v->n > 0)
-		qsort(v->list, v->n, sizeof(*v->list), names_order);
+		qsort(v->list, v->n, sizeof(*v->list), names_compare);
 }
 
 static void
@@ -827,15 +833,15 @@ names_free(struct names *v)
 	*v = (struct names){ 0 };
 }
 
-/* Writes RFC 3339 in UTC with milliseconds, or in basic format, without
- * separators, as it stands in the names of versions. */
+/* Writes a time as RFC 3339, in UTC, with milliseconds; basic: without
+ * separators, as in a version's ID. */
 static void
 time_text(char out[32], int64_t ms, bool basic)
 {
 	time_t t = (time_t)(ms / 1000);
 	struct tm tm;
 
-	/* strftime would look for a time zone, outside the sandbox. */
+	/* strftime would read a time zone file, outside the sandbox. */
 	(void)gmtime_r(&t, &tm);
 	(void)snprintf(out, 32, basic ? "%04d%02d%02dT%02d%02d%02d.%03dZ" :
 	    "%04d-%02d-%02dT%02d:%02d:%02d.%03dZ", (tm.tm_year + 1900) % 10000,
@@ -843,9 +849,9 @@ time_text(char out[32], int64_t ms, bool basic)
 	    (int)(ms % 1000));
 }
 
-/* Is a time later than another, or before it, or neither: 1, -1, 0. */
+/* 1 if a is later than b, -1 if it is earlier, else 0. */
 static int
-time_order(struct timespec a, struct timespec b)
+time_compare(struct timespec a, struct timespec b)
 {
 	if (a.tv_sec != b.tv_sec)
 		return a.tv_sec > b.tv_sec ? 1 : -1;
@@ -1161,8 +1167,7 @@ json_more(struct json *j)
 	return *j->p;
 }
 
-/* The next byte, not taken yet; -1 at the end. Each byte is asked for. */
-__attribute__((always_inline))
+/* The next byte, not taken yet; -1 at the end. */
 static inline int
 json_peek(struct json *j)
 {
@@ -1199,8 +1204,8 @@ json_keep(struct json *j, unsigned c)
 	j->len++;
 }
 
-/* Takes what stands for itself in a string: most of most states. Was there
- * any? */
+/* Takes the bytes of a string that need no decoding: most of a state is such.
+ * Were there any? */
 static bool
 json_plain(struct json *j)
 {
@@ -1212,7 +1217,8 @@ json_plain(struct json *j)
 	    *p != '\\')
 		p++;
 	n = (size_t)(p - j->p);
-	memcpy(j->text + sizeof(j->text) - room, j->p, n < room ? n : room);
+	if (room > 0)
+		memcpy(j->text + j->len, j->p, n < room ? n : room);
 	j->len += n;
 	j->p = p;
 	return n > 0;
@@ -1262,7 +1268,7 @@ json_escape(struct json *j, unsigned *code)
 
 	if (p == NULL)
 		return json_wrong(j, "has an unknown escape in a string");
-	*code = (unsigned)to[p - from];
+	*code = (unsigned)to[p - from];	/* for u: its NUL, then 4 digits */
 	for (j->p++; n > 0; n--, j->p++) {
 		if ((v = hex_value((unsigned char)json_peek(j))) == -1)
 			return json_wrong(j, "has a bad \\u escape");
@@ -1292,6 +1298,7 @@ json_utf8(struct json *j, unsigned *code)
 static bool
 json_string(struct json *j)
 {
+	static const unsigned lead[] = { 0, 0xc0, 0xe0, 0xf0 };
 	unsigned code, high = 0, n;
 	int c;
 
@@ -1318,8 +1325,7 @@ json_string(struct json *j)
 		code = code >> 11 == 0x1b ? 0xfffd : code;
 		j->nul |= code == 0;
 		n = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-		json_keep(j, n > 0 ? (0xf80u >> n & 0xff) | code >> 6 * n :
-		    code > 0 ? code : '?');
+		json_keep(j, code == 0 ? '?' : lead[n] | code >> 6 * n);
 		while (n-- > 0)
 			json_keep(j, 0x80 | (code >> 6 * n & 0x3f));
 	}
@@ -1345,7 +1351,7 @@ json_member(struct json *j, unsigned depth)
 		return false;
 	j->text[j->len < last ? j->len : last] = '\0';
 	while (depth == 1 && (s = strstr(j->text, "\xc5\xbf")) != NULL) {
-		*s = 's';		/* a long one, to Go as well */
+		*s = 's';		/* U+017F: Go takes it for s */
 		memmove(s + 1, s + 2, strlen(s + 1));
 	}
 	for (i = 0; depth == 1 && i < j->n; i++)
@@ -1364,8 +1370,8 @@ json_member(struct json *j, unsigned depth)
 	return m->n++ > 0 || --j->brief > 0;
 }
 
-/* A value, in others to this depth. What it was: 's' a string, 'n' a number,
- * or another letter; 0 if it is wrong. */
+/* A value that stands at this depth. Returns what it was: 's' a string, 'n' a
+ * number, another letter, or 0 if it is wrong. */
 static int
 json_value(struct json *j, unsigned depth)
 {
@@ -1597,13 +1603,13 @@ http_request_line(struct head *h, struct span line)
 static const char *
 http_head(struct head *h, const char *p, size_t len, const char *end)
 {
-	const char *lf = memchr(p, '\n', len), *start = p, *wrong = NULL;
+	const char *lf = memchr(p, '\n', len), *wrong;
 	const struct span *f = h->field;
 
 	if (lf == NULL)
 		return "414 the request line is too long";
 	wrong = http_request_line(h, (struct span){ p, (size_t)(lf - 1 - p) });
-	if (wrong == NULL && (end == NULL || end - start > HEAD_MAX))
+	if (wrong == NULL && (end == NULL || end - p > HEAD_MAX))
 		return "431 the head is too large";
 	for (p = lf + 1; wrong == NULL && p < end - 2; p = lf + 1) {
 		lf = memchr(p, '\n', (size_t)(end - p));
@@ -1668,24 +1674,37 @@ http_parse(const char *data, size_t len, size_t *seen, struct head *h)
 
 /* The first line of a chunk, without its CRLF (RFC 9112, 7.1): sets size; too
  * large a number is the largest. False if it is malformed. Extensions mean
- * nothing here, but the first has a name. */
+ * nothing here, but each has a name after its ";", and a quoted value ends;
+ * quoted pairs, which nobody sends, are not read. */
 static bool
 chunk_size(struct span line, int64_t *size)
 {
-	struct span part;
-	size_t i = 0;
+	bool quoted = false, named = true, begun = false;
+	struct span rest = line;
 	int v;
 
 	*size = 0;
-	for (; i < line.len &&
-	    (v = hex_value((unsigned char)line.ptr[i])) != -1; i++)
+	for (; rest.len > 0 && (v = hex_value((unsigned char)*rest.ptr)) != -1;
+	    rest.ptr++, rest.len--)
 		*size = *size > INT64_MAX >> 4 ? INT64_MAX : *size << 4 | v;
-	if (i == 0 || !http_value_ok(line))
+	if (rest.len == line.len || !http_value_ok(line))
 		return false;
-	line = (struct span){ line.ptr + i, line.len - i };
-	return line.len == 0 || (span_next(&line, ';', &part) &&
-	    part.len == 0 && span_next(&line, ';', &part) &&
-	    http_token(&part).len > 0);
+	if (rest.len == 0)
+		return true;
+	for (; rest.len > 0; rest.ptr++, rest.len--) {
+		if (!quoted && (*rest.ptr == ' ' || *rest.ptr == '\t'))
+			continue;
+		if (*rest.ptr == '\\' || (!begun && *rest.ptr != ';') ||
+		    (!named && http_token(&(struct span){ rest.ptr, 1 }).len ==
+		    0))
+			return false;
+		begun = true;
+		if (*rest.ptr == '"')
+			quoted = !quoted;
+		else if (!quoted)
+			named = *rest.ptr != ';';
+	}
+	return begun && named && !quoted;
 }
 
 /* ==== names ==============================================================
@@ -1706,7 +1725,8 @@ cut_suffix(char *s, const char *suffix)
 {
 	bool found = ends_in(s, strlen(s), suffix);
 
-	s[strlen(s) - (found ? strlen(suffix) : 0)] = '\0';
+	if (found)
+		s[strlen(s) - strlen(suffix)] = '\0';
 	return found;
 }
 
@@ -1721,7 +1741,8 @@ is_version(const char *s, const char *end)
 		if (*form == 'd' ? !isdigit((unsigned char)*s) : *s != *form)
 			return false;
 	digits = strspn(s, "0123456789");
-	return digits >= 1 && digits <= 20 && strcmp(s + digits, end) == 0;
+	return digits >= 1 && digits <= SERIAL_MAX &&
+	    strcmp(s + digits, end) == 0;
 }
 
 /* On a file system that ignores the case of letters Demo and demo would be
@@ -1734,8 +1755,8 @@ static bool names_fold;
  * 2. it is UTF-8 without control characters, without backslash;
  * 3. no segment begins with '.' or '-': so there is no "..", nothing hidden,
  * nothing like an option; 4. none ends like our own files, so no state's file
- * is another's lock; 5. its URL means no other state, as the original demo's
- * terraform_state/NAME would, and no lock;
+ * is another's lock; 5. its URL means nothing else: /terraform_state/NAME and
+ * /terraform_lock/NAME are other names of NAME, and NAME/lock is its lock;
  * 6. on a file system that ignores case, only one spelling is let in.
  */
 static const char *
@@ -1790,7 +1811,7 @@ url_decode(struct span s, char *out, size_t size, bool query)
 			return false;
 		high = hex_value((unsigned char)s.ptr[++i]);
 		low = hex_value((unsigned char)s.ptr[++i]);
-		if ((high | low) <= 0)
+		if ((high | low) <= 0)		/* no digit, or a NUL */
 			return false;
 		out[n] = (char)(high << 4 | low);
 	}
@@ -1798,8 +1819,9 @@ url_decode(struct span s, char *out, size_t size, bool query)
 	return i == s.len;
 }
 
-/* What URLs begin with. A page without a name is the whole of its URL; the
- * path of http://host is empty. */
+/* Which path means what; the first that fits counts. Kinds below K_STATE have
+ * no name: the path is the whole; others, and K_STAR, are a beginning. The last
+ * two: the path of http://host is empty, and OPTIONS may ask for "*". */
 static const struct route {
 	const char *path;
 	enum kind kind;
@@ -1852,9 +1874,9 @@ name_route(struct span target, struct request *r)
 }
 
 /* Takes what we know from a target's query: ID, and for the listing q and
- * locked. NULL, or what is wrong: a state's or a lock's URL has no other key,
- * for ?env=prod and ?env=dev would be one state. Only an UNLOCK with one is
- * done, so that a run that has begun ends well. */
+ * locked. NULL, or what is wrong: a state's or a lock's URL may have no other
+ * key, for ?env=prod and ?env=dev would be one state. An unlock may have any,
+ * so that a run that has begun can end. */
 static const char *
 name_query(struct span query, struct request *r, bool unlock)
 {
@@ -1905,6 +1927,7 @@ static struct {
 	int root;			/* the directory */
 	int guard;			/* .guard, opened once */
 	bool remote;			/* on a network file system */
+	bool fresh;			/* no server was here before */
 	uint64_t token;			/* ours, in temporary names */
 	_Atomic unsigned tmps;		/* temporary files so far */
 	_Atomic bool low;		/* below the reserve */
@@ -1921,8 +1944,8 @@ static bool
 unchanged(const struct stat *a, const struct stat *b)
 {
 	return same_file(a, b) && a->st_size == b->st_size &&
-	    time_order(a->st_mtim, b->st_mtim) == 0 &&
-	    time_order(a->st_ctim, b->st_ctim) == 0;
+	    time_compare(a->st_mtim, b->st_mtim) == 0 &&
+	    time_compare(a->st_ctim, b->st_ctim) == 0;
 }
 
 /* Is an open file still the one that a path leads to? */
@@ -1935,10 +1958,12 @@ file_is(int fd, int dir, const char *path, int flag)
 	    same_file(&mine, &named);
 }
 
-/* Link counts do not tell that of a directory on overlayfs. */
+/* Is our directory still the one at -d? (On overlayfs the link count of a
+ * removed directory does not tell.) */
 #define store_there() file_is(store.root, AT_FDCWD, conf.dir, 0)
 
-/* Leaves ENOENT in errno only if that is the whole truth. Returns -1. */
+/* Makes ENOENT in errno EIDRM if the whole directory is gone: only a missing
+ * state may be a 404. Returns -1. */
 static int
 absent(void)
 {
@@ -2007,7 +2032,7 @@ place_open(const char *name, enum enter how, struct place *p)
 static const char *
 leaf_name(char out[LEAF], const char *leaf, const char *suffix)
 {
-	(void)snprintf(out, LEAF, "%.200s%s", leaf, suffix);
+	(void)snprintf(out, LEAF, "%.*s%s", SEGMENT_MAX, leaf, suffix);
 	return out;
 }
 
@@ -2067,7 +2092,7 @@ name_file(const char *name, const char *id, const char *suffix,
 
 /* Have two files the same bytes? No, if one cannot be read. */
 static bool
-file_same(int a, int b)
+same_bytes(int a, int b)
 {
 	char one[8192], two[8192];
 	off_t at = 0;
@@ -2117,8 +2142,8 @@ meta_read(struct json *j, struct meta *m)
 	return ok;
 }
 
-/* The same of a state in a file, as far as it has one. -s must know the
- * serial, wherever it stands. */
+/* The same for a file, of which only the beginning is read; with -s, all that
+ * is needed to find the serial. fd may be -1: nothing is known. */
 static void
 meta_file(int fd, struct meta *m)
 {
@@ -2128,29 +2153,31 @@ meta_file(int fd, struct meta *m)
 	(void)meta_read(&j, m);
 }
 
-/* 0 if n more bytes leave alone what is kept so that locks can be released and
- * taken when states no longer fit: a sixteenth of the disk at most. Else -1.
- * errno may be ENOSPC in either case; n may be -1: of a chunked body. */
+/* 0 if the disk has room for n more bytes and for the reserve, so that locks
+ * can still be written when states no longer fit; else -1. The reserve is a
+ * sixteenth of the disk at most. Sets errno to ENOSPC in both cases. n may be
+ * -1: the length of a chunked body is not known. */
 static int
 store_fits(int64_t n)
 {
 	struct statvfs fs;
-	uint64_t reserve;
-	int64_t left;
+	uint64_t room, reserve;
+	bool low;
 
 	if (fstatvfs(store.root, &fs) == -1)
 		return -1;
 	reserve = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
 	reserve = reserve < RESERVE ? reserve : RESERVE;
 	/* Some network file systems do not tell. */
-	left = fs.f_blocks == 0 ? INT64_MAX :
-	    (int64_t)((uint64_t)fs.f_bavail * fs.f_frsize - reserve);
-	if (store.low != (left < 0))
-		complain("%s: %s", conf.dir, left < 0 ? "the disk is nearly "
-		    "full, only locks are written" : "there is room again");
-	store.low = left < 0;
+	room = fs.f_blocks == 0 ? UINT64_MAX :
+	    (uint64_t)fs.f_bavail * fs.f_frsize;
+	low = room < reserve;
+	if (store.low != low)
+		complain("%s: %s", conf.dir, low ? "the disk is nearly full, "
+		    "only locks are written" : "there is room again");
+	store.low = low;
 	errno = ENOSPC;
-	return left >= n ? 0 : -1;
+	return !low && room - reserve >= (uint64_t)(n > 0 ? n : 0) ? 0 : -1;
 }
 
 /* ---- temporary files: .tmp/TOKEN-NUMBER, or .tmp-TOKEN-NUMBER elsewhere */
@@ -2187,7 +2214,7 @@ tmp_create(struct tmp *t, int dir)
 	if (t->fd != -1)
 		return 0;
 	if (errno == ENOENT && dir == store.root &&
-	    mkdirat(dir, ".tmp", 0700) == 0)	/* somebody tidied up */
+	    mkdirat(dir, ".tmp", 0700) == 0)	/* it was removed */
 		return tmp_create(t, dir);
 	tmp_remove(t);			/* it may have been made */
 	return -1;
@@ -2340,7 +2367,7 @@ history_prune(int dir, struct names *ids, const struct lock *lock)
 			(void)leaf_name(leaf, ids->list[i], STATE);
 			if (*ids->list[i] == '\0' || (round < 2 &&
 			    (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ==
-			    -1 || time_order(st.st_mtim, lock->since) <= 0)))
+			    -1 || time_compare(st.st_mtim, lock->since) <= 0)))
 				continue;
 			if (round == 0) {
 				moved |= st.st_mtim.tv_sec > now / 1000;
@@ -2426,8 +2453,8 @@ cache_get(const char *name)
  * process an entry in a list. No other name waits for it.
  */
 
-/* Takes what is known of it from lock info. False if that is no JSON object,
- * which j tells, or has not one ID of a good length, without a NUL. */
+/* Reads lock info. False if it is no JSON object (then j->why says so), or has
+ * not exactly one ID of 1 to ID_MAX bytes without a NUL. */
 static bool
 lock_info(struct json *j, struct lock *l)
 {
@@ -2445,7 +2472,8 @@ lock_info(struct json *j, struct lock *l)
 	    k[0].len > 0 && k[0].len <= ID_MAX;
 }
 
-/* Reads who holds the lock, or -1: could not look. l->raw is to be freed. */
+/* Reads who holds the lock; -1 if that cannot be read. The caller frees
+ * l->raw. */
 static int
 lock_read(const struct place *p, struct lock *l)
 {
@@ -2528,10 +2556,10 @@ guard_server_byte(uint64_t token)
 #define guard_in_place() \
 	file_is(store.guard, store.root, ".guard", AT_SYMLINK_NOFOLLOW)
 
-/* How many stand before it with the same byte. It joins the list, if it is
- * not in it; or leaves it. */
+/* Puts a guard at the end of the list, if it is not in it, or takes it out.
+ * Returns how many before it have the same byte. */
 static unsigned
-guard_before(struct guard *g, bool leave)
+guard_queue(struct guard *g, bool leave)
 {
 	struct guard **p;
 	unsigned n = 0;
@@ -2553,11 +2581,11 @@ static void
 guard_drop(struct guard *g)
 {
 	(void)guard_set(F_UNLCK, g->byte);	/* cannot fail */
-	(void)guard_before(g, true);
+	(void)guard_queue(g, true);
 }
 
 /*
- * Takes a name's guard, or tries to for so many milliseconds; 0: tries once.
+ * Takes a name's guard, or gives up after so many milliseconds.
  * -1 with errno: ETIMEDOUT; EBUSY: too many wait for it; EIDRM: .guard was
  * removed or replaced. The byte is 62 bits of a hash, so that no two names
  * meet. It never changes, or an old and a new server would exclude nobody.
@@ -2576,7 +2604,7 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 	g->byte = (off_t)(((uint64_t)load32(digest) << 32 |
 	    load32(digest + 4)) & (((uint64_t)1 << 62) - 1));
 	for (; error == EAGAIN; step += step < 16 ? step : 0) {
-		before = guard_before(g, false);
+		before = guard_queue(g, false);
 		first = first && before == 0;
 		if (before == 0 && guard_set(F_WRLCK, g->byte) == 0) {
 			if (guard_in_place())
@@ -2592,7 +2620,7 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 		if (error == EAGAIN)
 			(void)wait_until(-1, 0, clock_ms() + step);
 	}
-	(void)guard_before(g, true);
+	(void)guard_queue(g, true);
 	if (error == ETIMEDOUT && ms == GUARD_MS && first)	/* once */
 		complain("%s: its guard cannot be had: another server on %s, "
 		    "or its disk, hangs", name, conf.dir);
@@ -2600,9 +2628,9 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 	return -1;
 }
 
-/* Reads a lock without meaning to change it, and waits for next to nothing.
- * What looks like a freeze may be a lock whose info is being written: under
- * the guard it is whole. l->raw is to be freed. */
+/* Reads a lock only to show it, and waits 20 ms at most. What looks like a
+ * freeze may be a lock that is being written: under the guard it is whole. The
+ * caller frees l->raw. */
 static int
 lock_look(const char *name, struct lock *l)
 {
@@ -2637,8 +2665,8 @@ struct user {
 };
 
 struct users {
-	_Atomic unsigned refs;		/* requests that use it, and once they
-					 * are replaced, one less */
+	_Atomic unsigned refs;		/* requests that use them; the pointer
+					 * users below is not counted */
 	size_t n;
 	struct user list[USERS_MAX / 64];	/* one for each pattern */
 	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
@@ -2648,8 +2676,8 @@ static struct users *users;		/* NULL: everybody may do everything */
 
 static const char right_names[][6] = { "none", "read", "plan", "write" };
 
-/* A request has done with them, or the loop, which has others now: whoever is
- * last frees them. */
+/* Called by each request when it ends, and by the loop when it has new users.
+ * The last call finds no reference left and frees them. */
 static void
 users_drop(struct users *u)
 {
@@ -2823,30 +2851,34 @@ user_line(struct users *u, char *line, const char **at)
 }
 
 /* Takes the users of -u for ours. False, having complained: the file is no
- * good, and ours stay as they were. A FIFO is not waited for. */
+ * good, and ours stay as they were. A pipe is read only at the start: later,
+ * nothing may be waited for. */
 static bool
 users_read(void)
 {
 	struct users *u = calloc(1, sizeof(*u)), *old = u;
-	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY |
+	    (users != NULL ? O_NONBLOCK : 0));
 	const char *wrong = NULL, *at = NULL;
-	char *rest = u != NULL ? u->text : NULL, *line;
-	size_t number = 0;
-	ssize_t n = -1;
+	char *text = u != NULL ? u->text : NULL, *line;
+	size_t number = 0, len = 0;
+	ssize_t n = 1;
 	struct stat st;
 	bool ok;
 
 	if (fd == -1 || u == NULL || fstat(fd, &st) == -1)
 		wrong = strerror(errno);
-	else if (!S_ISREG(st.st_mode))
+	else if (users != NULL && !S_ISREG(st.st_mode))
 		wrong = "it is not a file";
-	else if ((n = read_at(fd, rest, USERS_MAX, 0)) == USERS_MAX ||
-	    strlen(rest) != (size_t)n)
+	for (; wrong == NULL && n > 0; len += n > 0 ? (size_t)n : 0)
+		n = read(fd, text + len, USERS_MAX - len);
+	if (wrong == NULL && (n == -1 || len == USERS_MAX ||
+	    strlen(text) != len))
 		wrong = "it cannot be read, is too large, or has a NUL in it";
-	else if ((st.st_mode & 077) != 0)
+	if (wrong == NULL && (st.st_mode & 077) != 0)
 		complain("others can read %s: chmod 600 it", conf.users);
 	close_quietly(fd);
-	for (; wrong == NULL && (line = strsep(&rest, "\n")) != NULL; number++)
+	for (; wrong == NULL && (line = strsep(&text, "\n")) != NULL; number++)
 		wrong = user_line(u, line, &at);
 	ok = wrong == NULL && u->n > 0;
 	if (ok) {
@@ -2861,8 +2893,8 @@ users_read(void)
 	return ok;
 }
 
-/* The users of -u, or the one of the environment. The wrapper's command finds
- * there the one that we make for it. */
+/* Takes the users of -u, or the one in the environment. For the wrapper's
+ * command one is made and put there. */
 static void
 users_start(void)
 {
@@ -2915,8 +2947,8 @@ struct conn {
 	struct request *r;		/* or NULL: between two; in the loop's
 					 * list it waits for its deadline */
 	struct conn *next, *prev;	/* in the list that it is in, if any */
-	bool ending;			/* all is told: the client may close */
-	bool lingers;			/* and we do not before it, if we can */
+	bool ending;			/* the last answer is sent, or cut */
+	bool lingers;			/* then wait for the client to close */
 	char *in;			/* HEAD_MAX bytes, or NULL */
 	size_t at, used, seen;		/* of in */
 	int64_t since, active, deadline;	/* ms, monotonic */
@@ -2928,8 +2960,8 @@ struct list {				/* zero is empty */
 	unsigned n;
 };
 
-/* For the lists of the pool, and this one: those that a thread has, while it
- * waits for the client, the longest first. */
+/* Protects the lists of the pool, and this one: the connections whose thread
+ * waits for the client, the longest wait first. */
 static pthread_mutex_t conn_mutex = PTHREAD_MUTEX_INITIALIZER;
 static struct list conn_waiting;
 
@@ -2951,8 +2983,8 @@ list_remove(struct list *l, struct conn *c)
 	l->n--;
 }
 
-/* Sets a plain answer of one line, which is also the reason in the logs, and
- * returns its status. */
+/* Makes the answer one plain line, which is also the reason in the logs, and
+ * returns the status. ("ok" and "ready" are such lines, too, with 200.) */
 __attribute__((format(printf, 3, 4)))
 static int
 refuse(struct request *r, int status, const char *fmt, ...)
@@ -2970,16 +3002,13 @@ refuse(struct request *r, int status, const char *fmt, ...)
 	return r->status = status;
 }
 
-/* There will be no answer: the connection is cut, terraform sends the request
- * again. A 408 it would take for final. -1 takes the place of a status. */
+/* There will be no answer: the status is -1, and the connection is cut, so that
+ * terraform sends the request again. It would take a 408 for final. */
 #define cut(r, why) refuse(r, -1, "%s", why)
 
 /* The one place where an errno becomes a status: what stands here, or 503,
- * which invites the client to try again. The first two mean that the guard was
- * not to be had: do_lock then looks at the lock without it. */
+ * which invites the client to try again. */
 static const struct { int error, status; const char *why; } errnos[] = {
-	{ ETIMEDOUT, 503, "another request for it takes too long" },
-	{ EBUSY, 503, "too many requests wait for it" },
 	{ EIDRM, 500, "its directory, or .guard, was removed or replaced" },
 	{ ELOOP, 500, "it is a symbolic link" },
 	{ ENOTDIR, 500, "a part of its path is a link, or no directory" },
@@ -2988,8 +3017,7 @@ static const struct { int error, status; const char *why; } errnos[] = {
 	{ EACCES, 500, NULL }, { EROFS, 500, NULL }, { 0, 503, NULL }
 };
 
-/* Takes errno. Returns the status; complains on stderr, unless all it needs is
- * another try. */
+/* Refuses because of errno, complains on stderr, and returns the status. */
 static int
 refuse_errno(struct request *r, const char *what)
 {
@@ -2999,9 +3027,7 @@ refuse_errno(struct request *r, const char *what)
 		i++;
 	(void)refuse(r, errnos[i].status, "cannot %s: %s", what,
 	    errnos[i].why != NULL ? errnos[i].why : strerror(errno));
-	r->unguarded = i < 2;
-	if (!r->unguarded)
-		complain("%s: %s", r->name, r->why);
+	complain("%s: %s", r->name, r->why);
 	return r->status;
 }
 
@@ -3023,7 +3049,7 @@ trace(const char *mark, const char *data, size_t len)
 	}
 }
 
-/* Begins something now that the client has so long for. */
+/* Gives the client so many milliseconds from now for what comes next. */
 static void
 conn_within(struct conn *c, int64_t now, int64_t ms)
 {
@@ -3031,8 +3057,8 @@ conn_within(struct conn *c, int64_t now, int64_t ms)
 	c->deadline = now + ms;
 }
 
-/* Bytes have come or gone: a millisecond more for each, so that a trickle
- * ends, but never credit for a longer silence than at first. */
+/* n bytes have come or gone: the deadline is a millisecond later for each, so
+ * that a trickle ends, but never more than BODY_MS from now. */
 static void
 conn_moved(struct conn *c, size_t n)
 {
@@ -3041,9 +3067,9 @@ conn_moved(struct conn *c, size_t n)
 	c->deadline = BODY_MS + (c->since < c->active ? c->since : c->active);
 }
 
-/* After recv or send gave -1: waits for the client if that helps. False: it
- * has left, or is too slow, or had to make room for others. (Of that, the next
- * recv or send may tell first, as an end.) */
+/* After recv or send gave -1: waits until the client is ready. False: it has
+ * left or is too slow. (If pool_relieve shuts the connection down meanwhile,
+ * this returns true, and the next recv or send fails.) */
 static bool
 conn_wait(struct conn *c, short events)
 {
@@ -3144,7 +3170,7 @@ body_line(struct request *r, size_t max, struct span *line)
 static int
 body_chunk(struct request *r)
 {
-	struct head trailer = { .length = -1 };
+	struct head trailer = { 0 };
 	const char *wrong;
 	struct span line;
 	int64_t size;
@@ -3168,8 +3194,8 @@ body_chunk(struct request *r)
 	return r->status;
 }
 
-/* The next piece of a body, which stays in the connection's buffer until the
- * next call; an empty one at the end. */
+/* Sets the next piece of the body, an empty one at its end. It lies in the
+ * connection's buffer until the next call. */
 static int
 body_next(struct request *r, struct span *piece)
 {
@@ -3221,9 +3247,9 @@ body_whole(struct request *r)
  * Functions return 0, a status, or -1: the request was cut.
  */
 
-/* Answers with who holds the lock, which every client knows to read: with the
- * holder's own bytes, or, of a freeze, with lock info that has an ID (terraform
- * 1.15) and no Created, which would have to be a time. */
+/* Answers with who holds the lock, in the form that every client reads: the
+ * holder's own bytes; for a freeze, lock info with an ID (terraform 1.15 needs
+ * one) and without Created, which would have to be a time. */
 static int
 lock_tell(struct request *r, int status)
 {
@@ -3260,7 +3286,7 @@ log_line(struct buf *b, const struct request *r, const char *event)
 	buf_pair(b, "event", event, false);
 	buf_pair(b, "method", method_names[r->method], false);
 	if (r->status != 0)		/* a repair comes before any answer */
-		buf_fmt(b, ",\"status\":%d", r->status);
+		buf_num(b, ",\"status\":", r->status, 1);
 	buf_pair(b, "client", r->client, false);
 	buf_pair(b, "user", r->user, false);
 	buf_pair(b, "id", r->id, false);
@@ -3269,7 +3295,7 @@ log_line(struct buf *b, const struct request *r, const char *event)
 	buf_pair(b, "serial", ch->meta.serial, true);
 	buf_pair(b, "lineage", ch->meta.lineage, false);
 	if (ch->size > 0)
-		buf_fmt(b, ",\"size\":%lld", (long long)ch->size);
+		buf_num(b, ",\"size\":", ch->size, 1);
 	buf_pair(b, "md5", ch->md5, false);
 	buf_pair(b, "old_serial", ch->old_meta.serial, true);
 	buf_pair(b, "old_lineage", ch->old_meta.lineage, false);
@@ -3287,9 +3313,9 @@ log_line(struct buf *b, const struct request *r, const char *event)
 	buf_str(b, "}\n");
 }
 
-/* Appends what happened to NAME.log; NULL: a write was refused, which makes no
- * file for a name that is nobody's, and takes no room of the reserve. Not
- * synced: it tells of the promise, it is not the promise. */
+/* Appends what happened to NAME.log. event NULL: a write was refused; that
+ * makes no log for a name that has none and is not locked, and takes no room
+ * from the reserve. Not synced: no promise depends on it. */
 static void
 log_event(struct request *r, const char *event)
 {
@@ -3315,9 +3341,10 @@ log_event(struct request *r, const char *event)
 
 /* ---- how every change is made ---- */
 
-/* Before the guard, and under it if the state is no longer the same: learns of
- * it what is to be known, and gives it a second, hidden name in its history; a
- * copy, where link(2) will not. The new state is moved beside it. */
+/* Called before the guard is taken, and again under it, where it does nothing
+ * if the state has not changed since. Opens the present state, reads what it
+ * says, gives it a second, hidden name in the history (or copies it there, if
+ * link(2) fails), and moves the new state into the same directory. */
 static int
 change_prepare(struct request *r)
 {
@@ -3338,7 +3365,7 @@ change_prepare(struct request *r)
 	tmp_remove(&ch->kept);
 	ch->old = fd;
 	meta_file(fd, &ch->old_meta);
-	ch->equal = st.st_size == ch->size && file_same(fd, ch->tmp.fd);
+	ch->equal = st.st_size == ch->size && same_bytes(fd, ch->tmp.fd);
 	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
 		ch->history = history_open(r->name, keep ? D_MAKE : D_OPEN);
@@ -3367,9 +3394,10 @@ lock_remove(struct request *r)
 	    refuse_errno(r, "remove the lock");
 }
 
-/* Makes a change: prepares, if it is one of a state, then publishes under the
- * guard, knowing the lock. What has changed in between is prepared for again
- * there: of many who write without a lock nobody must starve. */
+/* Makes a change: prepares, if a state is to change; takes the guard; reads the
+ * lock; prepares again, in case another write came in between; publishes. The
+ * second time is under the guard, so that of many who write without a lock
+ * nobody starves. */
 static int
 change(struct request *r, enum enter how, int (*publish)(struct request *))
 {
@@ -3381,8 +3409,13 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
 		return refuse_errno(r, "open the state's directory");
 	if (ch->writes && (status = change_prepare(r)) != 0)
 		return status;
-	if (guard_take(&guard, r->name, GUARD_MS) == -1)
-		return refuse_errno(r, "guard the name");
+	if (guard_take(&guard, r->name, GUARD_MS) == -1) {
+		r->unguarded = errno == ETIMEDOUT || errno == EBUSY;
+		return !r->unguarded ? refuse_errno(r, "guard the name") :
+		    refuse(r, 503, "cannot guard the name: %s", errno == EBUSY ?
+		    "too many requests wait for it" :
+		    "another request for it takes too long");
+	}
 	free(ch->lock.raw);
 	if (lock_read(&ch->place, &ch->lock) == -1)
 		status = refuse_errno(r, "read the lock");
@@ -3399,9 +3432,9 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
 
 /*
  * The end of a change, before its answer. Syncs what was published: its
- * directory, or all from the root down to it if the name had no state before,
- * or its lock was changed, or a sync has ever failed, or nothing was to be
- * done: an earlier try may have done it and then failed here.
+ * directory, or all from the root down to it, if the name had no state before,
+ * or the lock was changed, or a sync has ever failed, or the state is the same
+ * as before: then an earlier try may have written it, and failed here.
  */
 static int
 change_end(struct request *r, int status)
@@ -3437,8 +3470,8 @@ change_free(struct change *ch)
 	dir_leave(ch->place.dir);
 }
 
-/* Is the body JSON, and has it the MD5 that was promised? That is r->md5 from
- * now on, promised or not. */
+/* Is the body a JSON object, and is its MD5 the one in Content-MD5, if that was
+ * sent? r->md5 is the body's own from now on. */
 static int
 body_check(struct request *r, const struct json *j, struct hash *md5)
 {
@@ -3485,8 +3518,8 @@ lock_body(struct request *r, bool may_be_empty)
 	return 0;
 }
 
-/* Who may only plan, takes and releases no lock but one whose operation changes
- * no state. terraform console's is OperationTypeInvalid. */
+/* A user with the permission to plan may take and release only locks whose
+ * operation changes no state. terraform console's is OperationTypeInvalid. */
 static int
 lock_allowed(struct request *r, const struct lock *l)
 {
@@ -3503,43 +3536,51 @@ lock_allowed(struct request *r, const struct lock *l)
  * Writes the lock, and syncs it: another host that found it empty would take
  * it for none. What could not be written is removed again. What could not be
  * synced stays: a lock too many is an inconvenience, one too few a disaster.
- * One that is broken is replaced: at no moment is there none. The sender's own
- * may not have got to the disk: it is written over itself, with its bytes and
- * its time, for a sync that failed may say 0 the next time.
+ * One that is broken is replaced: at no moment is there none. So is the one of
+ * the sender, which may not have got to the disk, by its own bytes with its own
+ * time: a sync that failed may say 0 the next time. Without room for that, what
+ * is there is synced.
  */
 static int
 lock_write(struct request *r)
 {
 	const struct place *p = &r->change->place;
 	const struct lock *l = &r->change->lock;
-	bool own = lock_is(l, r->id), replace = l->held && !own;
+	bool own = lock_is(l, r->id);
+	const struct span info = own ? span(l->raw) :
+	    (struct span){ r->body, r->len };
+	const char *failed = NULL;
 	struct tmp t = { .fd = -1 };
 	char leaf[LEAF];
-	int status = 0;
 
 	(void)leaf_name(leaf, p->leaf, LOCK);
-	if (replace)
+	if (l->held)
 		(void)tmp_create(&t, p->dir);
 	else
-		t.fd = file_open(p->dir, leaf, O_WRONLY |
-		    (own ? 0 : O_CREAT | O_EXCL), NULL);
+		t.fd = file_open(p->dir, leaf, O_WRONLY | O_CREAT | O_EXCL,
+		    NULL);
 	if (t.fd == -1)
-		status = refuse_errno(r, "create the lock");
-	else if (write_all(t.fd, own ? l->raw : r->body,
-	    own ? strlen(l->raw) : r->len) == -1) {
-		status = refuse_errno(r, "write the lock");
+		failed = "create the lock";
+	else if (write_all(t.fd, info.ptr, info.len) == -1) {
+		failed = "write the lock";
 		if (!l->held)
 			(void)unlinkat(p->dir, leaf, 0);
 	} else if ((own && futimens(t.fd, (const struct timespec[]){ l->since,
 	    l->since }) == -1) || sync_fd(t.fd) == -1 ||
-	    (replace && tmp_rename(&t, p->dir, leaf) == -1))
-		status = refuse_errno(r, "sync the lock");
+	    (l->held && tmp_rename(&t, p->dir, leaf) == -1))
+		failed = "sync the lock";
 	tmp_remove(&t);
-	return status;
+	if (failed != NULL && own && (errno == ENOSPC || errno == EDQUOT)) {
+		t.fd = file_open(p->dir, leaf, O_RDONLY, NULL);
+		if (t.fd != -1 && sync_fd(t.fd) == 0)
+			failed = NULL;
+		close_quietly(t.fd);
+	}
+	return failed == NULL ? 0 : refuse_errno(r, failed);
 }
 
-/* Under the guard: takes the lock, if it may be had. -b breaks one that is
- * old, but never a freeze: that is somebody's word. */
+/* Under the guard: takes the lock, if it is free. With -b an old one is broken,
+ * but never a freeze: somebody made that by hand. */
 static int
 lock_publish(struct request *r)
 {
@@ -3572,8 +3613,8 @@ do_lock(struct request *r)
 		status = lock_allowed(r, &ch->asked);
 	if (status == 0)
 		status = change(r, D_MAKE, lock_publish);
-	/* The guard was not to be had: a lock that another holds can be told
-	 * all the same, and a client that waits for it goes on waiting. */
+	/* Even without the guard we can answer that another holds the lock; a
+	 * client with -lock-timeout then tries again. */
 	if (r->unguarded && ch->lock.raw == NULL &&
 	    lock_read(&ch->place, &ch->lock) == 0 && ch->lock.held &&
 	    !lock_is(&ch->lock, r->id))
@@ -3581,9 +3622,9 @@ do_lock(struct request *r)
 	return change_end(r, status);
 }
 
-/* Under the guard: releases the lock, if it is the sender's, or if no ID is
- * told: terraform's force-unlock. By its ID, it is ended by its own run,
- * however late. */
+/* Under the guard: releases the lock, if it is the sender's, or if no ID was
+ * sent: that is terraform's force-unlock. The sender's own is released even if
+ * the client is gone. */
 static int
 unlock_publish(struct request *r)
 {
@@ -3621,8 +3662,8 @@ write_allowed(struct request *r)
 	    "the lock %s was broken or released", r->id);
 }
 
-/* Checks the body in one pass: its form, its MD5, and whether it can be a
- * state, for nobody wants another text in the place of one. Then syncs it. */
+/* Checks the body in one pass: that it is JSON, its MD5, and whether it can be
+ * a state: no other text may take the place of one. Then syncs it. */
 static int
 state_check(struct request *r)
 {
@@ -3670,8 +3711,9 @@ state_receive(struct request *r)
 	return status != 0 ? status : state_check(r);
 }
 
-/* Under the guard: gives a file its ID in the history, and so makes it the
- * newest version. Syncs that, down from the root, if it is nowhere else. */
+/* Under the guard: moves a file into the history under a new ID, as the newest
+ * version. sync: the history must be on the disk before the answer, for the
+ * bytes are nowhere else. */
 static int
 history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 {
@@ -3692,7 +3734,27 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 	return 0;
 }
 
-/* -s: what terraform itself would want to be asked about. */
+/* Is the newest version the same as the new state? A client that repeats what
+ * it abandons must not push the other versions out. */
+static bool
+history_has(struct request *r)
+{
+	struct change *ch = r->change;
+	struct names ids = { 0 };
+	bool same = false;
+	int newest;
+
+	if (ch->history != -1 && history_list(ch->history, &ids) == 0 &&
+	    ids.n > 0) {
+		newest = name_file(r->name, ids.list[ids.n - 1], STATE, NULL);
+		same = same_bytes(newest, ch->tmp.fd);
+		close_quietly(newest);
+	}
+	names_free(&ids);
+	return same;
+}
+
+/* -s: refuses what terraform state push does without -force. */
 static int
 write_strict(struct request *r)
 {
@@ -3711,12 +3773,12 @@ write_strict(struct request *r)
 }
 
 /*
- * Under the guard: puts the new state in its place, or, if there is none,
- * deletes the old, whose second name must be on the disk before. Else the
- * history is not synced: the promise is about the new state. A journal writes
- * both together; without one, a power cut may cost the old its second name.
+ * Under the guard: puts the new state in its place, or, without a new one,
+ * deletes the old: then the history is synced first. For a write it is not: the
+ * promise is about the new state. On a file system with a journal both reach
+ * the disk together; without one, a power cut may lose the earlier version.
  * A complete state whose client is gone may be the only copy: it goes into the
- * history, unless it is the present one.
+ * history, unless it is the same as the present one, or as the newest version.
  */
 static int
 write_publish(struct request *r)
@@ -3727,7 +3789,7 @@ write_publish(struct request *r)
 	char leaf[LEAF];
 
 	if (!client_there(r)) {
-		if (delete || ch->equal || conf.keep == 0)
+		if (delete || ch->equal || conf.keep == 0 || history_has(r))
 			return refuse_gone(r);
 		status = history_keep(r, &ch->tmp, ch->meta.serial, true);
 		ch->event = status == 0 ? "abandoned" : NULL;
@@ -3755,8 +3817,8 @@ write_publish(struct request *r)
 	return status;
 }
 
-/* POST and PUT of a state: from its body to its answer. What cannot land, as
- * far as can be seen now, need not be uploaded first; the write looks again. */
+/* POST and PUT of a state: from its body to its answer. The lock is looked at
+ * first, so that a write that will be refused is not uploaded in vain. */
 static int
 do_write(struct request *r)
 {
@@ -3772,9 +3834,9 @@ do_write(struct request *r)
 
 /*
  * UNLOCK and DELETE. With unlock_method DELETE at the state's own address,
- * terraform's unlock looks like a delete: a body, or the MD5 of an empty one,
- * gives it away, or that a Go program sent it (OpenTofu 1.8 and 1.9 send
- * nothing else): no command of terraform deletes a state.
+ * terraform's unlock looks like a delete. It is an unlock if it has a body or a
+ * Content-MD5, or comes from a Go program (OpenTofu 1.8 and 1.9 send neither):
+ * no command of terraform deletes a state.
  */
 static int
 do_unlock(struct request *r)
@@ -3803,8 +3865,8 @@ do_unlock(struct request *r)
 #define STATUSES 600		/* below it are all that we answer */
 #define DURATIONS 6		/* of the histogram: 0.1 ms, 1 ms, ... 10 s */
 
-/* What is counted, by the loop and by threads, and, under the mutex, the log's
- * lines that are not written yet. */
+/* What the metrics count; and, under the mutex, the lines of the log that are
+ * not written yet. */
 static struct {
 	_Atomic unsigned long requests[M_COUNT + 1][STATUSES];	/* last: none */
 	_Atomic unsigned long took[DURATIONS + 1], took_us, received, sent;
@@ -3813,14 +3875,15 @@ static struct {
 	pthread_mutex_t mutex;
 	struct buf log;
 	char locked[ID_MAX + 1];	/* by the LOCK that came last */
-} told = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+} stats = { .mutex = PTHREAD_MUTEX_INITIALIZER };
 
-/* Does somebody want the page? A client that has closed its connection, or
- * only finished sending, which looks the same, if nobody else wants one. */
+/* Is the page still wanted? Not, if its client has closed the connection and
+ * others wait for pages. (While nobody else does, it is made all the same: a
+ * client that has only finished sending looks as if it had closed.) */
 static bool
 page_wanted(struct request *r)
 {
-	if (r->status != -1 && told.pages > 1 && !client_there(r))
+	if (r->status != -1 && stats.pages > 1 && !client_there(r))
 		(void)cut(r, "nobody waits for the page");
 	return r->status != -1;
 }
@@ -3829,17 +3892,17 @@ page_wanted(struct request *r)
 static int
 page(struct request *r, int (*make)(struct request *))
 {
-	if (++told.pages > PAGES_MAX)
+	if (++stats.pages > PAGES_MAX)
 		(void)refuse(r, 503, "too many pages are being made");
 	else if (page_wanted(r))
 		(void)make(r);
-	told.pages--;
+	stats.pages--;
 	return r->status;
 }
 
 /* ---- three forms ---- */
 
-/* Appends what belongs to the form of the page. */
+/* Appends the one of three texts that belongs to the page's form. */
 static void
 put(struct request *r, const char *text, const char *json, const char *html)
 {
@@ -3849,10 +3912,10 @@ put(struct request *r, const char *text, const char *json, const char *html)
 }
 
 /*
- * A cell: in JSON its key and raw, null if that is ""; for people its column's
- * title, or what is shown, NULL if that is the raw. A title is as wide as its
- * column; a blank before it means a number, which has no quotes in JSON. No
- * title, or only the blank: it is in JSON only.
+ * Appends a cell. In JSON: key and raw; null, if raw is "". In text and HTML:
+ * shown, or raw if that is NULL; in the heading row, title. The title is padded
+ * to the width of its column; a blank at its beginning means a number, without
+ * quotes in JSON. A title of "" or " ": the cell is in JSON only.
  */
 static void
 cell(struct request *r, const char *key, const char *title, const char *raw,
@@ -3992,8 +4055,8 @@ operation_text(char out[64], const char *operation)
 	out[0] = (char)tolower((unsigned char)out[0]);
 }
 
-/* Tells who holds the lock, since when, for what, and the command that releases
- * it: in a cell of the listing, in JSON, or above a state's versions. */
+/* Shows who holds the lock, since when, for what, and the command that releases
+ * it: as a cell of the listing, as JSON, or as a line above the versions. */
 static void
 row_lock(struct request *r, const struct row *row)
 {
@@ -4057,7 +4120,9 @@ row_put(struct request *r, const struct row *row)
 		buf_fmt(b, "<td><a href=\"%s%s", r->root, list || old ?
 		    "-/versions/" : "");
 		buf_url(b, row->name);
-		buf_fmt(b, old ? "/%s\">" : "\">%s", row->id);
+		if (old)
+			buf_fmt(b, "/%s", row->id);
+		buf_str(b, "\">");
 		buf_html(b, first);
 		buf_str(b, "</a>");
 	} else if (list)
@@ -4112,8 +4177,8 @@ tmp_sweep(int dir, const char *file)
 	(void)guard_set(F_UNLCK, byte);
 }
 
-/* Adds a name, if it is one, and the one who asks may see it and has asked
- * for it. A state and its lock are two files of one name. */
+/* Adds w->name, if it is a name that the user may see, and the search finds it.
+ * A name with a state and a lock is added twice. */
 static bool
 walk_add(struct walk *w)
 {
@@ -4164,11 +4229,14 @@ walk_dir(struct walk *w, int parent, const char *entry, size_t len,
 			walk_dir(w, dir, e->d_name, len + n + 1, depth + 1);
 		}
 	}
-	/* What is no directory, or a lost+found, is not ours. */
+	/* Other files, and directories that we may not read, are not ours. */
 	if (errno != 0 && (depth == 0 || (errno != EACCES && errno != ENOENT &&
 	    errno != ENOTDIR && errno != ELOOP)))
 		w->error = errno;
-	d == NULL ? close_quietly(dir) : (void)closedir(d);
+	if (d != NULL)
+		(void)closedir(d);
+	else
+		close_quietly(dir);
 	if (found) {
 		w->name[len - 1] = '\0';
 		(void)walk_add(w);
@@ -4230,8 +4298,8 @@ page_root(struct request *r)
 	return r->status;
 }
 
-/* Who wrote a version, and in which operation: told by the last line of the
- * end of the state's log that tells of a write of that serial and size. */
+/* Finds out who wrote a version, and in which operation: from the last line in
+ * the last TAIL_MAX bytes of the log with a write of that serial and size. */
 static void
 row_writer(struct row *row)
 {
@@ -4266,13 +4334,13 @@ row_writer(struct row *row)
 }
 
 /* The page of one state: its lock, its versions, the newest first, and the two
- * lines that go back to an earlier one. Of what a Host may have, only ' could
- * leave the quotes, and nothing is markup. */
+ * lines that go back to an earlier one. A Host has no quotes and no markup; an
+ * HTTP/1.0 request may have none. */
 static int
 page_state(struct request *r)
 {
 	const char *scheme = r->fronted ? "https" : "http";
-	const char *host = strchr(r->host, '\'') == NULL ? r->host : "HOST";
+	const char *host = *r->host != '\0' ? r->host : "HOST";
 	struct buf *b = &r->text, url = { 0 };
 	struct names *ids = &r->change->ids;	/* freed with that */
 	int dir = r->change->history = history_open(r->name, D_OPEN);
@@ -4295,7 +4363,7 @@ page_state(struct request *r)
 			    "state, with its secrets; see also <a href="
 			    "\"%s-/log/%s\">its log</a>.\n", r->root, url.data);
 		row_put(r, &(struct row){ .name = "", .id = "" });
-		for (i = ids->n;; i--) {
+		for (i = ids->n; page_wanted(r); i--) {
 			row_writer(&row);
 			if (*row.size != '\0')
 				row_put(r, &row);
@@ -4338,11 +4406,11 @@ page_metrics(struct request *r)
 	struct walk w = { 0 };
 	int status = walk_names(&w, ".");
 	const struct { const char *name; unsigned long n; } numbers[] = {
-		{ "http_received_bytes_total", told.received },
-		{ "http_sent_bytes_total", told.sent },
-		{ "log_lines_lost_total", told.unlogged },
-		{ "connections", told.connections },
-		{ "threads", told.threads },
+		{ "http_received_bytes_total", stats.received },
+		{ "http_sent_bytes_total", stats.sent },
+		{ "log_lines_lost_total", stats.unlogged },
+		{ "connections", stats.connections },
+		{ "threads", stats.threads },
 		{ "states", w.states }, { "locks", w.locks },
 	};
 	struct buf *b = &r->text;
@@ -4359,7 +4427,7 @@ page_metrics(struct request *r)
 	metric(b, "http_requests_total");
 	for (m = 0; m <= M_COUNT; m++)
 		for (i = 0; i < STATUSES; i++)
-			if ((n = told.requests[m][i]) > 0)
+			if ((n = stats.requests[m][i]) > 0)
 				buf_fmt(b, "statesrv_http_requests_total"
 				    "{method=\"%s\",status=\"%zu\"} %lu\n",
 				    m < M_COUNT ? method_names[m] : "other", i,
@@ -4367,9 +4435,9 @@ page_metrics(struct request *r)
 	metric(b, took);
 	for (i = 0, n = 0; i <= DURATIONS; i++)
 		buf_fmt(b, "statesrv_%s_bucket{le=\"%s\"} %lu\n", took,
-		    ends[i], n += told.took[i]);
+		    ends[i], n += stats.took[i]);
 	buf_fmt(b, "statesrv_%s_sum %.15g\nstatesrv_%s_count %lu\n", took,
-	    (double)told.took_us / 1e6, took, n);
+	    (double)stats.took_us / 1e6, took, n);
 	r->type = "text/plain; version=0.0.4; charset=utf-8";
 	return r->status = 200;
 }
@@ -4414,9 +4482,9 @@ page_file(struct request *r)
 	    "may be in the history");
 }
 
-/* We are alive; to OPTIONS, the head says it all. */
+/* 200: we are alive. To OPTIONS 204: its answer is the Allow field. */
 static int
-now_ok(struct request *r)
+quick_ok(struct request *r)
 {
 	r->status = 204;
 	if (r->method != M_OPTIONS)
@@ -4427,7 +4495,7 @@ now_ok(struct request *r)
 
 /* A state that can be had without waiting; else 0. */
 static int
-now_state(struct request *r)
+quick_state(struct request *r)
 {
 	struct cached *c = cache_get(r->name);
 
@@ -4442,7 +4510,7 @@ now_state(struct request *r)
 /* What /-/ready last found. */
 static struct {
 	_Atomic bool looking;		/* somebody is */
-	_Atomic unsigned at;		/* ms: since then, or it was then */
+	_Atomic unsigned at;		/* ms: when that began, or ended */
 	_Atomic int error;		/* errno; 0: it is ready; -1: unknown */
 } ready = { .error = -1 };
 
@@ -4464,9 +4532,9 @@ ready_look(void *unused)
 	return unused;
 }
 
-/* Answers from the last verdict, if that is new or somebody looks; else 0. */
+/* Answers with the last result, if that is new or somebody looks; else 0. */
 static int
-now_ready(struct request *r)
+quick_ready(struct request *r)
 {
 	bool looking = ready.looking;	/* read before at, which is set first */
 	unsigned age = (unsigned)clock_ms() - ready.at;
@@ -4482,11 +4550,11 @@ now_ready(struct request *r)
 	    strerror(error));
 }
 
-/* Has somebody look, and waits for the verdict. */
+/* Starts a look, unless there is one, and waits for its result. */
 static int
 do_ready(struct request *r)
 {
-	while (now_ready(r) == 0) {
+	while (quick_ready(r) == 0) {
 		if (!ready.looking)	/* else that tells since when */
 			ready.at = (unsigned)clock_ms();
 		if (!atomic_exchange(&ready.looking, true) &&
@@ -4502,23 +4570,23 @@ do_ready(struct request *r)
 /* ==== methods ============================================================
  *
  * What each method on each kind of URL wants: a permission, and a function of
- * the loop or one of a thread. Who needs R_WRITE sends a state, who needs
- * R_PLAN lock info, the others nothing. A request comes in only if it is found
- * in the table, which also writes every Allow.
+ * the loop or one of a thread. What needs R_WRITE has a state as its body, what
+ * needs R_PLAN has lock info, the rest has none. A request is let in only if it
+ * is in the table. Allow is made from the table, too.
  */
 static const struct action {
 	enum kind kind;
 	unsigned methods;		/* a bit for each */
 	enum right right;
 	bool page;			/* run by page() */
-	int (*now)(struct request *);	/* in the loop: 0, it might wait */
+	int (*quick)(struct request *);	/* in the loop; 0: it would wait */
 	int (*run)(struct request *);	/* in a thread */
 } actions[] = {
 #define ON(method) (1u << (method))
 #define READS (ON(M_GET) | ON(M_HEAD))
 #define WRITES (ON(M_POST) | ON(M_PUT))
 #define ENDS (ON(M_DELETE) | ON(M_UNLOCK))
-	{ K_STATE, READS, R_READ, false, now_state, page_file },
+	{ K_STATE, READS, R_READ, false, quick_state, page_file },
 	{ K_STATE, WRITES, R_WRITE, false, NULL, do_write },
 	{ K_STATE, ON(M_LOCK), R_PLAN, false, NULL, do_lock },
 	{ K_STATE, ENDS, R_PLAN, false, NULL, do_unlock },
@@ -4529,11 +4597,11 @@ static const struct action {
 	{ K_VERSIONS, READS, R_READ, true, NULL, page_state },
 	{ K_VERSION, READS, R_READ, false, NULL, page_file },
 	{ K_LOG, READS, R_READ, false, NULL, page_file },
-	{ K_HEALTHY, READS, R_NONE, false, now_ok, now_ok },
-	{ K_READY, READS, R_NONE, false, now_ready, do_ready },
+	{ K_HEALTHY, READS, R_NONE, false, quick_ok, quick_ok },
+	{ K_READY, READS, R_NONE, false, quick_ready, do_ready },
 	{ K_METRICS, READS, R_READ, true, NULL, page_metrics },
-	/* what goes with every URL, and stands for what is not found */
-	{ K_STAR, ON(M_OPTIONS), R_NONE, false, now_ok, now_ok },
+	/* OPTIONS goes with every URL; the last row also means "not found" */
+	{ K_STAR, ON(M_OPTIONS), R_NONE, false, quick_ok, quick_ok },
 };
 #define ACTIONS (sizeof(actions) / sizeof(*actions) - 1)
 
@@ -4564,9 +4632,8 @@ action_allow(struct buf *b, enum kind kind)
 			buf_fmt(b, ", %s", method_names[m]);
 }
 
-/* localhost, a name below it, or an address: what a name that an attacker's
- * DNS points to 127.0.0.1 cannot be, for browsers take a last label of digits
- * for the end of an address. */
+/* Is a Host localhost, a name below it, or an address? An attacker can let his
+ * own name point to 127.0.0.1 (DNS rebinding), but it will be none of these. */
 static bool
 host_is_local(struct span h)
 {
@@ -4580,8 +4647,7 @@ host_is_local(struct span h)
 	    strncasecmp(name.ptr + name.len - 10, ".localhost", 10) == 0);
 }
 
-/* What the user may not do to the name, and what the body's fields can be
- * refused for. */
+/* Checks the user's permission for the name, and the fields about the body. */
 static int
 admit_action(struct request *r, const struct head *h)
 {
@@ -4591,10 +4657,11 @@ admit_action(struct request *r, const struct head *h)
 
 	r->right = user_right(r, r->kind >= K_STATE ? r->name : NULL);
 	if (r->right < wants)
-		return refuse(r, 403, "%s may not %s %s: the permission is "
-		    "%s%s", r->user, method_names[r->method], r->name,
-		    r->right == R_NONE ? "not for the name " :
-		    right_names[r->right], r->right == R_NONE ? r->name : "");
+		return r->right == R_NONE ? refuse(r, 403, "the permission of "
+		    "%s is not for the name %s", r->user, r->name) :
+		    refuse(r, 403, "%s may not %s %s: the permission is %s",
+		    r->user, method_names[r->method], r->name,
+		    right_names[r->right]);
 	r->expects = f[F_EXPECT].ptr != NULL && h->minor == 1;
 	/* A state without a length may have a body all the same. */
 	r->length = h->length == -1 && !h->chunked && !state ? 0 : h->length;
@@ -4671,23 +4738,23 @@ admit(struct request *r, const struct head *h)
  */
 
 /*
- * The connections that the loop has, those with the latest news last. Only
- * these are polled on most turns, so that thousands of idle ones cost next to
- * nothing. An idle one has no buffer and no request.
+ * The connections that the loop has, the one with the latest news last. On most
+ * turns only those at the end are polled, so that thousands of idle ones cost
+ * next to nothing. An idle one has no buffer and no request.
  */
 static struct {
 	struct list list;
 	unsigned base;			/* wake pipe and listeners */
 	unsigned max;			/* connections, those in threads too */
 	struct pollfd fd[1 + LISTENERS_MAX + SLOTS_MAX];
-} set;
+} polled;
 
 static struct {
 	struct list queue;		/* wait for a thread */
 	struct list back;		/* answered; both under conn_mutex */
 	pthread_cond_t work;
 	unsigned idle, max;		/* threads */
-	bool stop;			/* the loop's: nothing new is begun */
+	bool full;			/* no more could be started */
 } pool = { .work = PTHREAD_COND_INITIALIZER };
 
 static struct listener listeners[LISTENERS_MAX];
@@ -4700,10 +4767,12 @@ union address {
 };
 
 static struct {
-	int wake[2];			/* a pipe: signals, or 0: see pool */
+	int wake[2];			/* a pipe: a signal's number; 0: look
+					 * into pool.back */
 	int64_t now;			/* ms, monotonic, of this turn */
-	int64_t rest;			/* no accepting until then */
-	int64_t end;			/* of all waiting, once it stops */
+	int64_t pause;			/* until then nothing is accepted */
+	bool stop;			/* nothing new is begun */
+	int64_t end;			/* when it stops: no longer */
 	pid_t child;			/* the wrapper's command, or 0 */
 	bool shares_terminal;		/* it and we, in the foreground */
 	int status;			/* its exit status */
@@ -4785,38 +4854,39 @@ log_request(const struct request *r, int64_t us, struct buf *b)
 	buf_str(b, "\n");
 }
 
-/* A request has been answered, or cut: counts and logs it. The time, in
+/* Counts and logs a request that has been answered or cut. Returns the time, in
  * milliseconds. */
 static int64_t
-request_told(struct request *r)
+request_count(struct request *r)
 {
 	int64_t now = clock_us(CLOCK_MONOTONIC), us = now - r->start;
 	int64_t top = 100;		/* of the first time's bucket */
 	size_t i = 0;
 
-	(void)pthread_mutex_lock(&told.mutex);
-	told.requests[r->method][r->status == -1 ? 0 : r->status]++;
+	(void)pthread_mutex_lock(&stats.mutex);
+	stats.requests[r->method][r->status == -1 ? 0 : r->status]++;
 	for (; i < DURATIONS && us > top; i++)
 		top *= 10;
-	told.took[i]++;
-	told.took_us += (unsigned long)us;
-	told.sent += (unsigned long)r->sent;
-	told.received += (unsigned long)r->got;
-	if (told.log.len > LOG_MAX)
-		told.unlogged++;
+	stats.took[i]++;
+	stats.took_us += (unsigned long)us;
+	stats.sent += (unsigned long)r->sent;
+	stats.received += (unsigned long)r->got;
+	if (stats.log.len > LOG_MAX)
+		stats.unlogged++;
 	else if (conf.command == NULL &&	/* whose stdout it is */
 	    (r->kind != K_READY || r->status != 200))
-		log_request(r, us, &told.log);
+		log_request(r, us, &stats.log);
 	if (r->status == 200 && action_of(r)->run == do_lock)
-		(void)snprintf(told.locked, sizeof(told.locked), "%s", r->id);
-	(void)pthread_mutex_unlock(&told.mutex);
+		(void)snprintf(stats.locked, sizeof(stats.locked), "%s", r->id);
+	(void)pthread_mutex_unlock(&stats.mutex);
 	return now / 1000;
 }
 
 /*
- * Writes the log's lines: at once, or by the dozen if they come thick and
- * fast. Returns how long poll may wait; longer than a tick: a shorter timeout
- * has the processor's timer set anew on each turn, which is dear.
+ * Writes the lines of the log: at once, or, if the last ones were written less
+ * than LOG_MS ago, together with those that follow. Takes how long poll would
+ * wait, and returns how long it may, so that no line waits for longer. wait -1:
+ * the server ends, write all.
  *
  * A reader of stdout that does not read must not stop the server: a pipe that
  * polls writable takes PIPE_BUF at once; the rest waits, up to LOG_MAX.
@@ -4825,26 +4895,35 @@ static int64_t
 log_flush(int64_t wait)
 {
 	static int64_t flushed;
-	struct buf *b = &told.log;
-	size_t at = 0;
-	ssize_t n = 1;
+	struct buf *b = &stats.log;
+	size_t at = 0, n, max;
+	int64_t most;
+	ssize_t sent = 1;
 
-	(void)pthread_mutex_lock(&told.mutex);
+	(void)pthread_mutex_lock(&stats.mutex);
 	if (b->len > 0 && (wait < 0 || loop.now - flushed >= LOG_MS ||
 	    b->len > PIPE_BUF / 8 * 7)) {
 		(void)pthread_mutex_lock(&output);
-		for (; at < b->len && n > 0 && (wait_until(STDOUT_FILENO,
-		    POLLOUT, 0) & POLLOUT) != 0; at += n > 0 ? (size_t)n : 0)
-			n = write(STDOUT_FILENO, b->data + at,
-			    b->len - at < PIPE_BUF ? b->len - at : PIPE_BUF);
+		while (at < b->len && sent > 0 && (wait_until(STDOUT_FILENO,
+		    POLLOUT, 0) & POLLOUT) != 0) {
+			max = b->len - at < PIPE_BUF ? b->len - at : PIPE_BUF;
+			/* Whole lines, if they fit: stderr may be there. */
+			for (n = max; n > 0 && b->data[at + n - 1] != '\n';)
+				n--;
+			sent = write(STDOUT_FILENO, b->data + at, n > 0 ? n :
+			    max);
+			at += sent > 0 ? (size_t)sent : 0;
+		}
 		(void)pthread_mutex_unlock(&output);
 		b->len -= at;
 		memmove(b->data, b->data + at, b->len);
 		b->failed = false;
 		flushed = loop.now;
 	}
-	wait = b->len > 0 && wait > LOG_MS ? LOG_MS : wait;
-	(void)pthread_mutex_unlock(&told.mutex);
+	/* If nobody reads, there is no hurry. */
+	most = flushed == loop.now ? 10 * LOG_MS : LOG_MS;
+	wait = b->len > 0 && wait > most ? most : wait;
+	(void)pthread_mutex_unlock(&stats.mutex);
 	return wait;
 }
 
@@ -4875,7 +4954,7 @@ reply_ready(struct request *r)
 	(void)buf_room(b, HEAD_ROOM + r->text.len);
 	(void)clock_texts();
 	/* Go's client, seeing HTTP/1.0, says at once that it spoke TLS. */
-	buf_str(b, r->method == M_COUNT ? "HTTP/1.0 " : "HTTP/1.1 ");
+	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
 	for (; atoi(status_lines[i]) != r->status; i++)
 		assert(i + 1 < sizeof(status_lines) / sizeof(*status_lines));
 	buf_str(b, status_lines[i]);
@@ -4912,23 +4991,23 @@ reply_ready(struct request *r)
 	trace("<", r->unsent.ptr, r->unsent.len);
 }
 
-/* The answer is out, or nothing more will be. RFC 9112, 9.6: to close while
- * bytes are unread, or with much unsent, would reset the connection, and the
- * client might lose the answer with it: so we read on until it closes, too. */
+/* The answer is sent, or cut. RFC 9112, 9.6: closing while bytes are unread, or
+ * with much unsent, would reset the connection, and the client might lose the
+ * answer with it: so we stop sending, and read on until the client closes. */
 static void
 request_end(struct request *r)
 {
 	struct conn *c = r->conn;
-	int64_t now = request_told(r);
-	bool cut = r->status == -1;
+	int64_t now = request_count(r);
+	bool was_cut = r->status == -1;
 
 	c->r = NULL;
-	c->ending = cut || !r->keep;
-	c->lingers = !cut && (r->file != -1 || r->sent > 16384 ||
+	c->ending = was_cut || !r->keep;
+	c->lingers = !was_cut && (r->file != -1 || r->sent > 16384 ||
 	    r->length != 0);
 	conn_within(c, now, c->ending ? DRAIN_MS : IDLE_MS);
 	if (c->ending)
-		(void)shutdown(c->fd, cut ? SHUT_RDWR : SHUT_WR);
+		(void)shutdown(c->fd, was_cut ? SHUT_RDWR : SHUT_WR);
 }
 
 /* Sends the next piece of an answer; as send(2). */
@@ -4963,8 +5042,8 @@ reply_piece(struct request *r)
 	return sent;
 }
 
-/* A thread will send the rest, and until then the cache may hold something
- * else: so what is the cache's is copied. */
+/* A thread will send the rest. Until then the cache may be used for another
+ * state: so what is unsent is copied out of it. */
 static void
 reply_detach(struct request *r)
 {
@@ -4978,8 +5057,8 @@ reply_detach(struct request *r)
 		(void)cut(r, "out of memory");
 }
 
-/* Sends the answer, or what is left of it, and ends the request: it is out, or
- * cut. False: that would have to wait, and may not. */
+/* Sends the answer, or what is left of it, and ends the request. False: not all
+ * is sent, for that would have to wait, and may_wait is false. */
 static bool
 reply_send(struct request *r, bool may_wait)
 {
@@ -5006,8 +5085,8 @@ reply_send(struct request *r, bool may_wait)
 
 /* ---- requests ---- */
 
-/* A request whose head is complete, n bytes, or refused: minus a status. It
- * has a copy of what outlives the head. NULL if there is no memory. */
+/* Makes a request of a head of n bytes, or of one that was refused: n is minus
+ * a status. Copies what is needed later. NULL if there is no memory. */
 static struct request *
 request_new(struct conn *c, const struct head *h, int n)
 {
@@ -5028,6 +5107,7 @@ request_new(struct conn *c, const struct head *h, int n)
 	/* Until the body is admitted: it is there, and stays unread. */
 	r->length = n < 0 || h->chunked || h->length > 0 ? -1 : 0;
 	if (n < 0) {
+		r->tls = c->used > c->at && c->in[c->at] == 0x16;
 		(void)refuse(r, -n, "%s", h->why);
 		return r;
 	}
@@ -5035,7 +5115,7 @@ request_new(struct conn *c, const struct head *h, int n)
 	c->at += (size_t)n;
 	c->seen = 0;
 	r->got = n;
-	r->keep = h->keep && !pool.stop;
+	r->keep = h->keep && !loop.stop;
 	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
 	    http_lists(h->field[F_ACCEPT], "application/json") ? JSON : TEXT;
 	r->go = agent.len >= 14 && memcmp(agent.ptr, "Go-http-client", 14) == 0;
@@ -5063,8 +5143,8 @@ request_free(struct request *r)
 
 /* ---- the pool ---- */
 
-/* Does a request from first line to last, answers it, and gives its
- * connection back before it frees and prunes. */
+/* Does a request, answers it, gives the connection back to the loop, and only
+ * then frees and prunes. */
 static void
 thread_serve(struct conn *c)
 {
@@ -5114,7 +5194,11 @@ pool_thread(void *unused)
 		thread_serve(c);
 		(void)pthread_mutex_lock(&conn_mutex);
 	}
-	told.threads--;
+#ifdef __GLIBC__
+	if (stats.threads == 1)		/* what a flood needed is given back */
+		(void)malloc_trim(0);
+#endif
+	stats.threads--;
 	(void)pthread_mutex_unlock(&conn_mutex);
 	return unused;
 }
@@ -5123,22 +5207,25 @@ pool_thread(void *unused)
 static void
 pool_give(struct conn *c)
 {
-	list_remove(&set.list, c);
+	list_remove(&polled.list, c);
 	c->deadline = loop.now + QUEUE_MS;
 	(void)pthread_mutex_lock(&conn_mutex);
 	list_add(&pool.queue, c);
-	if (pool.queue.n > pool.idle && told.threads < pool.max &&
-	    thread_start(pool_thread))
-		told.threads++;
+	if (pool.queue.n > pool.idle) {
+		pool.full = stats.threads >= pool.max ||
+		    !thread_start(pool_thread);
+		stats.threads += pool.full ? 0 : 1;
+	}
 	(void)pthread_mutex_unlock(&conn_mutex);
 	(void)pthread_cond_signal(&pool.work);
 }
 
 /*
- * Somebody waits for a thread, and all are taken: whoever has kept one waiting
- * for longest, for himself, loses his connection; one that waits for a disk,
- * a guard or a page never does. Who has waited too long for a thread comes
- * back, and is late. Does somebody wait?
+ * If a request waits and all threads are taken, the client that its thread has
+ * waited for longest loses its connection, after STALL_MS of silence. (A thread
+ * that waits for a disk or a guard is left alone.) A request that has waited
+ * QUEUE_MS for a thread comes back to the loop: see conn_late. Returns whether
+ * a request waits.
  */
 static bool
 pool_relieve(void)
@@ -5149,12 +5236,13 @@ pool_relieve(void)
 	(void)pthread_mutex_lock(&conn_mutex);
 	waiting = pool.queue.n > pool.idle;
 	c = conn_waiting.first;
-	if (waiting && c != NULL && c->active < loop.now - STALL_MS)
+	if (waiting && pool.full && c != NULL &&
+	    c->active < loop.now - STALL_MS)
 		(void)shutdown(c->fd, SHUT_RDWR);
 	c = pool.queue.first;
 	if (c != NULL && c->deadline <= loop.now) {
 		list_remove(&pool.queue, c);
-		list_add(&set.list, c);
+		list_add(&polled.list, c);
 		c->active = loop.now;
 	}
 	(void)pthread_mutex_unlock(&conn_mutex);
@@ -5163,8 +5251,8 @@ pool_relieve(void)
 
 /* ---- a connection's life ---- */
 
-/* Closes one; of a request that it has, or whose head has begun, is told why
- * it gets no answer. */
+/* Closes a connection. If it has a request, or half a head, the log says why
+ * that gets no answer. */
 static void
 conn_close(struct conn *c, const char *why)
 {
@@ -5174,18 +5262,18 @@ conn_close(struct conn *c, const char *why)
 		c->r = request_new(c, &begun, -400);
 	if (c->r != NULL) {
 		(void)cut(c->r, why);
-		(void)request_told(c->r);
+		(void)request_count(c->r);
 		request_free(c->r);
 	}
-	list_remove(&set.list, c);
+	list_remove(&polled.list, c);
 	(void)close(c->fd);
 	free(c->in);
 	free(c);
-	told.connections--;
+	stats.connections--;
 }
 
-/* Reads what has come, once: poll tells if there is more. False: the client
- * has left, or the server ends and nothing has begun. */
+/* Reads what has come, once: poll tells if there is more. False: close it, for
+ * the client has left, or nothing has come and nothing more is wanted. */
 static bool
 conn_read(struct conn *c)
 {
@@ -5198,7 +5286,7 @@ conn_read(struct conn *c)
 	n = conn_recv(c);		/* a full one was a head, or refused */
 	c->lingers |= n > 0;
 	return n > 0 || (n == -1 && (errno == EAGAIN || errno == EINTR) &&
-	    (c->ending ? c->lingers : !pool.stop || c->used > 0));
+	    (c->ending ? c->lingers : !loop.stop || c->used > 0));
 }
 
 /* The next head in the buffer: its length, 0 if it is not all there, or minus
@@ -5228,8 +5316,8 @@ conn_request(struct conn *c, bool quick)
 	struct request *r = c->r;
 
 	if (quick && r->status == 0 && r->length == 0 &&
-	    action_of(r)->now != NULL)
-		(void)action_of(r)->now(r);
+	    action_of(r)->quick != NULL)
+		(void)action_of(r)->quick(r);
 	if (quick && r->status != 0 && reply_send(r, false)) {
 		request_free(r);
 		return true;
@@ -5266,8 +5354,8 @@ conn_drive(struct conn *c)
 	}
 }
 
-/* A deadline has passed: of a head, of a denial, or of the wait for a thread,
- * and then perhaps in the middle of an answer. */
+/* A deadline has passed: a head came too slowly; or it is time to send a 401;
+ * or no thread was free, perhaps to send the rest of an answer. */
 static void
 conn_late(struct conn *c)
 {
@@ -5284,18 +5372,18 @@ conn_late(struct conn *c)
 
 /* ---- accepting ---- */
 
-/* Makes room by closing the connection that is idle for longest, but not too
- * new to have spoken; else the listeners rest, or poll would spin on what
- * cannot be accepted. */
+/* Makes room by closing the connection that has been silent for longest, unless
+ * even that one is new. Then the listeners are not polled for a while, or poll
+ * would return at once, again and again, for what cannot be accepted. */
 static void
 conn_evict(void)
 {
-	struct conn *c = set.list.first;
+	struct conn *c = polled.list.first;
 
 	if (c != NULL && loop.now - c->active >= NEW_MS)
 		conn_close(c, "others needed its place");
 	else
-		loop.rest = loop.now + 50;
+		loop.pause = loop.now + 50;
 }
 
 static void
@@ -5322,11 +5410,12 @@ conn_accept(unsigned slot)
 	struct conn *c;
 	int fd, n;
 
-	if (told.connections >= set.max)
+	if (stats.connections >= polled.max)
 		conn_evict();
-	for (n = 0; n < 64 && told.connections < set.max; n++) {
+	for (n = 0; n < 64 && stats.connections < polled.max; n++) {
 		len = sizeof(peer);
-		fd = accept4(set.fd[slot].fd, &peer.any, &len, SOCK_NONBLOCK);
+		fd = accept4(polled.fd[slot].fd, &peer.any, &len,
+		    SOCK_NONBLOCK);
 		if (fd == -1 && (errno == EMFILE || errno == ENFILE ||
 		    errno == ENOBUFS || errno == ENOMEM))
 			conn_evict();
@@ -5337,9 +5426,9 @@ conn_accept(unsigned slot)
 		c->fd = fd;
 		c->from = &listeners[slot - 1];
 		address_text(&peer, c->peer, sizeof(c->peer));
-		told.connections++;
+		stats.connections++;
 		conn_within(c, loop.now, IDLE_MS);
-		list_add(&set.list, c);
+		list_add(&polled.list, c);
 		conn_drive(c);
 	}
 }
@@ -5352,14 +5441,14 @@ conn_accept(unsigned slot)
 
 /* ---- what we were started with ---- */
 
-/* The signals that we take; each becomes a byte in the wake pipe. As process 1
- * of a container there are no defaults: all are set. */
+/* The signals that we handle; each becomes a byte in the wake pipe. All are
+ * set, for process 1 of a container has no defaults. */
 static const int signals[] = {
 	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE
 };
 #define SIGNALS (sizeof(signals) / sizeof(*signals))
 
-/* What we change, and the wrapper's command gets back. */
+/* What we change and the wrapper's command gets back as it was. */
 static struct {
 	mode_t mask;
 	void (*action[SIGNALS])(int);
@@ -5375,9 +5464,9 @@ on_signal(int sig)
 	errno = saved;
 }
 
-/* Takes signals, and as many descriptors as the system gives: half of them for
- * connections, the rest for threads, which have a handful each. The wrapper's
- * command would inherit the limit, and a server for it has few. */
+/* Sets the signal handlers, and raises the limit of open files: half of it is
+ * for connections, the rest for threads, which need a few each. Not for the
+ * wrapper: its command would inherit the limit. */
 static void
 loop_start(void)
 {
@@ -5392,15 +5481,15 @@ loop_start(void)
 	if (conf.command == NULL && setrlimit(RLIMIT_NOFILE, &files) == 0)
 		half = files.rlim_cur / 2;
 	pool.max = (unsigned)(half / 8 < THREADS_MAX ? half / 8 : THREADS_MAX);
-	set.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
+	polled.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
 	if (half < 24 || pipe(loop.wake) == -1)
 		die(1, "48 open files at least: see ulimit -n");
 	for (i = 0; i < 2; i++) {
 		(void)fcntl(loop.wake[i], F_SETFL, O_NONBLOCK);
 		(void)fcntl(loop.wake[i], F_SETFD, FD_CLOEXEC);
 	}
-	set.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
-	set.base = 1;
+	polled.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
+	polled.base = 1;
 	for (i = 0; i < SIGNALS; i++)
 		inherited.action[i] = signal(signals[i],
 		    signals[i] == SIGPIPE ? SIG_IGN : on_signal);
@@ -5412,7 +5501,7 @@ loop_start(void)
 
 /* On a network file system the loop reads no states, for it might wait. */
 static void
-store_look(void)
+store_find_remote(void)
 {
 #ifdef __linux__
 	struct statfs fs;
@@ -5441,6 +5530,7 @@ store_open(void)
 	if ((!created && errno != EEXIST) || (store.root = open(conf.dir,
 	    O_RDONLY | O_DIRECTORY | O_CLOEXEC)) == -1)
 		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
+	store.fresh = fstatat(store.root, ".guard", &st, 0) == -1;
 	if (place_open(".tmp/", D_MAKE, &tmp) == -1 ||
 	    place_open(".history/", D_MAKE, &history) == -1 ||
 	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
@@ -5457,8 +5547,9 @@ store_open(void)
 	close_quietly(tmp.dir);
 	close_quietly(history.dir);
 	/* A new directory's own name must be on the disk as well. */
-	parent = openat(store.root, "..", O_RDONLY | O_CLOEXEC);
-	if (dir_sync(store.root) == -1 || (created && dir_sync(parent) == -1))
+	parent = created ? openat(store.root, "..", O_RDONLY | O_CLOEXEC) : -1;
+	if (dir_sync(store.root) == -1 ||
+	    (parent != -1 && dir_sync(parent) == -1))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(parent);
 	if (getentropy(&store.token, sizeof(store.token)) == -1 ||
@@ -5469,7 +5560,7 @@ store_open(void)
 #ifdef FOLD
 	names_fold = true;
 #endif
-	store_look();
+	store_find_remote();
 	return created;
 }
 
@@ -5533,7 +5624,7 @@ address_open(const char *text, bool listens)
 static void
 listener_add(int fd, const char *text)
 {
-	struct listener *l = &listeners[set.base - 1];
+	struct listener *l = &listeners[polled.base - 1];
 	socklen_t len = sizeof(union address);
 	int one = 1, unsent = UNSENT_MAX;
 	union address a = { .any = { 0 } };
@@ -5563,7 +5654,8 @@ listener_add(int fd, const char *text)
 		die(2, "%s is open to other machines. Set TF_HTTP_USERNAME and "
 		    "TF_HTTP_PASSWORD, or name users with -u FILE, or let "
 		    "everybody read and write with -n", l->name);
-	set.fd[set.base++] = (struct pollfd){ .fd = fd, .events = POLLIN };
+	polled.fd[polled.base++] = (struct pollfd){ .fd = fd,
+	    .events = POLLIN };
 }
 
 /* Sockets that systemd holds for us, sd_listen_fds(3), or those of -l. */
@@ -5578,6 +5670,8 @@ listeners_open(void)
 
 	if (given < 0 || given > LISTENERS_MAX)
 		die(2, "LISTEN_FDS=%s: want %d at most", n, LISTENERS_MAX);
+	/* The user's own says who may connect to a unix socket. */
+	(void)umask(inherited.mask);
 	for (i = 0; i < given; i++)
 		listener_add(3 + i, "a socket of LISTEN_FDS");
 	for (i = 0; given == 0 && i < (int)conf.listeners; i++) {
@@ -5590,6 +5684,7 @@ listeners_open(void)
 			(void)unlink(text + 5);
 		listener_add(address_open(text, true), text);
 	}
+	(void)umask(077);
 }
 
 /* ---- the sandbox ---- */
@@ -5652,6 +5747,7 @@ sandbox(void)
 static void
 command_exec(void)
 {
+	int status;
 	size_t i;
 
 #ifdef __linux__
@@ -5661,9 +5757,9 @@ command_exec(void)
 	for (i = 0; i < SIGNALS; i++)
 		(void)signal(signals[i], inherited.action[i]);
 	(void)execvp(conf.command[0], conf.command);
-	i = errno == ENOENT ? 127 : 126;
+	status = errno == ENOENT ? 127 : 126;
 	complain("cannot run %s: %s", conf.command[0], strerror(errno));
-	_exit((int)i);
+	_exit(status);
 }
 
 /* Starts the command, with a backend of its own in its environment. */
@@ -5689,7 +5785,7 @@ command_start(void)
 		(void)setpgid(loop.child, loop.child);
 	if (loop.child == 0)
 		command_exec();
-	/* What the terminal sends, it gets from that; else, from us. */
+	/* In the foreground the command gets the terminal's own signals. */
 	if (loop.shares_terminal) {
 		(void)signal(SIGINT, SIG_IGN);
 		(void)signal(SIGQUIT, SIG_IGN);
@@ -5703,7 +5799,8 @@ command_farewell(void)
 	struct buf b = { 0 };
 	struct lock l;
 
-	if (lock_look(conf.command_name, &l) == 0 && lock_is(&l, told.locked)) {
+	if (lock_look(conf.command_name, &l) == 0 &&
+	    lock_is(&l, stats.locked)) {
 		buf_shell(&b, "", conf.program);
 		buf_shell(&b, " -d ", conf.dir);
 		buf_shell(&b, " ", conf.command_name);
@@ -5718,17 +5815,19 @@ command_farewell(void)
 
 /* ---- the loop ---- */
 
-/* Stops listening; loop_turn closes the connections that ask for nothing. Who
- * says it again does not wait. */
+/* Stops listening; loop_turn closes the idle connections. The second time, ends
+ * the process at once. */
 static void
 loop_stop(void)
 {
-	if (pool.stop)
+	if (loop.stop) {
+		(void)log_flush(-1);
 		_exit(1);
-	pool.stop = true;
+	}
+	loop.stop = true;
 	loop.end = loop.now + STOP_MS;
-	while (set.base > 1)
-		(void)close(set.fd[--set.base].fd);
+	while (polled.base > 1)
+		(void)close(polled.fd[--polled.base].fd);
 }
 
 /* The wrapper passes signals on to its command, once a second: timeout(1)
@@ -5778,15 +5877,15 @@ loop_woken(void)
 	for (; c != NULL; c = next) {
 		next = c->next;
 		c->active = loop.now;
-		list_add(&set.list, c);
+		list_add(&polled.list, c);
 		conn_drive(c);
 	}
 }
 
 /*
- * One turn: waits for news, then serves everyone who is ready once. With few
- * connections, or when none is busy, all are polled; else the busy ones are,
- * and all of them now and then, so seldom that it costs a few percent.
+ * One turn: waits for news, then serves each connection that has some, once.
+ * All are polled if they are few, or none is busy. Else only the busy ones are,
+ * and all of them so seldom that it costs a few percent.
  */
 static void
 loop_turn(void)
@@ -5794,19 +5893,19 @@ loop_turn(void)
 	static struct conn *at[1 + LISTENERS_MAX + SLOTS_MAX];
 	static int64_t next_all;
 	int64_t busy = loop.now - 4 * HOT_MS, wait = HOT_MS;
-	bool waiting = pool_relieve(), idle = set.list.n <= FLAT ||
-	    set.list.last->active < busy;
+	bool waiting = pool_relieve(), idle = polled.list.n <= FLAT ||
+	    polled.list.last->active < busy;
 	bool all = idle || loop.now >= next_all;
-	unsigned n = set.base, i;
+	unsigned n = polled.base, i;
 	struct conn *c, *prev;
 
 	if (all) {
-		next_all = loop.now + HOT_MS + set.list.n / 250;
+		next_all = loop.now + HOT_MS + polled.list.n / 250;
 		wait = idle ? INT_MAX : 0;
 	}
-	if (wait > 50 && (waiting || pool.stop || loop.now < loop.rest))
+	if (wait > 50 && (waiting || loop.stop || loop.now < loop.pause))
 		wait = 50;
-	for (c = set.list.last; c != NULL && (all || c->active >= busy);
+	for (c = polled.list.last; c != NULL && (all || c->active >= busy);
 	    c = prev) {
 		prev = c->prev;
 		if (c->deadline <= loop.now) {
@@ -5816,28 +5915,28 @@ loop_turn(void)
 		}
 		if (wait > c->deadline - loop.now)
 			wait = c->deadline - loop.now;
-		set.fd[n] = (struct pollfd){ .fd = c->fd, .events = POLLIN };
+		polled.fd[n] = (struct pollfd){ .fd = c->fd, .events = POLLIN };
 		at[n] = c;
-		/* Who waits to be denied may hang up, which poll would tell
-		 * for ever. */
+		/* One that waits for its 401 is not polled: if its client hung
+		 * up, poll would say so again and again. */
 		n += c->r == NULL;
 	}
-	for (i = 1; i < set.base; i++)
-		set.fd[i].events = loop.now < loop.rest ? 0 : POLLIN;
-	if (poll(set.fd, n, (int)log_flush(wait)) == -1)
+	for (i = 1; i < polled.base; i++)
+		polled.fd[i].events = loop.now < loop.pause ? 0 : POLLIN;
+	if (poll(polled.fd, n, (int)log_flush(wait)) == -1)
 		n = 0;
 	loop.now = clock_ms();
-	for (i = set.base; i < n; i++)
-		if (set.fd[i].revents != 0 || pool.stop) {
+	for (i = polled.base; i < n; i++)
+		if (polled.fd[i].revents != 0 || loop.stop) {
 			at[i]->active = loop.now;
-			list_remove(&set.list, at[i]);
-			list_add(&set.list, at[i]);
+			list_remove(&polled.list, at[i]);
+			list_add(&polled.list, at[i]);
 			conn_drive(at[i]);
 		}
-	for (i = set.base - 1; i > 0 && n > 0; i--)
-		if (set.fd[i].revents != 0)
+	for (i = polled.base - 1; i > 0 && n > 0; i--)
+		if (polled.fd[i].revents != 0)
 			conn_accept(i);
-	if (n > 0 && set.fd[0].revents != 0)
+	if (n > 0 && polled.fd[0].revents != 0)
 		loop_woken();
 }
 
@@ -5851,6 +5950,7 @@ check(const char *text)
 	int fd = address_open(text, false);
 	char answer[13] = "";
 
+	(void)signal(SIGPIPE, SIG_IGN);
 	if (fd == -1 || write_all(fd, ask, sizeof(ask) - 1) == -1)
 		die(1, "%s does not answer: %s", text, strerror(errno));
 	if (wait_until(fd, POLLIN, clock_ms() + 5000) != 0)
@@ -5906,8 +6006,9 @@ option(int c)
 	case 'd': conf.dir = optarg; break;
 	case 'k': conf.keep = number(c, 0, 1000000); break;
 	case 'l':
-		if (conf.listeners == 16)
-			die(2, "-l can be given 16 times at most");
+		if (conf.listeners == LISTENERS_MAX)
+			die(2, "-l can be given %d times at most",
+			    LISTENERS_MAX);
 		conf.listen[conf.listeners++] = optarg;
 		break;
 	case 'm': conf.body_max = (int64_t)number(c, 1, 1 << 20) << 20; break;
@@ -5932,9 +6033,12 @@ options(int argc, char **argv)
 
 	/* To getopt, --help is the option "-" with the argument "help". */
 	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vVx-:")) != -1) {
-		if (c == '-' && (c = strcmp(optarg, "help") == 0 ? 'h' :
-		    strcmp(optarg, "version") == 0 ? 'V' : '?') == '?')
-			complain("invalid option: --%s", optarg);
+		if (c == '-') {
+			c = strcmp(optarg, "help") == 0 ? 'h' :
+			    strcmp(optarg, "version") == 0 ? 'V' : '?';
+			if (c == '?')
+				complain("invalid option: --%s", optarg);
+		}
 		option(c);
 	}
 	if (optind < argc && (conf.listeners > 0 || conf.users != NULL ||
@@ -5959,9 +6063,9 @@ options(int argc, char **argv)
 		die(2, "%s: %s", conf.command_name, wrong);
 }
 
-/* Says where we are, on stdout; the wrapper's stdout is not ours. Temporary
- * files of dead servers are swept on the way. What is empty, git shall not take
- * along when it is full. */
+/* Says on stdout where we listen; but the wrapper's stdout is its command's.
+ * Removes temporary files of dead servers. An empty directory gets a
+ * .gitignore, so that nobody commits states by accident. */
 static void
 greet(bool created)
 {
@@ -5980,8 +6084,8 @@ greet(bool created)
 	if (walk_names(&w, ".") == -1 || walk_names(&w, ".history") == -1 ||
 	    walk_names(&w, ".tmp") == -1)
 		complain("cannot list the states: %s", strerror(errno));
-	else if (w.files == 0 && (fd = file_open(store.root, ".gitignore",
-	    O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
+	else if (store.fresh && w.files == 0 && (fd = file_open(store.root,
+	    ".gitignore", O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
 		(void)write_all(fd, "*\n", 2);
 		close_quietly(fd);
 	}
@@ -5989,7 +6093,7 @@ greet(bool created)
 		(void)snprintf(how, sizeof(how), "%u state%s", w.states,
 		    w.states == 1 ? "" : "s");
 	names_free(&w.names);
-	for (i = 1; i < set.base && conf.command == NULL; i++)
+	for (i = 1; i < polled.base && conf.command == NULL; i++)
 		(void)printf("statesrv: %s (%s) on %s\n", dir, how,
 		    listeners[i - 1].name);
 	(void)fflush(stdout);
@@ -5999,6 +6103,7 @@ int
 main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
+	bool created;
 	int fd;
 
 	do				/* or our files would become stdout */
@@ -6014,11 +6119,12 @@ main(int argc, char **argv)
 	(void)mallopt(M_TRIM_THRESHOLD, 4 << 20);
 	(void)mallopt(M_MMAP_THRESHOLD, 1 << 20);
 #endif
+	inherited.mask = umask(077);
 	loop_start();
 	users_start();
-	listeners_open();		/* before the umask: it says who may */
-	inherited.mask = umask(077);	/* connect to a unix socket */
-	greet(store_open());
+	created = store_open();
+	listeners_open();
+	greet(created);
 	if (conf.command != NULL)
 		command_start();
 	if (conf.verbose)
@@ -6027,7 +6133,7 @@ main(int argc, char **argv)
 	sandbox();
 	loop.now = clock_ms();
 	/* Threads may still free and prune when the last answer is out. */
-	while (!pool.stop || (told.connections > 0 && loop.now < loop.end))
+	while (!loop.stop || (stats.connections > 0 && loop.now < loop.end))
 		loop_turn();
 	(void)log_flush(-1);
 	if (conf.command != NULL)
