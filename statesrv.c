@@ -3552,6 +3552,7 @@ lock_write(struct request *r)
 	const char *failed = NULL;
 	struct tmp t = { .fd = -1 };
 	char leaf[LEAF];
+	int error;
 
 	(void)leaf_name(leaf, p->leaf, LOCK);
 	if (l->held)
@@ -3563,8 +3564,10 @@ lock_write(struct request *r)
 		failed = "create the lock";
 	else if (write_all(t.fd, info.ptr, info.len) == -1) {
 		failed = "write the lock";
+		error = errno;
 		if (!l->held)
 			(void)unlinkat(p->dir, leaf, 0);
+		errno = error;
 	} else if ((own && futimens(t.fd, (const struct timespec[]){ l->since,
 	    l->since }) == -1) || sync_fd(t.fd) == -1 ||
 	    (l->held && tmp_rename(&t, p->dir, leaf) == -1))
@@ -4876,7 +4879,7 @@ request_count(struct request *r)
 	else if (conf.command == NULL &&	/* whose stdout it is */
 	    (r->kind != K_READY || r->status != 200))
 		log_request(r, us, &stats.log);
-	if (r->status == 200 && action_of(r)->run == do_lock)
+	if (r->status == 200 && r->method == M_LOCK)
 		(void)snprintf(stats.locked, sizeof(stats.locked), "%s", r->id);
 	(void)pthread_mutex_unlock(&stats.mutex);
 	return now / 1000;
