@@ -385,12 +385,6 @@ enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
 
 #define VERSION_ID 64			/* bytes: an earlier version's ID */
 
-/* Where a name's files lie. */
-struct place {
-	int dir;			/* -1: there is none, nor any file */
-	const char *leaf;		/* points into the name */
-};
-
 /* A name's guard, in the list of those that this process has or waits for. */
 struct guard {
 	off_t byte;			/* of .guard */
@@ -409,7 +403,7 @@ struct tmp {
  * after the answer. It belongs to the thread that makes the change.
  */
 struct change {
-	struct place place;
+	int dir;			/* where the name's files lie, or -1 */
 	struct lock lock;		/* the lock that was found */
 	struct lock asked;		/* the lock info that was sent */
 	struct tmp tmp;			/* the new state; fd -1: a delete */
@@ -469,7 +463,6 @@ struct request {
 	/* the answer */
 	int status;			/* 0: none yet; -1: there is none, the
 					 * connection is cut */
-	bool unguarded;			/* the guard could not be taken */
 	const char *type;		/* Content-Type, perhaps more fields */
 	bool heading;			/* a table's cells write their titles */
 	struct buf text;		/* its body, or else: */
@@ -894,17 +887,6 @@ write_all(int fd, const void *data, size_t len)
 		n = n == -1 ? 0 : n;
 	}
 	return 0;
-}
-
-/* Closes, and leaves errno alone: for the ways out of an error. */
-static void
-close_quietly(int fd)
-{
-	int saved = errno;
-
-	if (fd != -1)
-		(void)close(fd);
-	errno = saved;
 }
 
 /* Waits until it is on the disk, not in the disk's cache. */
@@ -1916,9 +1898,9 @@ name_query(struct span query, struct request *r, bool unlock)
 
 /* ==== storage ============================================================
  *
- * A name's files lie in one directory, its place; everything is opened
- * relative to a descriptor, segment by segment, and no symbolic link is
- * followed. A safe write, in order, with what each step is for:
+ * A name's files lie in one directory; everything is opened relative to a
+ * descriptor, segment by segment, and no symbolic link is followed. A safe
+ * write, in order, with what each step is for:
  *
  *	.tmp/T		written whole, synced	a crash leaves a hidden file
  *	.history/N/V	linked to N.tfstate	the old version has two names
@@ -1936,23 +1918,29 @@ static struct {
 	int root;			/* the directory */
 	int guard;			/* .guard, opened once */
 	bool remote;			/* on a network file system */
-	bool fresh;			/* no server was here before */
 	uint64_t token;			/* ours, in temporary names */
 	_Atomic unsigned tmps;		/* temporary files so far */
 	_Atomic bool low;		/* below the reserve */
 	_Atomic bool unsynced;		/* a directory's sync has failed */
 } store = { .root = -1, .guard = -1 };
 
-static bool
-same_file(const struct stat *a, const struct stat *b)
+/* Closes, but never the root, and leaves errno alone: for the ways out of an
+ * error. */
+static void
+close_quietly(int fd)
 {
-	return a->st_ino == b->st_ino && a->st_dev == b->st_dev;
+	int saved = errno;
+
+	if (fd != -1 && fd != store.root)
+		(void)close(fd);
+	errno = saved;
 }
 
 static bool
 unchanged(const struct stat *a, const struct stat *b)
 {
-	return same_file(a, b) && a->st_size == b->st_size &&
+	return a->st_ino == b->st_ino && a->st_dev == b->st_dev &&
+	    a->st_size == b->st_size &&
 	    time_compare(a->st_mtim, b->st_mtim) == 0 &&
 	    time_compare(a->st_ctim, b->st_ctim) == 0;
 }
@@ -1964,28 +1952,37 @@ file_is(int fd, int dir, const char *path, int flag)
 	struct stat mine, named;
 
 	return fstat(fd, &mine) == 0 && fstatat(dir, path, &named, flag) == 0 &&
-	    same_file(&mine, &named);
+	    mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
 }
 
 /* Is our directory still the one at -d? (On overlayfs the link count of a
  * removed directory does not tell.) */
 #define store_there() file_is(store.root, AT_FDCWD, conf.dir, 0)
 
-/* Makes ENOENT in errno EIDRM if the whole directory is gone: only a missing
- * state may be a 404. Returns -1. */
+/* Opens an ordinary file, or, with O_DIRECTORY, a directory, and nothing else:
+ * a FIFO would block, a link lead elsewhere. dir -1: it does not exist; st may
+ * be NULL. -1 with errno: ENOENT only if there is none; EIDRM if our whole
+ * directory is gone, for only a missing state may be a 404. */
 static int
-absent(void)
+file_open(int dir, const char *name, int how, struct stat *st)
 {
-	if (errno == ENOENT)
-		errno = store_there() ? ENOENT : EIDRM;
-	return -1;
-}
+	struct stat mine = { 0 };
+	int fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY |
+	    O_CLOEXEC, 0600);
 
-static void
-dir_leave(int dir)
-{
-	if (dir != store.root)
-		close_quietly(dir);
+	if (fd == -1) {
+		if (errno == ENOENT || dir == -1)
+			errno = store_there() ? ENOENT : EIDRM;
+		return -1;
+	}
+	st = st != NULL ? st : &mine;
+	if (fstat(fd, st) == 0) {
+		if ((how & O_DIRECTORY) != 0 || S_ISREG(st->st_mode))
+			return fd;
+		errno = EISDIR;
+	}
+	close_quietly(fd);
+	return -1;
 }
 
 /* Syncs a directory, and asks once more: XFS, after an error of its own, says
@@ -2004,98 +2001,82 @@ dir_sync(int dir)
 
 enum enter { D_OPEN, D_MAKE, D_SYNC };
 
-/* Finds where a name's files lie. What is missing is made by D_MAKE; for
- * D_OPEN it is no error: then dir is -1, and errno ENOENT. D_SYNC syncs each
- * directory from the root down. Left by dir_leave(p->dir). -1 with errno: then
- * dir is -1, too. */
+/* Opens the directory that a path's last segment is in. What is missing is made
+ * by D_MAKE; D_SYNC syncs each directory from the root down. */
 static int
-place_open(const char *name, enum enter how, struct place *p)
+dir_open(const char *path, enum enter how)
 {
-	const int flags = O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC;
 	char part[NAME_MAX + 1];
 	const char *slash;
-	int next;
+	int dir = store.root, next;
 
-	p->dir = store.root;
-	p->leaf = name;
-	while (how != D_SYNC || dir_sync(p->dir) == 0) {
-		if ((slash = strchr(p->leaf, '/')) == NULL)
-			return 0;
-		span_copy(part, sizeof(part), (struct span){ p->leaf,
-		    (size_t)(slash - p->leaf) });
-		p->leaf = slash + 1;
-		next = openat(p->dir, part, flags);
+	while (dir != -1 && (how != D_SYNC || dir_sync(dir) == 0)) {
+		if ((slash = strchr(path, '/')) == NULL)
+			return dir;
+		span_copy(part, sizeof(part), (struct span){ path,
+		    (size_t)(slash - path) });
+		path = slash + 1;
+		next = file_open(dir, part, O_DIRECTORY, NULL);
 		if (next == -1 && errno == ENOENT && how == D_MAKE &&
-		    (mkdirat(p->dir, part, 0700) == 0 || errno == EEXIST))
-			next = openat(p->dir, part, flags);
-		dir_leave(p->dir);
-		if ((p->dir = next) == -1)
-			break;
+		    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST))
+			next = file_open(dir, part, O_DIRECTORY, NULL);
+		close_quietly(dir);
+		dir = next;
 	}
-	dir_leave(p->dir);
-	p->dir = -1;
-	(void)absent();
-	return how == D_OPEN && errno == ENOENT ? 0 : -1;
-}
-
-static const char *
-leaf_name(char out[LEAF], const char *leaf, const char *suffix)
-{
-	(void)snprintf(out, LEAF, "%.*s%s", SEGMENT_MAX, leaf, suffix);
-	return out;
-}
-
-/* Opens an ordinary file, and nothing else: a FIFO would block, a link lead
- * elsewhere. -1 with errno, ENOENT only if there is none; st may be NULL. */
-static int
-file_open(int dir, const char *name, int how, struct stat *st)
-{
-	struct stat mine = { 0 };
-	int fd = -1;
-
-	errno = ENOENT;			/* if there is no directory */
-	if (dir != -1)
-		fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK |
-		    O_NOCTTY | O_CLOEXEC, 0600);
-	if (fd == -1)
-		return absent();
-	st = st != NULL ? st : &mine;
-	if (fstat(fd, st) == 0) {
-		if (S_ISREG(st->st_mode))
-			return fd;
-		errno = EISDIR;
-	}
-	close_quietly(fd);
+	close_quietly(dir);
 	return -1;
 }
 
-/* Opens one of a name's files. */
+/* A name's history, a directory of its own: .history/NAME/ID.tfstate */
 static int
-place_file(const struct place *p, const char *suffix, int how,
+history_open(const char *name, enum enter how)
+{
+	char path[NAME_LEN_MAX + 16];
+
+	(void)snprintf(path, sizeof(path), ".history/%s/", name);
+	return dir_open(path, how);
+}
+
+/* What one of a name's files is called in its directory. */
+static const char *
+leaf_name(char out[LEAF], const char *name, const char *suffix)
+{
+	const char *slash = strrchr(name, '/');
+
+	(void)snprintf(out, LEAF, "%.*s%s", SEGMENT_MAX, slash != NULL ?
+	    slash + 1 : name, suffix);
+	return out;
+}
+
+/* Opens one of a name's files, in their directory. */
+static int
+leaf_open(int dir, const char *name, const char *suffix, int how,
     struct stat *st)
 {
 	char leaf[LEAF];
 
-	return file_open(p->dir, leaf_name(leaf, p->leaf, suffix), how, st);
+	return file_open(dir, leaf_name(leaf, name, suffix), how, st);
 }
 
-/* Opens a file of a name, or of its earlier version id, if that is not "", for
- * reading. */
 static int
-name_file(const char *name, const char *id, const char *suffix,
+leaf_remove(int dir, const char *name, const char *suffix)
+{
+	char leaf[LEAF];
+
+	return unlinkat(dir, leaf_name(leaf, name, suffix), 0);
+}
+
+/* Opens one of a name's files, or its earlier version id, if that is not "". */
+static int
+name_file(const char *name, const char *id, const char *suffix, int how,
     struct stat *st)
 {
-	char path[NAME_LEN_MAX + VERSION_ID + 16];
 	bool old = *id != '\0';
-	struct place p;
-	int fd;
+	int dir = old ? history_open(name, D_OPEN) : dir_open(name, D_OPEN);
+	int fd = dir == -1 ? -1 : leaf_open(dir, old ? id : name, suffix, how,
+	    st);
 
-	(void)snprintf(path, sizeof(path), "%s%s%s%s", old ? ".history/" : "",
-	    name, old ? "/" : "", id);
-	if (place_open(path, D_OPEN, &p) == -1)
-		return -1;
-	fd = place_file(&p, suffix, O_RDONLY, st);
-	dir_leave(p.dir);
+	close_quietly(dir);
 	return fd;
 }
 
@@ -2229,10 +2210,13 @@ tmp_create(struct tmp *t, int dir)
 	return -1;
 }
 
+/* Makes one a name's file, in place of what was there. */
 static int
-tmp_rename(struct tmp *t, int dir, const char *name)
+tmp_rename(struct tmp *t, int dir, const char *name, const char *suffix)
 {
-	if (renameat(t->dir, t->name, dir, name) == -1)
+	char leaf[LEAF];
+
+	if (renameat(t->dir, t->name, dir, leaf_name(leaf, name, suffix)) == -1)
 		return -1;
 	t->name[0] = '\0';
 	return 0;
@@ -2279,25 +2263,13 @@ tmp_move(struct tmp *t, int dir)
 	return 0;
 }
 
-/* ---- history: .history/NAME/ID.tfstate ---- */
-
-/* Opens a name's history, a directory of its own; or syncs it. */
-static int
-history_open(const char *name, enum enter how)
-{
-	char path[NAME_LEN_MAX + 16];
-	struct place p;
-
-	(void)snprintf(path, sizeof(path), ".history/%s/", name);
-	(void)place_open(path, how, &p);
-	return p.dir;
-}
+/* ---- history ---- */
 
 /* Lists the IDs in a history, oldest first; its directory stays open. */
 static int
 history_list(int dir, struct names *ids)
 {
-	int copy = openat(dir, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC), error;
+	int copy = file_open(dir, ".", O_DIRECTORY, NULL), error;
 	DIR *d = copy == -1 ? NULL : fdopendir(copy);
 	struct dirent *e;
 
@@ -2330,76 +2302,48 @@ version_ms(const char *id)
 	return (int64_t)timegm(&tm) * 1000 + atoi(id + 16);
 }
 
-/* The next version's ID, added to the list: the time at which it was
- * replaced, or a millisecond after the newest there is, if that is later: IDs
- * sort in the order of events whatever the clocks say. NULL: no memory. */
-static const char *
-history_next(struct names *ids, const char *serial)
-{
-	const int64_t end = 253402300799999;	/* of the year 9999 */
-	int64_t ms = time_ms(), newest = 0;
-	char when[32], id[VERSION_ID];
-	size_t i;
-
-	for (i = ids->n; i > 0 && newest == 0; i--)
-		if ((newest = version_ms(ids->list[i - 1])) >= end)
-			newest = 0;	/* nothing can be later than that */
-	time_text(when, ms > newest ? ms : newest + 1, true);
-	(void)snprintf(id, sizeof(id), "%.20s-%.20s", when,
-	    *serial != '\0' ? serial : "0");
-	names_add(ids, id);
-	return ids->failed ? NULL : ids->list[ids->n - 1];
-}
-
 /*
  * Removes what is beyond -k, the oldest first; but before the others those
  * that were written under the lock that is held, except the newest of them:
  * terraform writes every 20 seconds of a long run, and these must not push out
- * what was there before it. Their mtime is later than the lock's: one file
- * system, one clock. If an ID or an mtime is later than now, clocks have
- * moved: then the oldest go. Round 0 looks for the newest, round 1 removes
- * those before it, round 2 the oldest.
+ * what was there before it. They are the last in the list, and their mtime is
+ * later than the lock's: one file system, one clock. If an ID or an mtime is
+ * later than now, clocks have moved: then simply the oldest go.
  */
 static void
-history_prune(int dir, struct names *ids, const struct lock *lock)
+history_prune(int dir, const struct names *ids, const struct lock *lock)
 {
-	size_t excess = ids->n > conf.keep ? ids->n - conf.keep : 0, i;
-	size_t newest = 0;
+	size_t n = ids->n, excess = n > conf.keep ? n - conf.keep : 0;
+	size_t run = 0, i;		/* of the run */
 	int64_t now = time_ms();
-	bool moved = ids->n > 0 && version_ms(ids->list[ids->n - 1]) > now;
-	int round = lock->held && !moved ? 0 : 2;
+	bool moved = n > 0 && version_ms(ids->list[n - 1]) > now;
 	char leaf[LEAF];
 	struct stat st;
 
-	for (; round < 3; round++)
-		for (i = 0; i < ids->n && excess > 0; i++) {
-			(void)leaf_name(leaf, ids->list[i], STATE);
-			if (*ids->list[i] == '\0' || (round < 2 &&
-			    (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ==
-			    -1 || time_compare(st.st_mtim, lock->since) <= 0)))
-				continue;
-			if (round == 0) {
-				moved |= st.st_mtim.tv_sec > now / 1000;
-				newest = moved ? 0 : i;
-			} else if (round == 2 || i < newest) {
-				(void)unlinkat(dir, leaf, 0);
-				*ids->list[i] = '\0';
-				excess--;
-			}
-		}
+	while (lock->held && conf.keep > 0 && excess > 0 && run < n &&
+	    fstatat(dir, leaf_name(leaf, ids->list[n - run - 1], STATE), &st,
+	    AT_SYMLINK_NOFOLLOW) == 0 &&
+	    time_compare(st.st_mtim, lock->since) > 0) {
+		moved |= st.st_mtim.tv_sec > now / 1000;
+		run++;
+	}
+	run = moved || run == 0 ? 0 : run - 1;
+	for (i = 0; i < excess; i++)
+		(void)leaf_remove(dir, ids->list[i < run ? n - 1 - run + i :
+		    i - run], STATE);
 }
 
 /* ---- small states, for the loop alone ----
  *
  * What can be had without waiting for a disk: from memory that the kernel
  * says it has, or from an entry of ours, which serves as long as the name
- * leads to the same, unchanged file. A file changed less than a second ago
+ * leads to that same, unchanged file. A file changed less than a second ago
  * could change again within one tick, and look as before: it is never taken
  * for the same. Nor is a name with slashes, where fstatat would follow a link
  * in place of a directory.
  */
 struct cached {
-	char name[NAME_LEN_MAX + 1];	/* "": serves no more */
+	bool serves;			/* while the file is as it was */
 	struct stat st;
 	char data[HEAD_ROOM + SMALL];	/* room for a head, and the state */
 };
@@ -2427,10 +2371,9 @@ cache_get(const char *name)
 		hash = hash * 31 + (unsigned char)*p;
 	c = &cache[hash % CACHE_SLOTS];
 	(void)snprintf(file, sizeof(file), "%s" STATE, name);
-	if (strcmp(c->name, name) == 0 && fstatat(store.root, file, &st,
-	    AT_SYMLINK_NOFOLLOW) == 0 && unchanged(&st, &c->st))
+	if (c->serves && strchr(name, '/') == NULL && fstatat(store.root, file,
+	    &st, AT_SYMLINK_NOFOLLOW) == 0 && unchanged(&st, &c->st))
 		return c;
-	c->name[0] = '\0';
 	if (store.remote)
 		return NULL;
 	now = time_ms() / 1000;
@@ -2440,8 +2383,7 @@ cache_get(const char *name)
 	    preadv2(fd, &(struct iovec){ c->data + HEAD_ROOM, SMALL }, 1, 0,
 	    RWF_NOWAIT) == c->st.st_size;
 	close_quietly(fd);
-	if (ok && strchr(name, '/') == NULL && c->st.st_ctim.tv_sec + 1 < now)
-		memcpy(c->name, name, (size_t)(p - name) + 1);
+	c->serves = ok && c->st.st_ctim.tv_sec + 1 < now;
 	return ok ? c : NULL;
 #else
 	(void)name;
@@ -2481,13 +2423,12 @@ lock_info(struct json *j, struct lock *l)
 	    k[0].len > 0 && k[0].len <= ID_MAX;
 }
 
-/* Reads who holds the lock; -1 if that cannot be read. The caller frees
- * l->raw. */
+/* Reads who holds the lock, from a file that was just opened, and closes it; -1
+ * if that cannot be read. The caller frees l->raw. */
 static int
-lock_read(const struct place *p, struct lock *l)
+lock_read(int fd, struct lock *l)
 {
 	struct stat st;
-	int fd = place_file(p, LOCK, O_RDONLY, &st);
 	ssize_t n = -1;
 	struct json j;
 	size_t len;
@@ -2496,7 +2437,8 @@ lock_read(const struct place *p, struct lock *l)
 	*l = (struct lock){ 0 };
 	if (fd == -1)
 		return errno == ENOENT ? 0 : -1;
-	if ((end = calloc(1, LOCK_INFO_MAX + 1)) != NULL)
+	if ((end = calloc(1, LOCK_INFO_MAX + 1)) != NULL &&
+	    fstat(fd, &st) == 0)
 		n = read_at(fd, end, LOCK_INFO_MAX, 0);
 	close_quietly(fd);
 	if (n == -1) {
@@ -2643,19 +2585,15 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 static int
 lock_look(const char *name, struct lock *l)
 {
-	int status = -1;
-	struct place p;
+	int status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL), l);
 	struct guard g;
 
-	*l = (struct lock){ 0 };
-	if (place_open(name, D_OPEN, &p) == 0)
-		status = lock_read(&p, l);
 	if (l->foreign && guard_take(&g, name, 20) == 0) {
 		free(l->raw);
-		status = lock_read(&p, l);
+		status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL),
+		    l);
 		guard_drop(&g);
 	}
-	dir_leave(p.dir);
 	return status;
 }
 
@@ -3336,9 +3274,7 @@ log_event(struct request *r, const char *event)
 	if (refused && store_fits(0) == -1)
 		return;
 	log_line(&b, r, refused ? "refused" : event);
-	if (ch->place.dir == -1)
-		(void)place_open(r->name, D_OPEN, &ch->place);
-	fd = place_file(&ch->place, LOG, O_WRONLY | O_APPEND | (refused &&
+	fd = name_file(r->name, "", LOG, O_WRONLY | O_APPEND | (refused &&
 	    !ch->lock.held ? 0 : O_CREAT), NULL);
 	if (fd == -1 ? errno != ENOENT : b.failed ||
 	    write_all(fd, b.data, b.len) == -1)
@@ -3358,9 +3294,8 @@ static int
 change_prepare(struct request *r)
 {
 	struct change *ch = r->change;
-	const struct place *p = &ch->place;
 	struct stat st = { 0 };
-	int fd = place_file(p, STATE, O_RDONLY, &st);
+	int fd = leaf_open(ch->dir, r->name, STATE, O_RDONLY, &st);
 	char leaf[LEAF];
 	bool keep;
 
@@ -3382,13 +3317,13 @@ change_prepare(struct request *r)
 		return refuse_errno(r, "open the history");
 	if (keep) {
 		tmp_name(&ch->kept, ch->history);
-		if (linkat(p->dir, leaf_name(leaf, p->leaf, STATE),
+		if (linkat(ch->dir, leaf_name(leaf, r->name, STATE),
 		    ch->history, ch->kept.name, 0) == -1 &&
 		    tmp_copy(&ch->kept, ch->history, fd) == -1)
 			return refuse_errno(r, "keep the earlier version");
 	}
 	if ((fd != -1 && fstat(fd, &ch->old_st) == -1) ||
-	    tmp_move(&ch->tmp, p->dir) == -1)
+	    tmp_move(&ch->tmp, ch->dir) == -1)
 		return refuse_errno(r, "put the state beside its place");
 	return 0;
 }
@@ -3396,16 +3331,12 @@ change_prepare(struct request *r)
 static int
 lock_remove(struct request *r)
 {
-	const struct place *p = &r->change->place;
-	char leaf[LEAF];
-
-	return unlinkat(p->dir, leaf_name(leaf, p->leaf, LOCK), 0) == 0 ? 0 :
+	return leaf_remove(r->change->dir, r->name, LOCK) == 0 ? 0 :
 	    refuse_errno(r, "remove the lock");
 }
 
-/* Makes a change: prepares, if a state is to change; takes the guard; reads the
- * lock; prepares again, in case another write came in between; publishes. The
- * second time is under the guard, so that of many who write without a lock
+/* Makes a change. If another write comes in between, what was prepared is
+ * prepared again under the guard, so that of many who write without a lock
  * nobody starves. */
 static int
 change(struct request *r, enum enter how, int (*publish)(struct request *))
@@ -3414,19 +3345,26 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
 	struct guard guard;
 	int status = 0;
 
-	if (ch->place.dir == -1 && place_open(r->name, how, &ch->place) == -1)
+	if (ch->dir == -1 && (ch->dir = dir_open(r->name, how)) == -1 &&
+	    (how == D_MAKE || errno != ENOENT))
 		return refuse_errno(r, "open the state's directory");
 	if (ch->writes && (status = change_prepare(r)) != 0)
 		return status;
 	if (guard_take(&guard, r->name, GUARD_MS) == -1) {
-		r->unguarded = errno == ETIMEDOUT || errno == EBUSY;
-		return !r->unguarded ? refuse_errno(r, "guard the name") :
-		    refuse(r, 503, "cannot guard the name: %s", errno == EBUSY ?
-		    "too many requests wait for it" :
+		if (errno != ETIMEDOUT && errno != EBUSY)
+			return refuse_errno(r, "guard the name");
+		status = refuse(r, 503, "cannot guard the name: %s",
+		    errno == EBUSY ? "too many requests wait for it" :
 		    "another request for it takes too long");
+		/* A LOCK can be told all the same that another holds the lock:
+		 * a client with -lock-timeout then tries again. */
+		return how == D_MAKE && !ch->writes &&
+		    lock_look(r->name, &ch->lock) == 0 && ch->lock.held &&
+		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : status;
 	}
 	free(ch->lock.raw);
-	if (lock_read(&ch->place, &ch->lock) == -1)
+	if (lock_read(leaf_open(ch->dir, r->name, LOCK, O_RDONLY, NULL),
+	    &ch->lock) == -1)
 		status = refuse_errno(r, "read the lock");
 	else if (ch->lock.raw != NULL && !ch->lock.held &&
 	    (status = lock_remove(r)) == 0)	/* it is torn */
@@ -3449,13 +3387,13 @@ static int
 change_end(struct request *r, int status)
 {
 	struct change *ch = r->change;
-	struct place p = { .dir = -1 };
+	int dir = -1;
 	bool deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 
-	if (status == 0 && ch->place.dir != -1 && (deep ?
-	    place_open(r->name, D_SYNC, &p) : dir_sync(ch->place.dir)) == -1)
+	if (status == 0 && ch->dir != -1 && (deep ?
+	    (dir = dir_open(r->name, D_SYNC)) : dir_sync(ch->dir)) == -1)
 		status = refuse_errno(r, "sync the directory");
-	dir_leave(p.dir);
+	close_quietly(dir);
 	tmp_remove(&ch->tmp);
 	tmp_remove(&ch->kept);
 	if (status == 0)
@@ -3469,14 +3407,13 @@ change_end(struct request *r, int status)
 static void
 change_free(struct change *ch)
 {
-	if (ch->event != NULL && ch->history != -1 && (ch->ids.n > 0 ||
-	    history_list(ch->history, &ch->ids) == 0))
+	if (ch->event != NULL)
 		history_prune(ch->history, &ch->ids, &ch->lock);
 	close_quietly(ch->old);
 	close_quietly(ch->history);
 	names_free(&ch->ids);
 	free(ch->lock.raw);
-	dir_leave(ch->place.dir);
+	close_quietly(ch->dir);
 }
 
 /* Is the body a JSON object, and is its MD5 the one in Content-MD5, if that was
@@ -3553,37 +3490,34 @@ lock_allowed(struct request *r, const struct lock *l)
 static int
 lock_write(struct request *r)
 {
-	const struct place *p = &r->change->place;
+	int dir = r->change->dir, error;
 	const struct lock *l = &r->change->lock;
 	bool own = lock_is(l, r->id);
 	const struct span info = own ? span(l->raw) :
 	    (struct span){ r->body, r->len };
 	const char *failed = NULL;
 	struct tmp t = { .fd = -1 };
-	char leaf[LEAF];
-	int error;
 
-	(void)leaf_name(leaf, p->leaf, LOCK);
 	if (l->held)
-		(void)tmp_create(&t, p->dir);
+		(void)tmp_create(&t, dir);
 	else
-		t.fd = file_open(p->dir, leaf, O_WRONLY | O_CREAT | O_EXCL,
-		    NULL);
+		t.fd = leaf_open(dir, r->name, LOCK, O_WRONLY | O_CREAT |
+		    O_EXCL, NULL);
 	if (t.fd == -1)
 		failed = "create the lock";
 	else if (write_all(t.fd, info.ptr, info.len) == -1) {
 		failed = "write the lock";
 		error = errno;
 		if (!l->held)
-			(void)unlinkat(p->dir, leaf, 0);
+			(void)leaf_remove(dir, r->name, LOCK);
 		errno = error;
 	} else if ((own && futimens(t.fd, (const struct timespec[]){ l->since,
 	    l->since }) == -1) || sync_fd(t.fd) == -1 ||
-	    (l->held && tmp_rename(&t, p->dir, leaf) == -1))
+	    (l->held && tmp_rename(&t, dir, r->name, LOCK) == -1))
 		failed = "sync the lock";
 	tmp_remove(&t);
 	if (failed != NULL && own && (errno == ENOSPC || errno == EDQUOT)) {
-		t.fd = file_open(p->dir, leaf, O_RDONLY, NULL);
+		t.fd = leaf_open(dir, r->name, LOCK, O_RDONLY, NULL);
 		if (t.fd != -1 && sync_fd(t.fd) == 0)
 			failed = NULL;
 		close_quietly(t.fd);
@@ -3618,19 +3552,12 @@ lock_publish(struct request *r)
 static int
 do_lock(struct request *r)
 {
-	struct change *ch = r->change;
 	int status = lock_body(r, false);
 
 	if (status == 0)
-		status = lock_allowed(r, &ch->asked);
+		status = lock_allowed(r, &r->change->asked);
 	if (status == 0)
 		status = change(r, D_MAKE, lock_publish);
-	/* Even without the guard we can answer that another holds the lock; a
-	 * client with -lock-timeout then tries again. */
-	if (r->unguarded && ch->lock.raw == NULL &&
-	    lock_read(&ch->place, &ch->lock) == 0 && ch->lock.held &&
-	    !lock_is(&ch->lock, r->id))
-		status = lock_tell(r, 423);
 	return change_end(r, status);
 }
 
@@ -3723,47 +3650,37 @@ state_receive(struct request *r)
 	return status != 0 ? status : state_check(r);
 }
 
-/* Under the guard: moves a file into the history under a new ID, as the newest
- * version. sync: the history must be on the disk before the answer, for the
+/* Under the guard: moves a file into the history, as the newest version. Its ID
+ * is the time at which it was replaced, or a millisecond after the newest ID
+ * there is, if that is later: IDs sort in the order of events whatever the
+ * clocks say. sync: the history must be on the disk before the answer, for the
  * bytes are nowhere else. */
 static int
 history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 {
+	const int64_t end = 253402300799999;	/* of the year 9999 */
 	struct change *ch = r->change;
-	char leaf[LEAF];
-	const char *id;
+	int64_t ms = time_ms(), newest = 0;
+	char when[32], id[VERSION_ID];
 	int dir = -1;
+	size_t i;
 
-	if (ch->history == -1)
+	for (i = ch->ids.n; i > 0 && newest == 0; i--)
+		if ((newest = version_ms(ch->ids.list[i - 1])) >= end)
+			newest = 0;	/* nothing can be later than that */
+	time_text(when, ms > newest ? ms : newest + 1, true);
+	(void)snprintf(id, sizeof(id), "%.20s-%.20s", when,
+	    *serial != '\0' ? serial : "0");
+	names_add(&ch->ids, id);
+	if (!ch->ids.failed && ch->history == -1)
 		ch->history = history_open(r->name, D_MAKE);
-	if (ch->history == -1 || tmp_move(t, ch->history) == -1 ||
-	    history_list(ch->history, &ch->ids) == -1 ||
-	    (id = history_next(&ch->ids, serial)) == NULL ||
-	    tmp_rename(t, ch->history, leaf_name(leaf, id, STATE)) == -1 ||
+	if (ch->ids.failed || ch->history == -1 ||
+	    tmp_move(t, ch->history) == -1 ||
+	    tmp_rename(t, ch->history, id, STATE) == -1 ||
 	    (sync && (dir = history_open(r->name, D_SYNC)) == -1))
 		return refuse_errno(r, "keep a version in the history");
 	close_quietly(dir);
 	return 0;
-}
-
-/* Is the newest version the same as the new state? A client that repeats what
- * it abandons must not push the other versions out. */
-static bool
-history_has(struct request *r)
-{
-	struct change *ch = r->change;
-	struct names ids = { 0 };
-	bool same = false;
-	int newest;
-
-	if (ch->history != -1 && history_list(ch->history, &ids) == 0 &&
-	    ids.n > 0) {
-		newest = name_file(r->name, ids.list[ids.n - 1], STATE, NULL);
-		same = same_bytes(newest, ch->tmp.fd);
-		close_quietly(newest);
-	}
-	names_free(&ids);
-	return same;
 }
 
 /* -s: refuses what terraform state push does without -force. */
@@ -3790,18 +3707,25 @@ write_strict(struct request *r)
  * promise is about the new state. On a file system with a journal both reach
  * the disk together; without one, a power cut may lose the earlier version.
  * A complete state whose client is gone may be the only copy: it goes into the
- * history, unless it is the same as the present one, or as the newest version.
+ * history, unless it is the same as the present one, or as the newest version:
+ * a client that repeats what it abandons must not push the others out.
  */
 static int
 write_publish(struct request *r)
 {
 	struct change *ch = r->change;
-	bool delete = ch->tmp.fd == -1, kept = ch->kept.name[0] != '\0';
-	int status = write_allowed(r);
-	char leaf[LEAF];
+	bool delete = ch->tmp.fd == -1, kept = ch->kept.name[0] != '\0', same;
+	int status = write_allowed(r), newest = -1;
 
+	if (ch->history != -1 && history_list(ch->history, &ch->ids) == -1)
+		return refuse_errno(r, "read the history");
 	if (!client_there(r)) {
-		if (delete || ch->equal || conf.keep == 0 || history_has(r))
+		if (ch->ids.n > 0)
+			newest = leaf_open(ch->history,
+			    ch->ids.list[ch->ids.n - 1], STATE, O_RDONLY, NULL);
+		same = ch->equal || same_bytes(newest, ch->tmp.fd);
+		close_quietly(newest);
+		if (delete || same || conf.keep == 0)
 			return refuse_gone(r);
 		status = history_keep(r, &ch->tmp, ch->meta.serial, true);
 		ch->event = status == 0 ? "abandoned" : NULL;
@@ -3816,16 +3740,15 @@ write_publish(struct request *r)
 		    delete);
 	if (status != 0)
 		return status;
-	(void)leaf_name(leaf, ch->place.leaf, STATE);
-	if ((delete ? unlinkat(ch->place.dir, leaf, 0) :
-	    tmp_rename(&ch->tmp, ch->place.dir, leaf)) == 0) {
+	if ((delete ? leaf_remove(ch->dir, r->name, STATE) :
+	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == 0) {
 		ch->event = delete ? "delete" : "write";
 		return 0;
 	}
 	status = refuse_errno(r, "change the state");
 	if (kept)
-		(void)unlinkat(ch->history, leaf_name(leaf,
-		    ch->ids.list[ch->ids.n - 1], STATE), 0);
+		(void)leaf_remove(ch->history, ch->ids.list[ch->ids.n - 1],
+		    STATE);
 	return status;
 }
 
@@ -4010,7 +3933,6 @@ struct row {
 	struct meta meta;
 	bool deleted;			/* only the history has it */
 	struct lock lock;		/* of the present version */
-	char since[32];
 	char who[128], operation[64];	/* of the write */
 };
 
@@ -4027,15 +3949,13 @@ row_read(struct row *row, const char *name, const char *id)
 	int fd, i;
 
 	*row = (struct row){ .name = name, .id = id };
-	if (*id == '\0' && lock_look(name, l) == -1) {
+	if (*id == '\0' && lock_look(name, l) == -1)
 		*l = (struct lock){ .held = true,	/* perhaps */
 		    .info = "the lock cannot be read" };
-	} else if (l->held)
-		time_text(row->since, (int64_t)l->since.tv_sec * 1000, false);
 	free(l->raw);
 	if (*id != '\0')
 		time_text(row->until, version_ms(id), false);
-	fd = name_file(name, id, STATE, &st);
+	fd = name_file(name, id, STATE, O_RDONLY, &st);
 	if (fd == -1 && errno == ENOENT) {
 		fd = history_open(name, D_OPEN);
 		row->deleted = fd != -1;
@@ -4074,18 +3994,19 @@ row_lock(struct request *r, const struct row *row)
 {
 	const struct lock *l = &row->lock;
 	struct buf b = { 0 };
-	char what[64];
+	char what[64], since[32] = "";
 	size_t command;
 	const char *words;
 
 	operation_text(what, l->operation);
-	if (*row->since == '\0') {	/* nobody, or it cannot be read */
+	if (*l->id == '\0') {		/* nobody, or it cannot be read */
 		buf_str(&b, l->info);
 		command = b.len;
 	} else {
+		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
 		buf_fmt(&b, "%s%s%s since %s%s%s; to release it: ",
 		    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
-		    "locked", *what != '\0' ? ", " : "", what, row->since,
+		    "locked", *what != '\0' ? ", " : "", what, since,
 		    *l->info != '\0' ? ": " : "", l->info);
 		command = b.len;
 		buf_shell(&b, "terraform force-unlock ", l->id);
@@ -4098,7 +4019,7 @@ row_lock(struct request *r, const struct row *row)
 		cell(r, "operation", "", l->operation, NULL);
 		cell(r, "info", "", l->info, NULL);
 		cell(r, "created", "", l->created, NULL);
-		cell(r, "since", "", row->since, NULL);
+		cell(r, "since", "", since, NULL);
 		cell(r, "release", "", words + command, NULL);
 		buf_str(&r->text, "}");
 	} else if (r->form == JSON || r->kind == K_ROOT)
@@ -4212,8 +4133,7 @@ static void
 walk_dir(struct walk *w, int parent, const char *entry, size_t len,
     unsigned depth)
 {
-	int dir = openat(parent, entry, O_RDONLY | O_DIRECTORY | O_NOFOLLOW |
-	    O_CLOEXEC);
+	int dir = file_open(parent, entry, O_DIRECTORY, NULL);
 	DIR *d = dir == -1 ? NULL : fdopendir(dir);
 	struct dirent *e;
 	bool found = false;
@@ -4283,10 +4203,9 @@ page_root(struct request *r)
 	if ((walk_names(&w, ".") == -1 || (*r->query != '\0' &&
 	    walk_names(&w, ".history") == -1)) && r->status == 0)
 		(void)refuse_errno(r, "list the states");
-	if (r->status != 0) {
-		names_free(&w.names);
+	r->change->ids = w.names;	/* freed with that */
+	if (r->status != 0)
 		return r->status;
-	}
 	page_begin(r);
 	put(r, "", "", "<form><input type=search name=q aria-label=Search "
 	    "placeholder=\"Search, deleted ones too\" value=\"");
@@ -4306,7 +4225,6 @@ page_root(struct request *r)
 				row_put(r, &row);
 		}
 	put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n");
-	names_free(&w.names);
 	return r->status;
 }
 
@@ -4325,7 +4243,7 @@ row_writer(struct row *row)
 	};
 	char *tail = malloc(TAIL_MAX);
 	struct stat st;
-	int fd = name_file(row->name, "", LOG, &st);
+	int fd = name_file(row->name, "", LOG, O_RDONLY, &st);
 	ssize_t n = fd == -1 || tail == NULL ? 0 : read_at(fd, tail, TAIL_MAX,
 	    st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0);
 	struct span rest = { tail, n > 0 ? (size_t)n : 0 }, line;
@@ -4480,7 +4398,8 @@ page_file(struct request *r)
 	bool log = r->kind == K_LOG;
 	struct stat st;
 
-	r->file = name_file(r->name, r->version, log ? LOG : STATE, &st);
+	r->file = name_file(r->name, r->version, log ? LOG : STATE, O_RDONLY,
+	    &st);
 	if (r->file == -1)
 		return errno == ENOENT ?
 		    refuse(r, 404, "there is no such %s", log ? "log" :
@@ -5160,7 +5079,7 @@ request_free(struct request *r)
 static void
 thread_serve(struct conn *c)
 {
-	struct change ch = { .place.dir = -1, .tmp.fd = -1, .old = -1,
+	struct change ch = { .dir = -1, .tmp.fd = -1, .old = -1,
 	    .kept.fd = -1, .history = -1 };
 	struct request *r = c->r;
 	const struct action *act = action_of(r);
@@ -5535,16 +5454,14 @@ static bool
 store_open(void)
 {
 	bool created = mkdir(conf.dir, 0700) == 0;
-	struct place tmp, history;
 	struct stat st;
-	int parent;
+	int tmp, history, dir;
 
 	if ((!created && errno != EEXIST) || (store.root = open(conf.dir,
 	    O_RDONLY | O_DIRECTORY | O_CLOEXEC)) == -1)
 		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
-	store.fresh = fstatat(store.root, ".guard", &st, 0) == -1;
-	if (place_open(".tmp/", D_MAKE, &tmp) == -1 ||
-	    place_open(".history/", D_MAKE, &history) == -1 ||
+	if ((tmp = dir_open(".tmp/", D_MAKE)) == -1 ||
+	    (history = dir_open(".history/", D_MAKE)) == -1 ||
 	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
 	    NULL)) == -1) {
 		if (errno == EACCES && fstat(store.root, &st) == 0 &&
@@ -5556,14 +5473,12 @@ store_open(void)
 		die(1, "cannot open .tmp, .history or .guard in %s: %s",
 		    conf.dir, strerror(errno));
 	}
-	close_quietly(tmp.dir);
-	close_quietly(history.dir);
+	close_quietly(tmp);
+	close_quietly(history);
 	/* A new directory's own name must be on the disk as well. */
-	parent = created ? openat(store.root, "..", O_RDONLY | O_CLOEXEC) : -1;
-	if (dir_sync(store.root) == -1 ||
-	    (parent != -1 && dir_sync(parent) == -1))
+	if ((dir = dir_open(created ? "../" : "", D_SYNC)) == -1)
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
-	close_quietly(parent);
+	close_quietly(dir);
 	if (getentropy(&store.token, sizeof(store.token)) == -1 ||
 	    guard_set(F_WRLCK, guard_server_byte(store.token)) == -1)
 		die(1, "%s has no record locks (%s): choose another file "
@@ -6090,14 +6005,14 @@ greet(bool created)
 		span_copy(dir, sizeof(dir), span(conf.dir));
 	scrub(dir);
 	if (conf.command != NULL && (fd = name_file(conf.command_name, "",
-	    STATE, NULL)) == -1 && errno == ENOENT)
+	    STATE, O_RDONLY, NULL)) == -1 && errno == ENOENT)
 		complain("no state %s in %s yet", conf.command_name, dir);
 	close_quietly(fd);
 	if (walk_names(&w, ".") == -1 || walk_names(&w, ".history") == -1 ||
 	    walk_names(&w, ".tmp") == -1)
 		complain("cannot list the states: %s", strerror(errno));
-	else if (store.fresh && w.files == 0 && (fd = file_open(store.root,
-	    ".gitignore", O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
+	else if (w.files == 0 && (fd = file_open(store.root, ".gitignore",
+	    O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
 		(void)write_all(fd, "*\n", 2);
 		close_quietly(fd);
 	}
