@@ -82,15 +82,7 @@
  * OR IN CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.
  */
 
-#ifdef __linux__
-#define _GNU_SOURCE
-#elif defined(__APPLE__)
-#define _DARWIN_C_SOURCE
-#elif defined(__OpenBSD__)
-#define _BSD_SOURCE
-#else
-#define _POSIX_C_SOURCE 200809L
-#endif
+#define _GNU_SOURCE			/* for Linux; BSDs hide nothing */
 #define _FILE_OFFSET_BITS 64
 #define _TIME_BITS 64			/* for times after 2038 */
 
@@ -133,8 +125,6 @@
 #include <sys/sendfile.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
-#endif
-#ifdef __GLIBC__
 #include <malloc.h>
 #endif
 #ifdef __APPLE__
@@ -328,7 +318,7 @@ struct head {
 	int minor;			/* of HTTP/1.x: 0 or 1 */
 	struct span target, host;	/* path and query, or "*" */
 	struct span field[F_COUNT];	/* their values; ptr NULL: none */
-	const char *why;		/* it was refused */
+	const char *why;		/* it is refused, with its status */
 	int64_t length;			/* Content-Length, or -1 */
 	bool chunked;
 	unsigned fields;		/* so many there are */
@@ -424,7 +414,6 @@ struct change {
 
 struct request {
 	struct conn *conn;
-	struct users *users;		/* as they were when it came */
 	struct change *change;		/* of the thread that has it */
 	int64_t start;			/* microseconds, monotonic */
 
@@ -1399,10 +1388,12 @@ json_value(struct json *j, unsigned depth)
 	return open;
 }
 
-/* Is it one whole object, and nothing else? */
+/* Is it one whole object, and nothing else? Finds n members of it. */
 static bool
-json_object(struct json *j)
+json_object(struct json *j, struct member *members, size_t n)
 {
+	j->members = members;
+	j->n = n;
 	if (json_skip(j) != '{')
 		return json_wrong(j, "does not begin with {");
 	return json_value(j, 1) != 0 && (json_skip(j) == -1 ||
@@ -1411,23 +1402,22 @@ json_object(struct json *j)
 
 /* JSON that is all at hand. */
 static struct json
-json_text(const void *data, size_t len, struct member *members, size_t n)
+json_text(const void *data, size_t len)
 {
 	const unsigned char *p = data;
 
-	return (struct json){ .p = p, .end = p + len, .pos = (off_t)len,
-	    .members = members, .n = n };
+	return (struct json){ .p = p, .end = p + len, .pos = (off_t)len };
 }
 
-/* A text as a whole number; false if it is none. */
-static bool
-whole_number(const char *text, uint64_t *n)
+/* A text as a whole number up to max; -1 if it is none. */
+static int64_t
+whole_number(const char *text, unsigned max)
 {
 	char *end;
+	unsigned long long n = strtoull(text, &end, 10);
 
-	errno = 0;
-	*n = strtoull(text, &end, 10);
-	return *end == '\0' && errno == 0 && *text >= '0' && *text <= '9';
+	return *text >= '0' && *text <= '9' && *end == '\0' && n <= max ?
+	    (int64_t)n : -1;
 }
 
 /* ==== HTTP parser ========================================================
@@ -1446,7 +1436,7 @@ http_value_ok(struct span s)
 	size_t i = 0;
 
 	while (i < s.len && (s.ptr[i] == '\t' ||
-	    !iscntrl((unsigned char)s.ptr[i])))
+	    ((unsigned char)s.ptr[i] >= ' ' && s.ptr[i] != 0x7f)))
 		i++;
 	return i == s.len;
 }
@@ -1589,25 +1579,12 @@ http_request_line(struct head *h, struct span line)
 	return *h->target.ptr == '/' ? NULL : http_absolute(h);
 }
 
-/* All lines of a head, up to end; NULL: it is too large. Then the rules that
- * need the whole: RFC 9112, 3.2, 6; 9110, 10.1.1. */
+/* The rules that need the whole head: RFC 9112, 3.2, 6; 9110, 10.1.1. */
 static const char *
-http_head(struct head *h, const char *p, size_t len, const char *end)
+http_whole(struct head *h)
 {
-	const char *lf = memchr(p, '\n', len), *wrong;
 	const struct span *f = h->field;
 
-	if (lf == NULL)
-		return "414 the request line is too long";
-	wrong = http_request_line(h, (struct span){ p, (size_t)(lf - 1 - p) });
-	if (wrong == NULL && (end == NULL || end - p > HEAD_MAX))
-		return "431 the head is too large";
-	for (p = lf + 1; wrong == NULL && p < end - 2; p = lf + 1) {
-		lf = memchr(p, '\n', (size_t)(end - p));
-		wrong = http_field(h, (struct span){ p, (size_t)(lf - 1 - p) });
-	}
-	if (wrong != NULL)
-		return wrong;
 	if (f[F_HOST].ptr == NULL ? h->minor == 1 : !http_host_ok(f[F_HOST]))
 		return "400 Host is missing or malformed";
 	if (h->host.len == 0 && f[F_HOST].ptr != NULL)
@@ -1634,33 +1611,34 @@ http_head(struct head *h, const char *p, size_t len, const char *end)
 }
 
 /* Parses a request's head, from its first line to the empty one. Returns the
- * bytes it took, 0 if there must be more, or minus a status. *seen is how far
- * an earlier call came: a head sent byte by byte is not read anew each time. */
+ * bytes it took, 0 if there must be more, or -1 if it is refused. */
 static int
-http_parse(const char *data, size_t len, size_t *seen, struct head *h)
+http_parse(const char *data, size_t len, struct head *h)
 {
-	const char *end = NULL, *p = data + *seen, *lf, *wrong = NULL;
+	const char *p = data, *lf;
+	struct span line = { data, 1 };
 
 	*h = (struct head){ .method = M_COUNT, .length = -1, .minor = 1,
 	    .host = { "", 0 } };
 	if (len > 0 && *data == 0x16)
-		wrong = "400 this is TLS, and the port speaks plain HTTP";
-	for (; end == NULL && wrong == NULL && (lf = memchr(p, '\n',
-	    (size_t)(data + len - p))) != NULL; p = lf + 1) {
-		if (lf == data || lf[-1] != '\r')
-			wrong = "400 a line does not end in CR LF";
-		else if (lf - data >= 3 && lf[-2] == '\n')
-			end = lf + 1;
+		h->why = "400 this is TLS, and the port speaks plain HTTP";
+	for (; h->why == NULL && line.len > 0; p = lf + 1) {
+		lf = memchr(p, '\n', (size_t)(data + len - p));
+		if (lf == NULL) {
+			h->why = p > data ? "431 the head is too large" :
+			    "414 the request line is too long";
+			return len < HEAD_MAX ? 0 : -1;
+		}
+		line = (struct span){ p, (size_t)(lf - p) };
+		if (line.len == 0 || lf[-1] != '\r')
+			h->why = "400 a line does not end in CR LF";
+		else if (--line.len == 0 && p > data)
+			h->why = http_whole(h);
+		else
+			h->why = p == data ? http_request_line(h, line) :
+			    http_field(h, line);
 	}
-	*seen = len;
-	if (wrong == NULL && end == NULL && len < HEAD_MAX)
-		return 0;
-	if (wrong == NULL)
-		wrong = http_head(h, data, len, end);
-	if (wrong == NULL)
-		return (int)(end - data);
-	h->why = wrong + 4;
-	return -atoi(wrong);
+	return h->why == NULL ? (int)(p - data) : -1;
 }
 
 /* The first line of a chunk, without its CRLF (RFC 9112, 7.1): sets size; too
@@ -2117,9 +2095,7 @@ meta_read(struct json *j, struct meta *m)
 	bool ok;
 
 	*m = (struct meta){ 0 };
-	j->members = k;
-	j->n = j->brief ? 4 : 6;
-	ok = json_object(j);
+	ok = json_object(j, k, j->brief ? 4 : 6);
 	if (k[0].type != 'n' || k[0].len > SERIAL_MAX ||
 	    strspn(m->serial, "0123456789") != k[0].len)
 		m->serial[0] = '\0';
@@ -2417,9 +2393,7 @@ lock_info(struct json *j, struct lock *l)
 		{ "Created", l->created, sizeof(l->created), 0, 0, 0 },
 	};
 
-	j->members = k;
-	j->n = 5;
-	return json_object(j) && k[0].n == 1 && k[0].type == 's' &&
+	return json_object(j, k, 5) && k[0].n == 1 && k[0].type == 's' &&
 	    k[0].len > 0 && k[0].len <= ID_MAX;
 }
 
@@ -2447,7 +2421,7 @@ lock_read(int fd, struct lock *l)
 	}
 	*l = (struct lock){ .since = st.st_mtim, .raw = end,
 	    .held = *end != '\0' };	/* else it is torn */
-	j = json_text(end, (size_t)n, NULL, 0);
+	j = json_text(end, (size_t)n);
 	if (!l->held || lock_info(&j, l))
 		return 0;
 	/* A freeze: what its first line says becomes its ID, which is all
@@ -2612,25 +2586,17 @@ struct user {
 };
 
 struct users {
-	_Atomic unsigned refs;		/* requests that use them; the pointer
-					 * users below is not counted */
 	size_t n;
 	struct user list[USERS_MAX / 64];	/* one for each pattern */
 	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
 };
 
-static struct users *users;		/* NULL: everybody may do everything */
+/* If there are none, everybody may do everything. Only the loop replaces them:
+ * under the mutex, for a listing's thread asks for rights, too. */
+static struct users *users;
+static pthread_mutex_t users_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static const char right_names[][6] = { "none", "read", "plan", "write" };
-
-/* Called by each request when it ends, and by the loop when it has new users.
- * The last call finds no reference left and frees them. */
-static void
-users_drop(struct users *u)
-{
-	if (u != NULL && u->refs-- == 0)
-		free(u);
-}
 
 /* Is the line the request's? A Bearer secret comes without a name. */
 static bool
@@ -2644,7 +2610,8 @@ user_is(const struct user *u, const struct request *r)
 	return diff == 0 && (r->bearer || strcmp(u->name, r->user) == 0);
 }
 
-/* '*' any bytes, slashes too; '?' one byte. No recursion, no surprises. */
+/* '*' any bytes, slashes too; '?' one byte. No recursion, no surprises.
+ * (musl's fnmatch would bring 16 KiB of tables with it.) */
 static bool
 glob(const char *p, const char *s)
 {
@@ -2673,12 +2640,14 @@ user_right(const struct request *r, const char *name)
 	enum right right = R_NONE;
 	const struct user *u;
 
-	if (r->users == NULL)
-		return R_WRITE;
-	for (u = r->users->list; u < r->users->list + r->users->n; u++)
+	(void)pthread_mutex_lock(&users_mutex);
+	if (users->n == 0)
+		right = R_WRITE;
+	for (u = users->list; u < users->list + users->n; u++)
 		if (user_is(u, r) && u->right > right &&
 		    (name == NULL || glob(u->pattern, name)))
 			right = u->right;
+	(void)pthread_mutex_unlock(&users_mutex);
 	return right;
 }
 
@@ -2687,7 +2656,7 @@ user_right(const struct request *r, const char *name)
 static bool
 user_shows(struct request *r, struct span v)
 {
-	const struct user *u = r->users->list;
+	const struct user *u = users->list;
 	char text[8192];
 	struct span scheme;
 	size_t len;
@@ -2699,7 +2668,7 @@ user_shows(struct request *r, struct span v)
 	if (span_is(scheme, "bearer")) {
 		sha256(v.ptr, v.len, r->secret);
 		r->bearer = true;
-		for (; u < r->users->list + r->users->n; u++)
+		for (; u < users->list + users->n; u++)
 			if (user_is(u, r))
 				span_copy(r->user, sizeof(r->user),
 				    span(u->name));
@@ -2720,19 +2689,14 @@ user_shows(struct request *r, struct span v)
 static const char *
 user_wrong(const char *name, const char *secret)
 {
-	const char *const both[] = { name, secret }, *p;
-	size_t i;
-
 	if (*name == '\0' || *secret == '\0')
 		return "one of them is empty: set both, or none";
 	if (strlen(name) > 63 || strchr(name, ':') != NULL)
 		return "a user name has 63 bytes at most, and no colon";
-	for (i = 0; i < 2; i++)
-		for (p = both[i]; *p != '\0'; p++)
-			if (iscntrl((unsigned char)*p))
-				return "a name or a secret has a control "
-				    "character, perhaps a newline at its end";
-	return NULL;
+	return http_value_ok(span(name)) && http_value_ok(span(secret)) &&
+	    strchr(name, '\t') == NULL && strchr(secret, '\t') == NULL ? NULL :
+	    "a name or a secret has a control character, perhaps a newline at "
+	    "its end";
 }
 
 /* A pattern that was surely meant otherwise; NULL, or what is wrong: with a
@@ -2805,7 +2769,7 @@ users_read(void)
 {
 	struct users *u = calloc(1, sizeof(*u)), *old = u;
 	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY |
-	    (users != NULL ? O_NONBLOCK : 0));
+	    (users->n > 0 ? O_NONBLOCK : 0));
 	const char *wrong = NULL, *at = NULL;
 	char *text = u != NULL ? u->text : NULL, *line;
 	size_t number = 0, len = 0;
@@ -2815,7 +2779,7 @@ users_read(void)
 
 	if (fd == -1 || u == NULL || fstat(fd, &st) == -1)
 		wrong = strerror(errno);
-	else if (users != NULL && !S_ISREG(st.st_mode))
+	else if (users->n > 0 && !S_ISREG(st.st_mode))
 		wrong = "it is not a file";
 	for (; wrong == NULL && n > 0; len += n > 0 ? (size_t)n : 0)
 		n = read(fd, text + len, USERS_MAX - len);
@@ -2829,14 +2793,16 @@ users_read(void)
 		wrong = user_line(u, line, &at);
 	ok = wrong == NULL && u->n > 0;
 	if (ok) {
+		(void)pthread_mutex_lock(&users_mutex);
 		old = users;
 		users = u;
+		(void)pthread_mutex_unlock(&users_mutex);
 	} else if (wrong != NULL && number > 0)
 		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
 	else
 		complain("cannot use %s: %s", conf.users, wrong != NULL ?
 		    wrong : "it names no user");
-	users_drop(old);
+	free(old);
 	return ok;
 }
 
@@ -2845,11 +2811,12 @@ users_read(void)
 static void
 users_start(void)
 {
-	static struct users single;
 	const char *name, *secret, *wrong;
 	unsigned char bytes[16];
 	char text[33];
 
+	if ((users = calloc(1, sizeof(*users))) == NULL)
+		die(1, "out of memory");
 	if (conf.users != NULL && !users_read())
 		exit(1);
 	if (conf.users != NULL)
@@ -2870,10 +2837,9 @@ users_start(void)
 		return;
 	if ((wrong = user_wrong(name, secret)) != NULL)
 		die(2, "TF_HTTP_USERNAME and TF_HTTP_PASSWORD: %s", wrong);
-	single.list[0] = (struct user){ name, "*", { 0 }, R_WRITE };
-	sha256(secret, strlen(secret), single.list[0].secret);
-	single.n = 1;
-	users = &single;
+	users->list[0] = (struct user){ name, "*", { 0 }, R_WRITE };
+	sha256(secret, strlen(secret), users->list[0].secret);
+	users->n = 1;
 }
 
 /* ==== wire ===============================================================
@@ -2897,7 +2863,8 @@ struct conn {
 	bool ending;			/* the last answer is sent, or cut */
 	bool lingers;			/* then wait for the client to close */
 	char *in;			/* HEAD_MAX bytes, or NULL */
-	size_t at, used, seen;		/* of in */
+	size_t at, used;		/* of in */
+	bool begun;			/* a head: its deadline is set */
 	int64_t since, active, deadline;	/* ms, monotonic */
 	char peer[56];
 };
@@ -3452,7 +3419,7 @@ lock_body(struct request *r, bool may_be_empty)
 	if (status != 0)
 		return status;
 	hash_add(&md5, r->body, r->len);
-	j = json_text(r->body, r->len, NULL, 0);
+	j = json_text(r->body, r->len);
 	ok = empty || lock_info(&j, asked);
 	if ((status = body_check(r, &j, &md5)) != 0 || empty)
 		return status;
@@ -4251,8 +4218,8 @@ row_writer(struct row *row)
 
 	while (span_next(&rest, '\n', &line)) {
 		memset(&w, 0, sizeof(w));
-		j = json_text(line.ptr, line.len, k, 5);
-		if (json_object(&j) && strcmp(w.event, "write") == 0 &&
+		j = json_text(line.ptr, line.len);
+		if (json_object(&j, k, 5) && strcmp(w.event, "write") == 0 &&
 		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
 		    strcmp(w.serial, row->meta.serial) == 0) {
 			memcpy(row->who, w.who, sizeof(w.who));
@@ -4631,14 +4598,14 @@ admit(struct request *r, const struct head *h)
 
 	(void)span_next(&query, '?', &path);
 	wrong = name_route(path, r);
-	if (r->conn->from->local && r->users == NULL && !conf.open &&
+	if (r->conn->from->local && users->n == 0 && !conf.open &&
 	    !host_is_local(h->host))
 		return refuse(r, 403, "the Host %s is not this machine: set "
 		    "users (-u, or TF_HTTP_USERNAME and TF_HTTP_PASSWORD), or "
 		    "-n, which lets any web page read the states", r->host);
 	if (f[F_ORIGIN].ptr != NULL && action_of(r)->right >= R_PLAN)
 		return refuse(r, 403, "no web page may change a state");
-	if (r->users != NULL && r->kind != K_HEALTHY && r->kind != K_READY) {
+	if (users->n > 0 && r->kind != K_HEALTHY && r->kind != K_READY) {
 		if (f[F_AUTHORIZATION].ptr == NULL)
 			return refuse(r, 401, "credentials are needed");
 		if (!user_shows(r, f[F_AUTHORIZATION]) ||
@@ -5016,8 +4983,8 @@ reply_send(struct request *r, bool may_wait)
 
 /* ---- requests ---- */
 
-/* Makes a request of a head of n bytes, or of one that was refused: n is minus
- * a status. Copies what is needed later. NULL if there is no memory. */
+/* Makes a request of a head of n bytes, or of one that was refused: n is -1.
+ * Copies what is needed later. NULL if there is no memory. */
 static struct request *
 request_new(struct conn *c, const struct head *h, int n)
 {
@@ -5033,18 +5000,16 @@ request_new(struct conn *c, const struct head *h, int n)
 	r->start = clock_us(CLOCK_MONOTONIC);
 	r->fronted = c->from->path || conf.fronted;
 	memcpy(r->client, c->peer, sizeof(c->peer));
-	if ((r->users = users) != NULL)
-		r->users->refs++;
 	/* Until the body is admitted: it is there, and stays unread. */
 	r->length = n < 0 || h->chunked || h->length > 0 ? -1 : 0;
 	if (n < 0) {
 		r->tls = c->used > c->at && c->in[c->at] == 0x16;
-		(void)refuse(r, -n, "%s", h->why);
+		(void)refuse(r, atoi(h->why), "%s", h->why + 4);
 		return r;
 	}
 	trace(">", c->in + c->at, (size_t)n);
 	c->at += (size_t)n;
-	c->seen = 0;
+	c->begun = false;
 	r->got = n;
 	r->keep = h->keep && !loop.stop;
 	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
@@ -5064,7 +5029,6 @@ request_new(struct conn *c, const struct head *h, int n)
 static void
 request_free(struct request *r)
 {
-	users_drop(r->users);
 	buf_free(&r->out);
 	buf_free(&r->text);
 	close_quietly(r->file);
@@ -5125,7 +5089,7 @@ pool_thread(void *unused)
 		thread_serve(c);
 		(void)pthread_mutex_lock(&conn_mutex);
 	}
-#ifdef __GLIBC__
+#ifdef M_ARENA_MAX
 	if (stats.threads == 1)		/* what a flood needed is given back */
 		(void)malloc_trim(0);
 #endif
@@ -5187,10 +5151,10 @@ pool_relieve(void)
 static void
 conn_close(struct conn *c, const char *why)
 {
-	static const struct head begun = { .method = M_COUNT, .why = "" };
+	static const struct head begun = { .method = M_COUNT, .why = "400 " };
 
 	if (c->r == NULL && c->used > 0 && !c->ending)
-		c->r = request_new(c, &begun, -400);
+		c->r = request_new(c, &begun, -1);
 	if (c->r != NULL) {
 		(void)cut(c->r, why);
 		(void)request_count(c->r);
@@ -5220,23 +5184,23 @@ conn_read(struct conn *c)
 	    (c->ending ? c->lingers : !loop.stop || c->used > 0));
 }
 
-/* The next head in the buffer: its length, 0 if it is not all there, or minus
- * a status. */
+/* The next head in the buffer: its length, 0 if it is not all there, or -1 if
+ * it is refused. */
 static int
 head_next(struct conn *c, struct head *h)
 {
 	/* Old clients send an empty line behind a body (RFC 9112, 2.2). */
-	if (c->used - c->at >= 2 && memcmp(c->in + c->at, "\r\n", 2) == 0) {
+	if (c->used - c->at >= 2 && memcmp(c->in + c->at, "\r\n", 2) == 0)
 		c->at += 2;
-		c->seen = 0;
-	}
 	if (c->used == c->at || c->ending) {
-		c->at = c->used = c->seen = 0;
+		c->at = c->used = 0;
+		c->begun = false;
 		return 0;
 	}
-	if (c->seen == 0)		/* it begins */
+	if (!c->begun)
 		conn_within(c, loop.now, HEAD_MS);
-	return http_parse(c->in + c->at, c->used - c->at, &c->seen, h);
+	c->begun = true;
+	return http_parse(c->in + c->at, c->used - c->at, h);
 }
 
 /* Answers a request if that needs no waiting. False: a thread has it, perhaps
@@ -5498,9 +5462,7 @@ static socklen_t
 address_read(const char *text, union address *a)
 {
 	const char *colon = strrchr(text, ':');
-	uint64_t port = 0;
-	bool ok = colon != NULL && whole_number(colon + 1, &port) &&
-	    port <= 65535;
+	int64_t port = colon != NULL ? whole_number(colon + 1, 65535) : -1;
 	char host[64];
 
 	memset(a, 0, sizeof(*a));
@@ -5511,7 +5473,7 @@ address_read(const char *text, union address *a)
 		return (socklen_t)sizeof(a->path);
 	}
 	span_copy(host, sizeof(host), (struct span){ text,
-	    ok ? (size_t)(colon - text) : 0 });
+	    port != -1 ? (size_t)(colon - text) : 0 });
 	if (inet_pton(AF_INET6, host, &a->six.sin6_addr) == 1)
 		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
 	if (host[0] == '[' && cut_suffix(host, "]") &&
@@ -5522,7 +5484,7 @@ address_read(const char *text, union address *a)
 	}
 	a->four.sin_family = AF_INET;
 	a->four.sin_port = htons((uint16_t)port);
-	if (!ok || inet_pton(AF_INET, strcmp(host, "localhost") == 0 ?
+	if (port == -1 || inet_pton(AF_INET, strcmp(host, "localhost") == 0 ?
 	    "127.0.0.1" : host[0] == '\0' || strcmp(host, "*") == 0 ?
 	    "0.0.0.0" : host, &a->four.sin_addr) != 1)
 		die(2, "-l %s: want ADDRESS:PORT, [V6]:PORT or unix:PATH, with "
@@ -5577,7 +5539,7 @@ listener_add(int fd, const char *text)
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent,
 	    sizeof(unsent));
 #endif
-	if (!l->path && !l->local && users == NULL && !conf.open)
+	if (!l->path && !l->local && users->n == 0 && !conf.open)
 		die(2, "%s is open to other machines. Set TF_HTTP_USERNAME and "
 		    "TF_HTTP_PASSWORD, or name users with -u FILE, or let "
 		    "everybody read and write with -n", l->name);
@@ -5916,9 +5878,9 @@ static const char usage_text[] =
 static unsigned
 number(int option, unsigned min, unsigned max)
 {
-	uint64_t v;
+	int64_t v = whole_number(optarg, max);
 
-	if (!whole_number(optarg, &v) || v < min || v > max)
+	if (v < min)
 		die(2, "-%c %s: want a number from %u to %u", option, optarg,
 		    min, max);
 	return (unsigned)v;
@@ -6041,7 +6003,7 @@ main(int argc, char **argv)
 	options(argc, argv);
 	if (conf.check)
 		return check(conf.listen[0]);
-#ifdef __GLIBC__
+#ifdef M_ARENA_MAX
 	(void)mallopt(M_ARENA_MAX, 1);	/* an arena a thread is a waste */
 	(void)mallopt(M_TRIM_THRESHOLD, 4 << 20);
 	(void)mallopt(M_MMAP_THRESHOLD, 1 << 20);

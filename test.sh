@@ -1275,7 +1275,7 @@ say_json(const char *s, size_t n, char *out)
 	assert(pwrite(file, s, n, 0) == (ssize_t)n);
 	for (cut = n; cut <= n; cut = cut > 64 ? cut / 2 : cut - 1) {
 		block = exact(s, cut);
-		start = json_text(block, cut, NULL, 0);
+		start = json_text(block, cut);
 		start.fd = file;
 		start.pos = (off_t)cut;
 		start.max = (off_t)n;
@@ -1304,23 +1304,23 @@ static void
 say_head(const char *s, size_t n, char *out)
 {
 	struct head h, g;
-	size_t seen = 0, i;
-	int whole = http_parse(s, n, &seen, &h), part = 0;
+	size_t max = n < HEAD_MAX ? n : HEAD_MAX, i;
+	int whole = http_parse(s, max, &h), part = 0;
 	char *grown;
 
-	assert(whole <= (int)n && (whole >= 0 || whole <= -400));
+	assert(whole <= (int)n && (whole >= 0 || atoi(h.why) >= 400));
 	assert(whole <= 0 || h.host.len == 0 || (h.host.ptr >= s &&
 	    h.host.ptr + h.host.len <= s + n));
 	assert(whole <= 0 || (h.length >= -1 && !(h.chunked && h.length != -1) &&
 	    memcmp(s + whole - 4, "\r\n\r\n", 4) == 0));
-	for (seen = 0, i = 1; i <= n && part == 0; i++) {
+	for (i = 1; i <= max && part == 0; i++) {
 		grown = exact(s, i);
-		part = http_parse(grown, i, &seen, &g);
+		part = http_parse(grown, i, &g);
 		free(grown);
 	}
 	/* With a limit in its way it may be refused for another reason. */
 	assert((part > 0) == (whole > 0) && (part <= 0 || part == whole));
-	sprintf(out, "%d", whole > 0 && whole == (int)n ? 200 : -whole);
+	sprintf(out, "%d", whole == (int)n ? 200 : whole == -1 ? atoi(h.why) : -whole);
 }
 
 static void
