@@ -33,8 +33,9 @@
  * given with its connection to one thread of a pool, which does it from the
  * first line to the last. So every wait has an end, every piece of work has
  * somebody who wants it, and no mutex is held while a disk is waited for,
- * except for the log's two if stdout is a file. (A name's guard is held, too,
- * but only that name waits for it.) To follow one request, read in this order:
+ * except for the log's if stdout or stderr is a file. (A name's guard is held,
+ * too, but only that name waits for it.) To follow one request, read in this
+ * order:
  *
  *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
  *	GET of a small state: quick_state, cache_get, conn_request, reply_send
@@ -188,7 +189,7 @@
 #define SMALL 65536		/* bytes: the loop answers a state up to this */
 #endif
 #define CACHE_SLOTS 256		/* small states that are kept in memory */
-#define HEAD_ROOM 1024		/* bytes before each, for an answer's head */
+#define HEAD_ROOM 1024		/* bytes: an answer's head, nearly always */
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
 #endif
@@ -446,8 +447,7 @@ struct request {
 	int64_t room;			/* bytes that it may still have, */
 	int too_large;			/* else this is the status */
 	bool in_chunks;			/* the first chunk has begun */
-	char *body;			/* a small body, or a piece; malloced */
-	size_t len;			/* of body */
+	struct buf body;		/* lock info; not a state */
 
 	/* the answer */
 	int status;			/* 0: none yet; -1: there is none, the
@@ -455,12 +455,11 @@ struct request {
 	const char *type;		/* Content-Type, perhaps more fields */
 	bool heading;			/* a table's cells write their titles */
 	struct buf text;		/* its body, or else: */
-	char *cached;			/* a state in the cache, behind */
-	size_t cached_len;		/* HEAD_ROOM bytes for the head; or */
+	struct iovec cached;		/* a state in the cache; or */
 	int file;			/* a file, or -1: there is none */
 	off_t off, left;		/* sent of the file, and still to be */
 	struct buf out;			/* head and text */
-	struct span unsent;		/* of out, or of head and cached */
+	size_t gone;			/* so much of out and cached is sent */
 	int64_t got, sent;		/* bytes, for the log and the metrics */
 	char why[300];			/* it was refused */
 };
@@ -564,8 +563,12 @@ scrub(char *s)
 }
 
 /* Both stdout and stderr may be one pipe, which takes PIPE_BUF bytes when it
- * polls writable: so they are written one at a time. */
+ * polls writable: so they are written one at a time. It protects the lines of
+ * the log, too, that are not written yet. */
 static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
+
+/* Protects all lists that threads share: of guards, and of connections. */
+static pthread_mutex_t list_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 /* Says what is wrong on stderr; the server goes on, even if nobody reads. */
 __attribute__((format(printf, 1, 2)))
@@ -2321,7 +2324,7 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 struct cached {
 	bool serves;			/* while the file is as it was */
 	struct stat st;
-	char data[HEAD_ROOM + SMALL];	/* room for a head, and the state */
+	char data[SMALL];
 };
 
 /* The state if it is small and can be had without waiting, else NULL: then a
@@ -2356,7 +2359,7 @@ cache_get(const char *name)
 	fd = (int)syscall(437, store.root, file, how, sizeof(how));
 	ok = fd != -1 && fstat(fd, &c->st) == 0 && S_ISREG(c->st.st_mode) &&
 	    c->st.st_size > 0 && c->st.st_size <= SMALL &&
-	    preadv2(fd, &(struct iovec){ c->data + HEAD_ROOM, SMALL }, 1, 0,
+	    preadv2(fd, &(struct iovec){ c->data, SMALL }, 1, 0,
 	    RWF_NOWAIT) == c->st.st_size;
 	close_quietly(fd);
 	c->serves = ok && c->st.st_ctim.tv_sec + 1 < now;
@@ -2447,10 +2450,7 @@ lock_is(const struct lock *l, const char *id)
 
 /* The guards that threads have, or wait for, as they came. The first of those
  * with the same byte has it. */
-static struct {
-	pthread_mutex_t mutex;
-	struct guard *first;
-} guards = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+static struct guard *guards;
 
 /* Locks or frees one byte of .guard; does not wait. With classic locks any
  * close of .guard would drop them all: it is opened once. */
@@ -2489,8 +2489,8 @@ guard_queue(struct guard *g, bool leave)
 	struct guard **p;
 	unsigned n = 0;
 
-	(void)pthread_mutex_lock(&guards.mutex);
-	for (p = &guards.first; *p != NULL && *p != g; p = &(*p)->next)
+	(void)pthread_mutex_lock(&list_mutex);
+	for (p = &guards; *p != NULL && *p != g; p = &(*p)->next)
 		n += (*p)->byte == g->byte;
 	if (leave)
 		*p = g->next;
@@ -2498,7 +2498,7 @@ guard_queue(struct guard *g, bool leave)
 		g->next = NULL;
 		*p = g;
 	}
-	(void)pthread_mutex_unlock(&guards.mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	return n;
 }
 
@@ -2874,9 +2874,7 @@ struct list {				/* zero is empty */
 	unsigned n;
 };
 
-/* Protects the lists of the pool, and this one: the connections whose thread
- * waits for the client, the longest wait first. */
-static pthread_mutex_t conn_mutex = PTHREAD_MUTEX_INITIALIZER;
+/* The connections whose thread waits for the client, the longest wait first. */
 static struct list conn_waiting;
 
 static void
@@ -2965,10 +2963,10 @@ trace(const char *mark, const char *data, size_t len)
 
 /* Gives the client so many milliseconds from now for what comes next. */
 static void
-conn_within(struct conn *c, int64_t now, int64_t ms)
+conn_within(struct conn *c, int64_t ms)
 {
-	c->since = c->active = now;
-	c->deadline = now + ms;
+	c->since = c->active = clock_ms();
+	c->deadline = c->since + ms;
 }
 
 /* n bytes have come or gone: the deadline is a millisecond later for each, so
@@ -2991,13 +2989,13 @@ conn_wait(struct conn *c, short events)
 
 	if (errno != EAGAIN)
 		return errno == EINTR;
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	list_add(&conn_waiting, c);
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	news = wait_until(c->fd, events, c->deadline);
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	list_remove(&conn_waiting, c);
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	return news != 0;
 }
 
@@ -3131,20 +3129,16 @@ body_next(struct request *r, struct span *piece)
 	return 0;
 }
 
-/* Reads a small body into memory. */
+/* Reads a small body into memory: there is some, even if it is empty. */
 static int
 body_whole(struct request *r)
 {
 	struct span piece;
 
-	if ((r->body = malloc(LOCK_INFO_MAX)) == NULL)
-		return refuse(r, 503, "out of memory");
-	while (body_next(r, &piece) == 0 && piece.len > 0) {
-		assert(r->len + piece.len <= LOCK_INFO_MAX);
-		memcpy(r->body + r->len, piece.ptr, piece.len);
-		r->len += piece.len;
-	}
-	return r->status;
+	(void)buf_room(&r->body, 0);
+	while (body_next(r, &piece) == 0 && piece.len > 0)
+		buf_add(&r->body, piece.ptr, piece.len);
+	return r->body.failed ? refuse(r, 503, "out of memory") : r->status;
 }
 
 /* ==== commits ============================================================
@@ -3414,12 +3408,12 @@ lock_body(struct request *r, bool may_be_empty)
 	struct hash md5 = md5_start;
 	int status = body_whole(r);
 	struct json j;
-	bool empty = may_be_empty && r->len == 0, ok;
+	bool empty = may_be_empty && r->body.len == 0, ok;
 
 	if (status != 0)
 		return status;
-	hash_add(&md5, r->body, r->len);
-	j = json_text(r->body, r->len);
+	hash_add(&md5, r->body.data, r->body.len);
+	j = json_text(r->body.data, r->body.len);
 	ok = empty || lock_info(&j, asked);
 	if ((status = body_check(r, &j, &md5)) != 0 || empty)
 		return status;
@@ -3461,7 +3455,7 @@ lock_write(struct request *r)
 	const struct lock *l = &r->change->lock;
 	bool own = lock_is(l, r->id);
 	const struct span info = own ? span(l->raw) :
-	    (struct span){ r->body, r->len };
+	    (struct span){ r->body.data, r->body.len };
 	const char *failed = NULL;
 	struct tmp t = { .fd = -1 };
 
@@ -3745,7 +3739,7 @@ do_unlock(struct request *r)
 {
 	int status = lock_body(r, true);
 	bool delete = r->kind == K_STATE && r->method == M_DELETE &&
-	    (status != 0 || (r->len == 0 && !r->has_md5 && !r->go));
+	    (status != 0 || (r->body.len == 0 && !r->has_md5 && !r->go));
 
 	r->change->writes = delete;
 	if (status == 0 && r->right < R_WRITE && (delete || !r->has_id))
@@ -3767,17 +3761,15 @@ do_unlock(struct request *r)
 #define STATUSES 600		/* below it are all that we answer */
 #define DURATIONS 6		/* of the histogram: 0.1 ms, 1 ms, ... 10 s */
 
-/* What the metrics count; and, under the mutex, the lines of the log that are
- * not written yet. */
+/* What the metrics count; and the lines of the log that are not written yet. */
 static struct {
 	_Atomic unsigned long requests[M_COUNT + 1][STATUSES];	/* last: none */
 	_Atomic unsigned long took[DURATIONS + 1], took_us, received, sent;
 	_Atomic unsigned unlogged;
 	_Atomic unsigned connections, threads, pages;	/* there are now */
-	pthread_mutex_t mutex;
 	struct buf log;
 	char locked[ID_MAX + 1];	/* by the LOCK that came last */
-} stats = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+} stats;
 
 /* Is the page still wanted? Not, if its client has closed the connection and
  * others wait for pages. (While nobody else does, it is made all the same: a
@@ -3788,18 +3780,6 @@ page_wanted(struct request *r)
 	if (r->status != -1 && stats.pages > 1 && !client_there(r))
 		(void)cut(r, "nobody waits for the page");
 	return r->status != -1;
-}
-
-/* A page is made if there are not too many already. */
-static int
-page(struct request *r, int (*make)(struct request *))
-{
-	if (++stats.pages > PAGES_MAX)
-		(void)refuse(r, 503, "too many pages are being made");
-	else if (page_wanted(r))
-		(void)make(r);
-	stats.pages--;
-	return r->status;
 }
 
 /* ---- three forms ---- */
@@ -4400,8 +4380,7 @@ quick_state(struct request *r)
 	if (c == NULL)
 		return 0;
 	r->type = "application/json";
-	r->cached = c->data + HEAD_ROOM;
-	r->cached_len = (size_t)c->st.st_size;
+	r->cached = (struct iovec){ c->data, (size_t)c->st.st_size };
 	return r->status = 200;
 }
 
@@ -4476,7 +4455,7 @@ static const struct action {
 	enum kind kind;
 	unsigned methods;		/* a bit for each */
 	enum right right;
-	bool page;			/* run by page() */
+	bool page;			/* only so many at a time */
 	int (*quick)(struct request *);	/* in the loop; 0: it would wait */
 	int (*run)(struct request *);	/* in a thread */
 } actions[] = {
@@ -4649,7 +4628,7 @@ static struct {
 
 static struct {
 	struct list queue;		/* wait for a thread */
-	struct list back;		/* answered; both under conn_mutex */
+	struct list back;		/* answered; both under list_mutex */
 	pthread_cond_t work;
 	unsigned idle, max;		/* threads */
 	bool full;			/* no more could be started */
@@ -4752,16 +4731,15 @@ log_request(const struct request *r, int64_t us, struct buf *b)
 	buf_str(b, "\n");
 }
 
-/* Counts and logs a request that has been answered or cut. Returns the time, in
- * milliseconds. */
-static int64_t
+/* Counts and logs a request that has been answered or cut. */
+static void
 request_count(struct request *r)
 {
-	int64_t now = clock_us(CLOCK_MONOTONIC), us = now - r->start;
+	int64_t us = clock_us(CLOCK_MONOTONIC) - r->start;
 	int64_t top = 100;		/* of the first time's bucket */
 	size_t i = 0;
 
-	(void)pthread_mutex_lock(&stats.mutex);
+	(void)pthread_mutex_lock(&output);
 	stats.requests[r->method][r->status == -1 ? 0 : r->status]++;
 	for (; i < DURATIONS && us > top; i++)
 		top *= 10;
@@ -4776,8 +4754,7 @@ request_count(struct request *r)
 		log_request(r, us, &stats.log);
 	if (r->status == 200 && r->method == M_LOCK)
 		(void)snprintf(stats.locked, sizeof(stats.locked), "%s", r->id);
-	(void)pthread_mutex_unlock(&stats.mutex);
-	return now / 1000;
+	(void)pthread_mutex_unlock(&output);
 }
 
 /*
@@ -4795,13 +4772,11 @@ log_flush(int64_t wait)
 	static int64_t flushed;
 	struct buf *b = &stats.log;
 	size_t at = 0, n, max;
-	int64_t most;
 	ssize_t sent = 1;
 
-	(void)pthread_mutex_lock(&stats.mutex);
+	(void)pthread_mutex_lock(&output);
 	if (b->len > 0 && (wait < 0 || loop.now - flushed >= LOG_MS ||
 	    b->len > PIPE_BUF / 8 * 7)) {
-		(void)pthread_mutex_lock(&output);
 		while (at < b->len && sent > 0 && (wait_until(STDOUT_FILENO,
 		    POLLOUT, 0) & POLLOUT) != 0) {
 			max = b->len - at < PIPE_BUF ? b->len - at : PIPE_BUF;
@@ -4812,16 +4787,13 @@ log_flush(int64_t wait)
 			    max);
 			at += sent > 0 ? (size_t)sent : 0;
 		}
-		(void)pthread_mutex_unlock(&output);
 		b->len -= at;
 		memmove(b->data, b->data + at, b->len);
 		b->failed = false;
 		flushed = loop.now;
 	}
-	/* If nobody reads, there is no hurry. */
-	most = flushed == loop.now ? 10 * LOG_MS : LOG_MS;
-	wait = b->len > 0 && wait > most ? most : wait;
-	(void)pthread_mutex_unlock(&stats.mutex);
+	wait = b->len > 0 && wait > LOG_MS ? LOG_MS : wait;
+	(void)pthread_mutex_unlock(&output);
 	return wait;
 }
 
@@ -4848,8 +4820,8 @@ reply_ready(struct request *r)
 	if (r->text.failed)
 		(void)refuse(r, 503, "out of memory");
 	r->keep = r->keep && r->length == 0;
-	r->sent = (int64_t)(r->text.len + r->cached_len) + r->left;
-	(void)buf_room(b, HEAD_ROOM + r->text.len);
+	r->sent = (int64_t)(r->text.len + r->cached.iov_len) + r->left;
+	(void)buf_room(b, HEAD_ROOM + r->text.len + r->cached.iov_len);
 	(void)clock_texts();
 	/* Go's client, seeing HTTP/1.0, says at once that it spoke TLS. */
 	buf_str(b, r->tls ? "HTTP/1.0 " : "HTTP/1.1 ");
@@ -4874,54 +4846,35 @@ reply_ready(struct request *r)
 	    "\r\nConnection: close\r\n\r\n");
 	if (r->method == M_HEAD) {
 		r->sent = r->left = 0;
-		r->cached = NULL;
+		r->cached.iov_len = 0;
 	} else
 		buf_add(b, r->text.data, r->text.len);
-	r->unsent = (struct span){ b->data, b->len };
 	if (b->failed)
 		(void)cut(r, "out of memory");
-	else if (r->cached != NULL) {	/* both go out in one piece */
-		assert(b->len <= HEAD_ROOM);
-		memcpy(r->cached - b->len, b->data, b->len);
-		r->unsent.ptr = r->cached - b->len;
-		r->unsent.len += r->cached_len;
-	}
-	trace("<", r->unsent.ptr, r->unsent.len);
-}
-
-/* The answer is sent, or cut. RFC 9112, 9.6: closing while bytes are unread, or
- * with much unsent, would reset the connection, and the client might lose the
- * answer with it: so we stop sending, and read on until the client closes. */
-static void
-request_end(struct request *r)
-{
-	struct conn *c = r->conn;
-	int64_t now = request_count(r);
-	bool was_cut = r->status == -1;
-
-	c->r = NULL;
-	c->ending = was_cut || !r->keep;
-	c->lingers = !was_cut && (r->file != -1 || r->sent > 16384 ||
-	    r->length != 0);
-	conn_within(c, now, c->ending ? DRAIN_MS : IDLE_MS);
-	if (c->ending)
-		(void)shutdown(c->fd, was_cut ? SHUT_RDWR : SHUT_WR);
+	trace("<", b->data, b->len);
+	trace("<", r->cached.iov_base, r->cached.iov_len);
 }
 
 /* Sends the next piece of an answer; as send(2). */
 static ssize_t
 reply_piece(struct request *r)
 {
-	size_t n = r->unsent.len;
+	size_t n = r->out.len - r->gone;
+	struct iovec v[2] = { { r->out.data + r->gone, n }, r->cached };
+	struct msghdr m = { .msg_iov = v, .msg_iovlen = 2 };
 	ssize_t sent;
 
 	if (n > 0) {
 		/* The last answer and the connection's end are one packet. */
-		sent = send(r->conn->fd, r->unsent.ptr, n,
-		    r->left > 0 || !r->keep ? MSG_MORE : 0);
-		n = sent > 0 ? (size_t)sent : 0;
-		r->unsent.ptr += n;
-		r->unsent.len -= n;
+		sent = sendmsg(r->conn->fd, &m, r->left > 0 || !r->keep ?
+		    MSG_MORE : 0);
+		r->gone += sent > 0 ? (size_t)sent : 0;
+		/* The rest later, when the cache may have another state. */
+		if (sent != (ssize_t)(n + r->cached.iov_len))
+			buf_add(&r->out, r->cached.iov_base,
+			    r->cached.iov_len);
+		assert(!r->out.failed);	/* there was room */
+		r->cached.iov_len = 0;
 		return sent;
 	}
 	n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX;
@@ -4940,44 +4893,40 @@ reply_piece(struct request *r)
 	return sent;
 }
 
-/* A thread will send the rest. Until then the cache may be used for another
- * state: so what is unsent is copied out of it. */
-static void
-reply_detach(struct request *r)
-{
-	if (r->cached == NULL)
-		return;
-	r->cached = NULL;
-	r->out.len = 0;
-	buf_add(&r->out, r->unsent.ptr, r->unsent.len);
-	r->unsent.ptr = r->out.data;
-	if (r->out.failed)
-		(void)cut(r, "out of memory");
-}
-
 /* Sends the answer, or what is left of it, and ends the request. False: not all
  * is sent, for that would have to wait, and may_wait is false. */
 static bool
 reply_send(struct request *r, bool may_wait)
 {
 	struct conn *c = r->conn;
+	bool was_cut;
 	ssize_t sent;
 
 	if (r->out.len == 0 && r->status != -1)
 		reply_ready(r);
-	while (r->status != -1 && (r->unsent.len > 0 || r->left > 0)) {
+	while (r->status != -1 && (r->gone < r->out.len || r->left > 0)) {
 		sent = reply_piece(r);
 		if (sent > 0)
 			conn_moved(c, (size_t)sent);
-		else if (sent == -1 && errno == EAGAIN && !may_wait) {
-			reply_detach(r);
+		else if (sent == -1 && errno == EAGAIN && !may_wait)
 			return false;
-		} else if (sent == 0 || errno == EIO)
+		else if (sent == 0 || errno == EIO)
 			(void)cut(r, "the file cannot be read to its end");
 		else if (!conn_wait(c, POLLOUT))
 			(void)cut(r, "the client did not take the answer");
 	}
-	request_end(r);
+	request_count(r);
+	c->r = NULL;
+	/* RFC 9112, 9.6: closing while bytes are unread, or with much unsent,
+	 * would reset the connection, and the client might lose the answer
+	 * with it: so we stop sending, and read on until the client closes. */
+	was_cut = r->status == -1;
+	c->ending = was_cut || !r->keep;
+	c->lingers = !was_cut && (r->file != -1 || r->sent > 16384 ||
+	    r->length != 0);
+	conn_within(c, c->ending ? DRAIN_MS : IDLE_MS);
+	if (c->ending)
+		(void)shutdown(c->fd, was_cut ? SHUT_RDWR : SHUT_WR);
 	return true;
 }
 
@@ -5032,7 +4981,7 @@ request_free(struct request *r)
 	buf_free(&r->out);
 	buf_free(&r->text);
 	close_quietly(r->file);
-	free(r->body);
+	buf_free(&r->body);
 	free(r);
 }
 
@@ -5049,18 +4998,21 @@ thread_serve(struct conn *c)
 	const struct action *act = action_of(r);
 
 	r->change = &ch;
-	conn_within(c, clock_ms(), BODY_MS);
+	conn_within(c, BODY_MS);
 	if (r->status == 0 && act->right < R_PLAN && r->length != 0)
 		(void)body_whole(r);	/* which nobody wants */
-	if (r->status == 0)		/* else there is an answer */
-		(void)(act->page ? page(r, act->run) : act->run(r));
-	conn_within(c, clock_ms(), BODY_MS);
+	if (act->page && ++stats.pages > PAGES_MAX && r->status == 0)
+		(void)refuse(r, 503, "too many pages are being made");
+	if (r->status == 0 && (!act->page || page_wanted(r)))
+		(void)act->run(r);	/* else there is an answer */
+	stats.pages -= act->page;
+	conn_within(c, BODY_MS);
 	(void)reply_send(r, true);
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	list_add(&pool.back, c);
 	if (pool.back.n == 1)
 		(void)!write(loop.wake[1], "", 1);
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	change_free(&ch);
 	request_free(r);
 }
@@ -5073,28 +5025,28 @@ pool_thread(void *unused)
 	struct timespec until;
 	struct conn *c;
 
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	for (;;) {
 		(void)clock_gettime(CLOCK_REALTIME, &until);
 		until.tv_sec += THREAD_IDLE_MS / 1000;
 		pool.idle++;
 		while (pool.queue.n == 0 && pthread_cond_timedwait(&pool.work,
-		    &conn_mutex, &until) == 0)
+		    &list_mutex, &until) == 0)
 			continue;
 		pool.idle--;
 		if ((c = pool.queue.first) == NULL)
 			break;
 		list_remove(&pool.queue, c);
-		(void)pthread_mutex_unlock(&conn_mutex);
+		(void)pthread_mutex_unlock(&list_mutex);
 		thread_serve(c);
-		(void)pthread_mutex_lock(&conn_mutex);
+		(void)pthread_mutex_lock(&list_mutex);
 	}
 #ifdef M_ARENA_MAX
 	if (stats.threads == 1)		/* what a flood needed is given back */
 		(void)malloc_trim(0);
 #endif
 	stats.threads--;
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	return unused;
 }
 
@@ -5104,14 +5056,14 @@ pool_give(struct conn *c)
 {
 	list_remove(&polled.list, c);
 	c->deadline = loop.now + QUEUE_MS;
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	list_add(&pool.queue, c);
 	if (pool.queue.n > pool.idle) {
 		pool.full = stats.threads >= pool.max ||
 		    !thread_start(pool_thread);
 		stats.threads += pool.full ? 0 : 1;
 	}
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	(void)pthread_cond_signal(&pool.work);
 }
 
@@ -5128,7 +5080,7 @@ pool_relieve(void)
 	struct conn *c;
 	bool waiting;
 
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	waiting = pool.queue.n > pool.idle;
 	c = conn_waiting.first;
 	if (waiting && pool.full && c != NULL &&
@@ -5140,7 +5092,7 @@ pool_relieve(void)
 		list_add(&polled.list, c);
 		c->active = loop.now;
 	}
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	return waiting;
 }
 
@@ -5157,7 +5109,7 @@ conn_close(struct conn *c, const char *why)
 		c->r = request_new(c, &begun, -1);
 	if (c->r != NULL) {
 		(void)cut(c->r, why);
-		(void)request_count(c->r);
+		request_count(c->r);
 		request_free(c->r);
 	}
 	list_remove(&polled.list, c);
@@ -5198,7 +5150,7 @@ head_next(struct conn *c, struct head *h)
 		return 0;
 	}
 	if (!c->begun)
-		conn_within(c, loop.now, HEAD_MS);
+		conn_within(c, HEAD_MS);
 	c->begun = true;
 	return http_parse(c->in + c->at, c->used - c->at, h);
 }
@@ -5235,7 +5187,7 @@ conn_drive(struct conn *c)
 	while ((size = head_next(c, &h)) != 0 &&
 	    (c->r = r = request_new(c, &h, size)) != NULL) {
 		if (r->status == 401 && (*r->user != '\0' || r->bearer)) {
-			conn_within(c, loop.now, DENY_MS);
+			conn_within(c, DENY_MS);
 			return;
 		}
 		if (!conn_request(c, turns++ < TURN_MAX))
@@ -5322,7 +5274,7 @@ conn_accept(unsigned slot)
 		c->from = &listeners[slot - 1];
 		address_text(&peer, c->peer, sizeof(c->peer));
 		stats.connections++;
-		conn_within(c, loop.now, IDLE_MS);
+		conn_within(c, IDLE_MS);
 		list_add(&polled.list, c);
 		conn_drive(c);
 	}
@@ -5759,10 +5711,10 @@ loop_woken(void)
 	for (i = 0; i < n; i++)
 		if (bytes[i] != 0)
 			loop_signal(bytes[i]);
-	(void)pthread_mutex_lock(&conn_mutex);
+	(void)pthread_mutex_lock(&list_mutex);
 	c = pool.back.first;
 	pool.back = (struct list){ 0 };
-	(void)pthread_mutex_unlock(&conn_mutex);
+	(void)pthread_mutex_unlock(&list_mutex);
 	for (; c != NULL; c = next) {
 		next = c->next;
 		c->active = loop.now;
