@@ -38,7 +38,7 @@
  * order:
  *
  *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
- *	GET of a small state: quick_state, cache_get, conn_request, reply_send
+ *	GET of a small state: quick_state, reply_send
  *	POST: pool_give; in a thread: thread_serve, do_write; change with
  *	write_allowed (would it be refused anyway?); state_receive,
  *	state_check; change with change_prepare, guard_take, write_publish;
@@ -1898,7 +1898,8 @@ name_query(struct span query, struct request *r, bool unlock)
 static struct {
 	int root;			/* the directory */
 	int guard;			/* .guard, opened once */
-	bool remote;			/* on a network file system */
+	bool remote;			/* a network file system: there the loop
+					 * reads no states, for it might wait */
 	uint64_t token;			/* ours, in temporary names */
 	_Atomic unsigned tmps;		/* temporary files so far */
 	_Atomic bool low;		/* below the reserve */
@@ -2310,64 +2311,6 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 	for (i = 0; i < excess; i++)
 		(void)leaf_remove(dir, ids->list[i < run ? n - 1 - run + i :
 		    i - run], STATE);
-}
-
-/* ---- small states, for the loop alone ----
- *
- * What can be had without waiting for a disk: from memory that the kernel
- * says it has, or from an entry of ours, which serves as long as the name
- * leads to that same, unchanged file. A file changed less than a second ago
- * could change again within one tick, and look as before: it is never taken
- * for the same. Nor is a name with slashes, where fstatat would follow a link
- * in place of a directory.
- */
-struct cached {
-	bool serves;			/* while the file is as it was */
-	struct stat st;
-	char data[SMALL];
-};
-
-/* The state if it is small and can be had without waiting, else NULL: then a
- * thread will see to it. Valid until the next call. */
-static struct cached *
-cache_get(const char *name)
-{
-#if defined(__linux__) && defined(RWF_NOWAIT)
-	static struct cached cache[CACHE_SLOTS];
-	/* struct open_how: flags, mode, resolve: NO_SYMLINKS, CACHED. */
-	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
-	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
-	char file[NAME_LEN_MAX + sizeof(STATE)];
-	const char *p;
-	uint32_t hash = 0;
-	struct cached *c;
-	struct stat st;
-	int64_t now;
-	bool ok;
-	int fd;
-
-	for (p = name; *p != '\0'; p++)
-		hash = hash * 31 + (unsigned char)*p;
-	c = &cache[hash % CACHE_SLOTS];
-	(void)snprintf(file, sizeof(file), "%s" STATE, name);
-	if (c->serves && strchr(name, '/') == NULL && fstatat(store.root, file,
-	    &st, AT_SYMLINK_NOFOLLOW) == 0 && unchanged(&st, &c->st))
-		return c;
-	if (store.remote)
-		return NULL;
-	now = time_ms() / 1000;
-	fd = (int)syscall(437, store.root, file, how, sizeof(how));
-	ok = fd != -1 && fstat(fd, &c->st) == 0 && S_ISREG(c->st.st_mode) &&
-	    c->st.st_size > 0 && c->st.st_size <= SMALL &&
-	    preadv2(fd, &(struct iovec){ c->data, SMALL }, 1, 0,
-	    RWF_NOWAIT) == c->st.st_size;
-	close_quietly(fd);
-	c->serves = ok && c->st.st_ctim.tv_sec + 1 < now;
-	return ok ? c : NULL;
-#else
-	(void)name;
-	return NULL;
-#endif
 }
 
 /* ==== locks and guard ====================================================
@@ -4371,17 +4314,57 @@ quick_ok(struct request *r)
 	return r->status;
 }
 
-/* A state that can be had without waiting; else 0. */
+/*
+ * A small state that can be had without waiting for a disk, else 0: from memory
+ * that the kernel says it has, or from an entry of ours, which serves as long
+ * as the name leads to that same, unchanged file. A file changed less than a
+ * second ago could change again within one tick, and look as before: it is
+ * never taken for the same. Nor is a name with slashes, where fstatat would
+ * follow a link in place of a directory.
+ */
 static int
 quick_state(struct request *r)
 {
-	struct cached *c = cache_get(r->name);
+#if defined(__linux__) && defined(RWF_NOWAIT)
+	static struct cached {
+		bool serves;		/* while the file is as it was */
+		struct stat st;
+		char data[SMALL];
+	} cache[CACHE_SLOTS], *c;
+	/* struct open_how: flags, mode, resolve: NO_SYMLINKS, CACHED. */
+	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
+	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
+	char file[NAME_LEN_MAX + sizeof(STATE)];
+	const char *p;
+	uint32_t hash = 0;
+	struct stat st;
+	int64_t now;
+	bool ok;
+	int fd;
 
-	if (c == NULL)
-		return 0;
-	r->type = "application/json";
-	r->cached = (struct iovec){ c->data, (size_t)c->st.st_size };
-	return r->status = 200;
+	for (p = r->name; *p != '\0'; p++)
+		hash = hash * 31 + (unsigned char)*p;
+	c = &cache[hash % CACHE_SLOTS];
+	(void)snprintf(file, sizeof(file), "%s" STATE, r->name);
+	ok = c->serves && strchr(r->name, '/') == NULL && fstatat(store.root,
+	    file, &st, AT_SYMLINK_NOFOLLOW) == 0 && unchanged(&st, &c->st);
+	if (!ok && !store.remote) {
+		now = time_ms() / 1000;
+		fd = (int)syscall(437, store.root, file, how, sizeof(how));
+		ok = fd != -1 && fstat(fd, &c->st) == 0 &&
+		    S_ISREG(c->st.st_mode) && c->st.st_size > 0 &&
+		    c->st.st_size <= SMALL && preadv2(fd, &(struct iovec){
+		    c->data, SMALL }, 1, 0, RWF_NOWAIT) == c->st.st_size;
+		close_quietly(fd);
+		c->serves = ok && c->st.st_ctim.tv_sec + 1 < now;
+	}
+	if (ok) {
+		r->type = "application/json";
+		r->cached = (struct iovec){ c->data, (size_t)c->st.st_size };
+		r->status = 200;
+	}
+#endif
+	return r->status;
 }
 
 /* What /-/ready last found. */
@@ -4514,14 +4497,14 @@ action_allow(struct buf *b, enum kind kind)
 static bool
 host_is_local(struct span h)
 {
-	struct span name = http_token(&h);	/* no port, and no [address] */
+	struct span name = http_token(&h), part = name;	/* without the port */
 
 	/* A head's line ends after it: so there is an end to the digits. */
 	if (strspn(name.ptr, "0123456789.") >= name.len)
-		return true;
-	name.len -= name.ptr[name.len - 1] == '.';
-	return span_is(name, "localhost") || (name.len > 10 &&
-	    strncasecmp(name.ptr + name.len - 10, ".localhost", 10) == 0);
+		return true;		/* of [address] nothing is left */
+	while (span_next(&name, '.', &part))
+		continue;
+	return span_is(part, "localhost");
 }
 
 /* Checks the user's permission for the name, and the fields about the body. */
@@ -4608,10 +4591,9 @@ admit(struct request *r, const struct head *h)
 
 /* ==== connections ========================================================
  *
- * One thread polls: it accepts, reads heads, and answers what needs no
- * waiting. What may wait is given, with its connection, to a thread of the
- * pool, and the connection comes back when it is answered. So each is in one
- * list at a time, and belongs to the loop, or to the thread that has it.
+ * The loop, which does not wait, and the pool of threads, which may. Each
+ * connection is in one list at a time, and belongs to the loop, or to the
+ * thread that has it.
  */
 
 /*
@@ -4648,8 +4630,8 @@ static struct {
 					 * into pool.back */
 	int64_t now;			/* ms, monotonic, of this turn */
 	int64_t pause;			/* until then nothing is accepted */
-	bool stop;			/* nothing new is begun */
-	int64_t end;			/* when it stops: no longer */
+	int64_t end;			/* not 0: nothing new is begun, and at
+					 * this time the process ends */
 	pid_t child;			/* the wrapper's command, or 0 */
 	bool shares_terminal;		/* it and we, in the foreground */
 	int status;			/* its exit status */
@@ -4899,7 +4881,6 @@ static bool
 reply_send(struct request *r, bool may_wait)
 {
 	struct conn *c = r->conn;
-	bool was_cut;
 	ssize_t sent;
 
 	if (r->out.len == 0 && r->status != -1)
@@ -4920,13 +4901,11 @@ reply_send(struct request *r, bool may_wait)
 	/* RFC 9112, 9.6: closing while bytes are unread, or with much unsent,
 	 * would reset the connection, and the client might lose the answer
 	 * with it: so we stop sending, and read on until the client closes. */
-	was_cut = r->status == -1;
-	c->ending = was_cut || !r->keep;
-	c->lingers = !was_cut && (r->file != -1 || r->sent > 16384 ||
-	    r->length != 0);
+	c->ending = r->status == -1 || !r->keep;
+	c->lingers = r->file != -1 || r->sent > 16384 || r->length != 0;
 	conn_within(c, c->ending ? DRAIN_MS : IDLE_MS);
 	if (c->ending)
-		(void)shutdown(c->fd, was_cut ? SHUT_RDWR : SHUT_WR);
+		(void)shutdown(c->fd, r->status == -1 ? SHUT_RDWR : SHUT_WR);
 	return true;
 }
 
@@ -4960,7 +4939,7 @@ request_new(struct conn *c, const struct head *h, int n)
 	c->at += (size_t)n;
 	c->begun = false;
 	r->got = n;
-	r->keep = h->keep && !loop.stop;
+	r->keep = h->keep && loop.end == 0;
 	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
 	    http_lists(h->field[F_ACCEPT], "application/json") ? JSON : TEXT;
 	r->go = agent.len >= 14 && memcmp(agent.ptr, "Go-http-client", 14) == 0;
@@ -5133,7 +5112,7 @@ conn_read(struct conn *c)
 	n = conn_recv(c);		/* a full one was a head, or refused */
 	c->lingers |= n > 0;
 	return n > 0 || (n == -1 && (errno == EAGAIN || errno == EINTR) &&
-	    (c->ending ? c->lingers : !loop.stop || c->used > 0));
+	    (c->ending ? c->lingers : loop.end == 0 || c->used > 0));
 }
 
 /* The next head in the buffer: its length, 0 if it is not all there, or -1 if
@@ -5155,26 +5134,9 @@ head_next(struct conn *c, struct head *h)
 	return http_parse(c->in + c->at, c->used - c->at, h);
 }
 
-/* Answers a request if that needs no waiting. False: a thread has it, perhaps
- * only for what the socket did not take. */
-static bool
-conn_request(struct conn *c, bool quick)
-{
-	struct request *r = c->r;
-
-	if (quick && r->status == 0 && r->length == 0 &&
-	    action_of(r)->quick != NULL)
-		(void)action_of(r)->quick(r);
-	if (quick && r->status != 0 && reply_send(r, false)) {
-		request_free(r);
-		return true;
-	}
-	pool_give(c);
-	return false;
-}
-
-/* Does for a connection what can be done now. A wrong secret's answer waits
- * for its deadline. */
+/* There is news of a connection: does for it what can be done without waiting.
+ * The rest is a thread's, perhaps only what the socket did not take. A wrong
+ * secret's answer waits for its deadline. */
 static void
 conn_drive(struct conn *c)
 {
@@ -5184,14 +5146,24 @@ conn_drive(struct conn *c)
 	struct head h;
 	int size;
 
+	c->active = loop.now;
+	list_remove(&polled.list, c);
+	list_add(&polled.list, c);
 	while ((size = head_next(c, &h)) != 0 &&
 	    (c->r = r = request_new(c, &h, size)) != NULL) {
 		if (r->status == 401 && (*r->user != '\0' || r->bearer)) {
 			conn_within(c, DENY_MS);
 			return;
 		}
-		if (!conn_request(c, turns++ < TURN_MAX))
+		if (turns < TURN_MAX && r->status == 0 && r->length == 0 &&
+		    action_of(r)->quick != NULL)
+			(void)action_of(r)->quick(r);
+		if (turns++ == TURN_MAX || r->status == 0 ||
+		    !reply_send(r, false)) {
+			pool_give(c);
 			return;
+		}
+		request_free(r);
 	}
 	if (!stays || size != 0 || (c->ending && !conn_read(c)))
 		conn_close(c, "the client has left");
@@ -5213,25 +5185,14 @@ conn_late(struct conn *c)
 	if (r == NULL || r->out.len > 0)
 		conn_close(c, r != NULL ? "no thread had time for the rest" :
 		    "the head came too slowly");
-	else if (conn_request(c, true))
+	else if (reply_send(r, false)) {
+		request_free(r);
 		conn_drive(c);
+	} else
+		pool_give(c);
 }
 
 /* ---- accepting ---- */
-
-/* Makes room by closing the connection that has been silent for longest, unless
- * even that one is new. Then the listeners are not polled for a while, or poll
- * would return at once, again and again, for what cannot be accepted. */
-static void
-conn_evict(void)
-{
-	struct conn *c = polled.list.first;
-
-	if (c != NULL && loop.now - c->active >= NEW_MS)
-		conn_close(c, "others needed its place");
-	else
-		loop.pause = loop.now + 50;
-}
 
 static void
 address_text(const union address *a, char *out, size_t size)
@@ -5247,28 +5208,31 @@ address_text(const union address *a, char *out, size_t size)
 		    ntohs(six ? a->six.sin6_port : a->four.sin_port));
 }
 
-/* Accepts what waits on a listener, up to a number: poll tells if there is
- * more, also after an error. */
+/*
+ * Accepts what waits on a listener, up to a number: poll tells if there is
+ * more, also after an error. If there is no room, closes the connection that
+ * has been silent for longest, unless even that one is new. Then the listeners
+ * are not polled for a while, or poll would return at once, again and again,
+ * for what cannot be accepted.
+ */
 static void
 conn_accept(unsigned slot)
 {
+	bool full = stats.connections >= polled.max;
 	union address peer = { .any = { 0 } };
 	socklen_t len;
 	struct conn *c;
 	int fd, n;
 
-	if (stats.connections >= polled.max)
-		conn_evict();
 	for (n = 0; n < 64 && stats.connections < polled.max; n++) {
 		len = sizeof(peer);
 		fd = accept4(polled.fd[slot].fd, &peer.any, &len,
 		    SOCK_NONBLOCK);
-		if (fd == -1 && (errno == EMFILE || errno == ENFILE ||
-		    errno == ENOBUFS || errno == ENOMEM))
-			conn_evict();
+		full = fd == -1 && (errno == EMFILE || errno == ENFILE ||
+		    errno == ENOBUFS || errno == ENOMEM);
 		if (fd == -1 || (c = calloc(1, sizeof(*c))) == NULL) {
 			close_quietly(fd);
-			return;
+			break;
 		}
 		c->fd = fd;
 		c->from = &listeners[slot - 1];
@@ -5278,6 +5242,11 @@ conn_accept(unsigned slot)
 		list_add(&polled.list, c);
 		conn_drive(c);
 	}
+	if (full && (c = polled.list.first) != NULL &&
+	    loop.now - c->active >= NEW_MS)
+		conn_close(c, "others needed its place");
+	else if (full)
+		loop.pause = loop.now + 50;
 }
 
 /* ==== start and stop =====================================================
@@ -5346,25 +5315,6 @@ loop_start(void)
 
 /* ---- the directory ---- */
 
-/* On a network file system the loop reads no states, for it might wait. */
-static void
-store_find_remote(void)
-{
-#ifdef __linux__
-	struct statfs fs;
-
-	if (fstatfs(store.root, &fs) == -1)
-		return;
-	switch ((unsigned)fs.f_type) {
-	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
-	case 0x6969: case 0x65735546: case 0x00c36400:	/* NFS, FUSE, CephFS */
-		store.remote = true;
-		complain("%s is on a network file system: to share it see "
-		    "README, SHARING; never share SMB", conf.dir);
-	}
-#endif
-}
-
 /* Opens the directory; true if it was made. */
 static bool
 store_open(void)
@@ -5403,56 +5353,60 @@ store_open(void)
 #ifdef FOLD
 	names_fold = true;
 #endif
-	store_find_remote();
+#ifdef __linux__
+	struct statfs fs = { 0 };
+
+	(void)fstatfs(store.root, &fs);
+	switch ((unsigned)fs.f_type) {
+	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
+	case 0x6969: case 0x65735546: case 0x00c36400:	/* NFS, FUSE, CephFS */
+		store.remote = true;
+		complain("%s is on a network file system: to share it see "
+		    "README, SHARING; never share SMB", conf.dir);
+	}
+#endif
 	return created;
 }
 
 /* ---- listeners ---- */
 
-/* Reads HOST:PORT, [V6]:PORT, :PORT or unix:PATH. */
-static socklen_t
-address_read(const char *text, union address *a)
-{
-	const char *colon = strrchr(text, ':');
-	int64_t port = colon != NULL ? whole_number(colon + 1, 65535) : -1;
-	char host[64];
-
-	memset(a, 0, sizeof(*a));
-	if (strncmp(text, "unix:", 5) == 0 && text[5] != '\0' &&
-	    strlen(text + 5) < sizeof(a->path.sun_path)) {
-		a->path.sun_family = AF_UNIX;
-		memcpy(a->path.sun_path, text + 5, strlen(text + 5));
-		return (socklen_t)sizeof(a->path);
-	}
-	span_copy(host, sizeof(host), (struct span){ text,
-	    port != -1 ? (size_t)(colon - text) : 0 });
-	if (inet_pton(AF_INET6, host, &a->six.sin6_addr) == 1)
-		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
-	if (host[0] == '[' && cut_suffix(host, "]") &&
-	    inet_pton(AF_INET6, host + 1, &a->six.sin6_addr) == 1) {
-		a->six.sin6_family = AF_INET6;
-		a->six.sin6_port = htons((uint16_t)port);
-		return (socklen_t)sizeof(a->six);
-	}
-	a->four.sin_family = AF_INET;
-	a->four.sin_port = htons((uint16_t)port);
-	if (port == -1 || inet_pton(AF_INET, strcmp(host, "localhost") == 0 ?
-	    "127.0.0.1" : host[0] == '\0' || strcmp(host, "*") == 0 ?
-	    "0.0.0.0" : host, &a->four.sin_addr) != 1)
-		die(2, "-l %s: want ADDRESS:PORT, [V6]:PORT or unix:PATH, with "
-		    "a port up to 65535; no name is looked up", text);
-	return (socklen_t)sizeof(a->four);
-}
-
-/* A socket that is bound to an address, or else connected to it; or -1. */
+/* A socket that is bound to HOST:PORT, [V6]:PORT, :PORT or unix:PATH, or else
+ * connected to it; or -1. */
 static int
 address_open(const char *text, bool listens)
 {
-	union address a;
-	socklen_t len = address_read(text, &a);
-	int fd = socket(a.any.sa_family, SOCK_STREAM, 0), one = 1;
+	union address a = { .path = { 0 } };
+	const char *colon = strrchr(text, ':');
+	int64_t port = colon != NULL ? whole_number(colon + 1, 65535) : -1;
+	socklen_t len;
+	char host[64];
+	int fd, one = 1;
 
-	if (fd == -1)
+	span_copy(host, sizeof(host), (struct span){ text,
+	    port != -1 ? (size_t)(colon - text) : 0 });
+	if (inet_pton(AF_INET6, host, &a.six.sin6_addr) == 1)
+		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
+	if (strncmp(text, "unix:", 5) == 0 && text[5] != '\0' &&
+	    strlen(text + 5) < sizeof(a.path.sun_path)) {
+		a.path.sun_family = AF_UNIX;
+		memcpy(a.path.sun_path, text + 5, strlen(text + 5));
+		len = sizeof(a.path);
+	} else if (host[0] == '[' && cut_suffix(host, "]") &&
+	    inet_pton(AF_INET6, host + 1, &a.six.sin6_addr) == 1) {
+		a.six.sin6_family = AF_INET6;
+		a.six.sin6_port = htons((uint16_t)port);
+		len = sizeof(a.six);
+	} else if (port != -1 && inet_pton(AF_INET,
+	    strcmp(host, "localhost") == 0 ? "127.0.0.1" :
+	    host[0] == '\0' || strcmp(host, "*") == 0 ? "0.0.0.0" : host,
+	    &a.four.sin_addr) == 1) {
+		a.four.sin_family = AF_INET;
+		a.four.sin_port = htons((uint16_t)port);
+		len = sizeof(a.four);
+	} else
+		die(2, "-l %s: want ADDRESS:PORT, [V6]:PORT or unix:PATH, with "
+		    "a port up to 65535; no name is looked up", text);
+	if ((fd = socket(a.any.sa_family, SOCK_STREAM, 0)) == -1)
 		return -1;
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
 	if ((listens ? bind(fd, &a.any, len) : connect(fd, &a.any, len)) == 0)
@@ -5656,24 +5610,10 @@ command_farewell(void)
 
 /* ---- the loop ---- */
 
-/* Stops listening; loop_turn closes the idle connections. The second time, ends
- * the process at once. */
-static void
-loop_stop(void)
-{
-	if (loop.stop) {
-		(void)log_flush(-1);
-		_exit(1);
-	}
-	loop.stop = true;
-	loop.end = loop.now + STOP_MS;
-	while (polled.base > 1)
-		(void)close(polled.fd[--polled.base].fd);
-}
-
-/* The wrapper passes signals on to its command, once a second: timeout(1)
- * signals its child, and then the child's group; and a second TERM makes
- * terraform drop everything. */
+/* Stops listening, after which loop_turn closes the idle connections; a second
+ * time, ends the process at once. The wrapper passes signals on to its command,
+ * once a second: timeout(1) signals its child, and then the child's group; and
+ * a second TERM makes terraform drop everything. */
 static void
 loop_signal(int sig)
 {
@@ -5687,17 +5627,25 @@ loop_signal(int sig)
 		loop.child = 0;
 		loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 		    128 + WTERMSIG(status);
-		loop_stop();
 	} else if (loop.child > 0) {
 		if (loop.now - passed < 1000)
 			return;
 		passed = loop.now;
 		(void)kill(loop.shares_terminal ? loop.child : -loop.child,
 		    sig);
-	} else if (sig != SIGHUP || conf.users == NULL)
-		loop_stop();
-	else if (!users_read())
-		complain("the users stay as they were");
+		return;
+	} else if (sig == SIGHUP && conf.users != NULL) {
+		if (!users_read())
+			complain("the users stay as they were");
+		return;
+	}
+	if (loop.end != 0) {
+		(void)log_flush(-1);
+		_exit(1);
+	}
+	loop.end = loop.now + STOP_MS;
+	while (polled.base > 1)
+		(void)close(polled.fd[--polled.base].fd);
 }
 
 /* What signals came, and which connections the threads give back. */
@@ -5717,7 +5665,6 @@ loop_woken(void)
 	(void)pthread_mutex_unlock(&list_mutex);
 	for (; c != NULL; c = next) {
 		next = c->next;
-		c->active = loop.now;
 		list_add(&polled.list, c);
 		conn_drive(c);
 	}
@@ -5744,7 +5691,7 @@ loop_turn(void)
 		next_all = loop.now + HOT_MS + polled.list.n / 250;
 		wait = idle ? INT_MAX : 0;
 	}
-	if (wait > 50 && (waiting || loop.stop || loop.now < loop.pause))
+	if (wait > 50 && (waiting || loop.end != 0 || loop.now < loop.pause))
 		wait = 50;
 	for (c = polled.list.last; c != NULL && (all || c->active >= busy);
 	    c = prev) {
@@ -5768,12 +5715,8 @@ loop_turn(void)
 		n = 0;
 	loop.now = clock_ms();
 	for (i = polled.base; i < n; i++)
-		if (polled.fd[i].revents != 0 || loop.stop) {
-			at[i]->active = loop.now;
-			list_remove(&polled.list, at[i]);
-			list_add(&polled.list, at[i]);
+		if (polled.fd[i].revents != 0 || loop.end != 0)
 			conn_drive(at[i]);
-		}
 	for (i = polled.base - 1; i > 0 && n > 0; i--)
 		if (polled.fd[i].revents != 0)
 			conn_accept(i);
@@ -5974,7 +5917,7 @@ main(int argc, char **argv)
 	sandbox();
 	loop.now = clock_ms();
 	/* Threads may still free and prune when the last answer is out. */
-	while (!loop.stop || (stats.connections > 0 && loop.now < loop.end))
+	while (loop.end == 0 || (stats.connections > 0 && loop.now < loop.end))
 		loop_turn();
 	(void)log_flush(-1);
 	if (conf.command != NULL)
