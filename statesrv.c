@@ -42,7 +42,7 @@
  *	POST: pool_give; in a thread: thread_serve, do_write; change with
  *	write_allowed (would it be refused anyway?); state_receive,
  *	state_check; change with change_prepare, guard_take, write_publish;
- *	change_end, reply_send, change_free
+ *	change_end, reply_send, history_prune
  *
  * What it does not do: TLS (put a front before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
@@ -1893,7 +1893,6 @@ name_query(struct span query, struct request *r, bool unlock)
 #define STATE ".tfstate"
 #define LOCK ".lock"
 #define LOG ".log"
-#define LEAF (SEGMENT_MAX + 16)
 
 static struct {
 	int root;			/* the directory */
@@ -1906,8 +1905,7 @@ static struct {
 	_Atomic bool unsynced;		/* a directory's sync has failed */
 } store = { .root = -1, .guard = -1 };
 
-/* Closes, but never the root, and leaves errno alone: for the ways out of an
- * error. */
+/* Closes, but never the root, and leaves errno alone. */
 static void
 close_quietly(int fd)
 {
@@ -1968,8 +1966,7 @@ file_open(int dir, const char *name, int how, struct stat *st)
 }
 
 /* Syncs a directory, and asks once more: XFS, after an error of its own, says
- * that all is well, and EIO from then on. After a failure, every change syncs
- * all its directories. */
+ * that all is well, and EIO from then on. */
 static int
 dir_sync(int dir)
 {
@@ -2019,33 +2016,17 @@ history_open(const char *name, enum enter how)
 	return dir_open(path, how);
 }
 
-/* What one of a name's files is called in its directory. */
+/* What one of a name's files is called in its directory; valid until the
+ * thread's next call. */
 static const char *
-leaf_name(char out[LEAF], const char *name, const char *suffix)
+leaf_name(const char *name, const char *suffix)
 {
+	static __thread char leaf[SEGMENT_MAX + 16];
 	const char *slash = strrchr(name, '/');
 
-	(void)snprintf(out, LEAF, "%.*s%s", SEGMENT_MAX, slash != NULL ?
-	    slash + 1 : name, suffix);
-	return out;
-}
-
-/* Opens one of a name's files, in their directory. */
-static int
-leaf_open(int dir, const char *name, const char *suffix, int how,
-    struct stat *st)
-{
-	char leaf[LEAF];
-
-	return file_open(dir, leaf_name(leaf, name, suffix), how, st);
-}
-
-static int
-leaf_remove(int dir, const char *name, const char *suffix)
-{
-	char leaf[LEAF];
-
-	return unlinkat(dir, leaf_name(leaf, name, suffix), 0);
+	(void)snprintf(leaf, sizeof(leaf), "%.*s%s", SEGMENT_MAX,
+	    slash != NULL ? slash + 1 : name, suffix);
+	return leaf;
 }
 
 /* Opens one of a name's files, or its earlier version id, if that is not "". */
@@ -2055,8 +2036,8 @@ name_file(const char *name, const char *id, const char *suffix, int how,
 {
 	bool old = *id != '\0';
 	int dir = old ? history_open(name, D_OPEN) : dir_open(name, D_OPEN);
-	int fd = dir == -1 ? -1 : leaf_open(dir, old ? id : name, suffix, how,
-	    st);
+	int fd = dir == -1 ? -1 : file_open(dir, leaf_name(old ? id : name,
+	    suffix), how, st);
 
 	close_quietly(dir);
 	return fd;
@@ -2124,8 +2105,7 @@ meta_file(int fd, struct meta *m)
 }
 
 /* 0 if the disk has room for n more bytes and for the reserve, so that locks
- * can still be written when states no longer fit; else -1. The reserve is a
- * sixteenth of the disk at most. Sets errno to ENOSPC in both cases. n may be
+ * can still be written when states no longer fit; else -1 with errno. n may be
  * -1: the length of a chunked body is not known. */
 static int
 store_fits(int64_t n)
@@ -2190,18 +2170,6 @@ tmp_create(struct tmp *t, int dir)
 	return -1;
 }
 
-/* Makes one a name's file, in place of what was there. */
-static int
-tmp_rename(struct tmp *t, int dir, const char *name, const char *suffix)
-{
-	char leaf[LEAF];
-
-	if (renameat(t->dir, t->name, dir, leaf_name(leaf, name, suffix)) == -1)
-		return -1;
-	t->name[0] = '\0';
-	return 0;
-}
-
 /* Makes one a copy of a file, synced, with the file's mtime. */
 static int
 tmp_copy(struct tmp *t, int dir, int fd)
@@ -2223,24 +2191,23 @@ tmp_copy(struct tmp *t, int dir, int fd)
 	return -1;
 }
 
-/* Moves one, if it is open, to another directory: by a copy, if that is another
- * file system or a mount point. */
+/* Makes one a name's file, in place of what was there; if that is on another
+ * file system or a mount point, a copy of it. */
 static int
-tmp_move(struct tmp *t, int dir)
+tmp_rename(struct tmp *t, int dir, const char *name, const char *suffix)
 {
-	struct tmp to;
+	struct tmp copy;
 
-	if (t->fd == -1 || t->dir == dir)
+	if (renameat(t->dir, t->name, dir, leaf_name(name, suffix)) == 0) {
+		t->name[0] = '\0';
 		return 0;
-	tmp_name(&to, dir);
-	if (renameat(t->dir, t->name, dir, to.name) == 0)
-		to.fd = t->fd;
-	else if (tmp_copy(&to, dir, t->fd) == 0)
-		tmp_remove(t);
-	else
+	}
+	if (errno != EXDEV || t->dir == dir ||
+	    tmp_copy(&copy, dir, t->fd) == -1)
 		return -1;
-	*t = to;
-	return 0;
+	tmp_remove(t);
+	*t = copy;
+	return tmp_rename(t, dir, name, suffix);
 }
 
 /* ---- history ---- */
@@ -2297,11 +2264,10 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 	size_t run = 0, i;		/* of the run */
 	int64_t now = time_ms();
 	bool moved = n > 0 && version_ms(ids->list[n - 1]) > now;
-	char leaf[LEAF];
 	struct stat st;
 
 	while (lock->held && conf.keep > 0 && excess > 0 && run < n &&
-	    fstatat(dir, leaf_name(leaf, ids->list[n - run - 1], STATE), &st,
+	    fstatat(dir, leaf_name(ids->list[n - run - 1], STATE), &st,
 	    AT_SYMLINK_NOFOLLOW) == 0 &&
 	    time_compare(st.st_mtim, lock->since) > 0) {
 		moved |= st.st_mtim.tv_sec > now / 1000;
@@ -2309,8 +2275,8 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 	}
 	run = moved || run == 0 ? 0 : run - 1;
 	for (i = 0; i < excess; i++)
-		(void)leaf_remove(dir, ids->list[i < run ? n - 1 - run + i :
-		    i - run], STATE);
+		(void)unlinkat(dir, leaf_name(ids->list[i < run ?
+		    n - 1 - run + i : i - run], STATE), 0);
 }
 
 /* ==== locks and guard ====================================================
@@ -2414,11 +2380,7 @@ guard_set(short type, off_t byte)
 }
 
 /* A server's byte, above those of all names: held while it lives. */
-static off_t
-guard_server_byte(uint64_t token)
-{
-	return (off_t)((uint64_t)1 << 62 | token >> 3);
-}
+#define guard_server_byte(token) ((off_t)((uint64_t)1 << 62 | (token) >> 3))
 
 /* Is the locked file still the one that other servers lock? */
 #define guard_in_place() \
@@ -2454,7 +2416,7 @@ guard_drop(struct guard *g)
 
 /*
  * Takes a name's guard, or gives up after so many milliseconds.
- * -1 with errno: ETIMEDOUT; EBUSY: too many wait for it; EIDRM: .guard was
+ * -1 with errno: EAGAIN, at once if too many wait for it; EIDRM: .guard was
  * removed or replaced. The byte is 62 bits of a hash, so that no two names
  * meet. It never changes, or an old and a new server would exclude nobody.
  * Ended by guard_drop; after -1 there is nothing to drop.
@@ -2466,30 +2428,28 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 	unsigned char digest[32];
 	unsigned before;
 	bool first = true;
-	int error = EAGAIN;
+	int error;
 
 	sha256(name, strlen(name), digest);
 	g->byte = (off_t)(((uint64_t)load32(digest) << 32 |
 	    load32(digest + 4)) & (((uint64_t)1 << 62) - 1));
-	for (; error == EAGAIN; step += step < 16 ? step : 0) {
+	for (;; step += step < 16 ? step : 0) {
 		before = guard_queue(g, false);
 		first = first && before == 0;
 		if (before == 0 && guard_set(F_WRLCK, g->byte) == 0) {
 			if (guard_in_place())
 				return 0;
-			guard_drop(g);
+			(void)guard_set(F_UNLCK, g->byte);
 			errno = EIDRM;
-			return -1;
 		}
-		error = before > WAITERS_MAX ? EBUSY :
-		    before > 0 || errno == EACCES ? EAGAIN : errno;
-		if (error == EAGAIN && clock_ms() + step > end)
-			error = ETIMEDOUT;
-		if (error == EAGAIN)
-			(void)wait_until(-1, 0, clock_ms() + step);
+		error = before > 0 || errno == EACCES ? EAGAIN : errno;
+		if (error != EAGAIN || before > WAITERS_MAX ||
+		    clock_ms() + step > end)
+			break;
+		(void)wait_until(-1, 0, clock_ms() + step);
 	}
 	(void)guard_queue(g, true);
-	if (error == ETIMEDOUT && ms == GUARD_MS && first)	/* once */
+	if (error == EAGAIN && ms == GUARD_MS && first)	/* once */
 		complain("%s: its guard cannot be had: another server on %s, "
 		    "or its disk, hangs", name, conf.dir);
 	errno = error;
@@ -2789,7 +2749,8 @@ users_start(void)
  *
  * One connection, as the thread sees that serves its request: what is sent
  * and received waits in wait_until, up to a deadline, and nowhere else.
- * Functions return 0, a status, or -1: the request was cut.
+ * Functions, here and for commits, return the request's status: 0 is none yet,
+ * and -1 means that the request was cut.
  */
 struct listener {
 	bool local;			/* loopback */
@@ -2955,9 +2916,12 @@ client_there(const struct request *r)
 	    recv(fd, &byte, 1, MSG_PEEK) != 0;
 }
 
+/* For a client that is gone nothing is changed: the status, else 0. */
 static int
-refuse_gone(struct request *r)
+client_gone(struct request *r)
 {
+	if (client_there(r))
+		return 0;
 	r->keep = false;
 	return refuse(r, 400, "the client has closed the connection: nothing "
 	    "was changed");
@@ -3056,9 +3020,8 @@ body_next(struct request *r, struct span *piece)
 {
 	struct conn *c = r->conn;
 
-	if (r->length < 0 && body_chunk(r) != 0)
-		return r->status;
-	if (r->length > 0 && c->used == c->at && body_more(r) != 0)
+	if ((r->length < 0 && body_chunk(r) != 0) ||
+	    (r->length > 0 && c->used == c->at && body_more(r) != 0))
 		return r->status;
 	*piece = (struct span){ c->in + c->at, c->used - c->at };
 	if ((uint64_t)r->length < piece->len)
@@ -3072,18 +3035,6 @@ body_next(struct request *r, struct span *piece)
 	return 0;
 }
 
-/* Reads a small body into memory: there is some, even if it is empty. */
-static int
-body_whole(struct request *r)
-{
-	struct span piece;
-
-	(void)buf_room(&r->body, 0);
-	while (body_next(r, &piece) == 0 && piece.len > 0)
-		buf_add(&r->body, piece.ptr, piece.len);
-	return r->body.failed ? refuse(r, 503, "out of memory") : r->status;
-}
-
 /* ==== commits ============================================================
  *
  * What a thread does to change a state or a lock, first step to last: look
@@ -3094,8 +3045,6 @@ body_whole(struct request *r)
  * lock as they were, except where only the last sync failed: then the answer
  * is 5xx, and the client's own repetition of the request finds it done, or
  * does it again.
- *
- * Functions return 0, a status, or -1: the request was cut.
  */
 
 /* Answers with who holds the lock, in the form that every client reads: the
@@ -3171,7 +3120,6 @@ static void
 log_event(struct request *r, const char *event)
 {
 	bool refused = event == NULL;
-	struct change *ch = r->change;
 	struct buf b = { 0 };
 	int fd;
 
@@ -3179,7 +3127,7 @@ log_event(struct request *r, const char *event)
 		return;
 	log_line(&b, r, refused ? "refused" : event);
 	fd = name_file(r->name, "", LOG, O_WRONLY | O_APPEND | (refused &&
-	    !ch->lock.held ? 0 : O_CREAT), NULL);
+	    !r->change->lock.held ? 0 : O_CREAT), NULL);
 	if (fd == -1 ? errno != ENOENT : b.failed ||
 	    write_all(fd, b.data, b.len) == -1)
 		complain("%s: cannot write its log: %s", r->name,
@@ -3192,15 +3140,14 @@ log_event(struct request *r, const char *event)
 
 /* Called before the guard is taken, and again under it, where it does nothing
  * if the state has not changed since. Opens the present state, reads what it
- * says, gives it a second, hidden name in the history (or copies it there, if
- * link(2) fails), and moves the new state into the same directory. */
+ * says, and gives it a second, hidden name in the history (or copies it there,
+ * if link(2) fails). */
 static int
 change_prepare(struct request *r)
 {
 	struct change *ch = r->change;
 	struct stat st = { 0 };
-	int fd = leaf_open(ch->dir, r->name, STATE, O_RDONLY, &st);
-	char leaf[LEAF];
+	int fd = file_open(ch->dir, leaf_name(r->name, STATE), O_RDONLY, &st);
 	bool keep;
 
 	if (fd == -1 && errno != ENOENT)
@@ -3221,21 +3168,19 @@ change_prepare(struct request *r)
 		return refuse_errno(r, "open the history");
 	if (keep) {
 		tmp_name(&ch->kept, ch->history);
-		if (linkat(ch->dir, leaf_name(leaf, r->name, STATE),
+		if (linkat(ch->dir, leaf_name(r->name, STATE),
 		    ch->history, ch->kept.name, 0) == -1 &&
 		    tmp_copy(&ch->kept, ch->history, fd) == -1)
 			return refuse_errno(r, "keep the earlier version");
 	}
-	if ((fd != -1 && fstat(fd, &ch->old_st) == -1) ||
-	    tmp_move(&ch->tmp, ch->dir) == -1)
-		return refuse_errno(r, "put the state beside its place");
-	return 0;
+	return fd == -1 || fstat(fd, &ch->old_st) == 0 ? 0 :
+	    refuse_errno(r, "read the state that is there");
 }
 
 static int
 lock_remove(struct request *r)
 {
-	return leaf_remove(r->change->dir, r->name, LOCK) == 0 ? 0 :
+	return unlinkat(r->change->dir, leaf_name(r->name, LOCK), 0) == 0 ? 0 :
 	    refuse_errno(r, "remove the lock");
 }
 
@@ -3247,38 +3192,34 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
 {
 	struct change *ch = r->change;
 	struct guard guard;
-	int status = 0;
 
 	if (ch->dir == -1 && (ch->dir = dir_open(r->name, how)) == -1 &&
 	    (how == D_MAKE || errno != ENOENT))
 		return refuse_errno(r, "open the state's directory");
-	if (ch->writes && (status = change_prepare(r)) != 0)
-		return status;
+	if (ch->writes && change_prepare(r) != 0)
+		return r->status;
 	if (guard_take(&guard, r->name, GUARD_MS) == -1) {
-		if (errno != ETIMEDOUT && errno != EBUSY)
+		if (errno != EAGAIN)
 			return refuse_errno(r, "guard the name");
-		status = refuse(r, 503, "cannot guard the name: %s",
-		    errno == EBUSY ? "too many requests wait for it" :
-		    "another request for it takes too long");
+		(void)refuse(r, 503, "cannot guard the name: too many requests "
+		    "wait for it, or one takes too long");
 		/* A LOCK can be told all the same that another holds the lock:
 		 * a client with -lock-timeout then tries again. */
 		return how == D_MAKE && !ch->writes &&
 		    lock_look(r->name, &ch->lock) == 0 && ch->lock.held &&
-		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : status;
+		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : r->status;
 	}
 	free(ch->lock.raw);
-	if (lock_read(leaf_open(ch->dir, r->name, LOCK, O_RDONLY, NULL),
-	    &ch->lock) == -1)
-		status = refuse_errno(r, "read the lock");
+	if (lock_read(file_open(ch->dir, leaf_name(r->name, LOCK), O_RDONLY,
+	    NULL), &ch->lock) == -1)
+		(void)refuse_errno(r, "read the lock");
 	else if (ch->lock.raw != NULL && !ch->lock.held &&
-	    (status = lock_remove(r)) == 0)	/* it is torn */
+	    lock_remove(r) == 0)	/* it is torn */
 		log_event(r, "repair");
-	if (status == 0 && ch->writes)
-		status = change_prepare(r);
-	if (status == 0)
-		status = publish(r);
+	if (r->status == 0 && (!ch->writes || change_prepare(r) == 0))
+		(void)publish(r);
 	guard_drop(&guard);
-	return status;
+	return r->status;
 }
 
 /*
@@ -3287,37 +3228,24 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
  * or the lock was changed, or a sync has ever failed, or the state is the same
  * as before: then an earlier try may have written it, and failed here.
  */
-static int
-change_end(struct request *r, int status)
+static void
+change_end(struct request *r)
 {
 	struct change *ch = r->change;
 	int dir = -1;
 	bool deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 
-	if (status == 0 && ch->dir != -1 && (deep ?
+	if (r->status == 0 && ch->dir != -1 && (deep ?
 	    (dir = dir_open(r->name, D_SYNC)) : dir_sync(ch->dir)) == -1)
-		status = refuse_errno(r, "sync the directory");
+		(void)refuse_errno(r, "sync the directory");
 	close_quietly(dir);
 	tmp_remove(&ch->tmp);
 	tmp_remove(&ch->kept);
-	if (status == 0)
+	if (r->status == 0)
 		r->status = 200;
-	if (ch->event != NULL || (status > 0 && status != 404 && ch->writes))
+	if (ch->event != NULL || (ch->writes && r->status > 200 &&
+	    r->status != 404))
 		log_event(r, ch->event);
-	return status;
-}
-
-/* After the answer: frees, and prunes the history. */
-static void
-change_free(struct change *ch)
-{
-	if (ch->event != NULL)
-		history_prune(ch->history, &ch->ids, &ch->lock);
-	close_quietly(ch->old);
-	close_quietly(ch->history);
-	names_free(&ch->ids);
-	free(ch->lock.raw);
-	close_quietly(ch->dir);
 }
 
 /* Is the body a JSON object, and is its MD5 the one in Content-MD5, if that was
@@ -3349,17 +3277,23 @@ lock_body(struct request *r, bool may_be_empty)
 {
 	struct lock *asked = &r->change->asked;
 	struct hash md5 = md5_start;
-	int status = body_whole(r);
+	struct span piece;
 	struct json j;
-	bool empty = may_be_empty && r->body.len == 0, ok;
+	bool empty, ok;
 
-	if (status != 0)
-		return status;
+	(void)buf_room(&r->body, 0);	/* there is some, even if it is empty */
+	while (body_next(r, &piece) == 0 && piece.len > 0)
+		buf_add(&r->body, piece.ptr, piece.len);
+	if (r->body.failed)
+		return refuse(r, 503, "out of memory");
+	if (r->status != 0)
+		return r->status;
 	hash_add(&md5, r->body.data, r->body.len);
 	j = json_text(r->body.data, r->body.len);
+	empty = may_be_empty && r->body.len == 0;
 	ok = empty || lock_info(&j, asked);
-	if ((status = body_check(r, &j, &md5)) != 0 || empty)
-		return status;
+	if (body_check(r, &j, &md5) != 0 || empty)
+		return r->status;
 	if (!ok)
 		return refuse(r, 400, "the lock info has no ID, just one, of "
 		    "1 to %d bytes", ID_MAX);
@@ -3392,41 +3326,37 @@ lock_allowed(struct request *r, const struct lock *l)
  * is there is synced.
  */
 static int
-lock_write(struct request *r)
+lock_write(struct request *r, bool own)
 {
 	int dir = r->change->dir, error;
 	const struct lock *l = &r->change->lock;
-	bool own = lock_is(l, r->id);
 	const struct span info = own ? span(l->raw) :
 	    (struct span){ r->body.data, r->body.len };
-	const char *failed = NULL;
 	struct tmp t = { .fd = -1 };
+	bool ok = false;
 
 	if (l->held)
 		(void)tmp_create(&t, dir);
 	else
-		t.fd = leaf_open(dir, r->name, LOCK, O_WRONLY | O_CREAT |
-		    O_EXCL, NULL);
-	if (t.fd == -1)
-		failed = "create the lock";
-	else if (write_all(t.fd, info.ptr, info.len) == -1) {
-		failed = "write the lock";
+		t.fd = file_open(dir, leaf_name(r->name, LOCK), O_WRONLY |
+		    O_CREAT | O_EXCL, NULL);
+	if (t.fd != -1 && write_all(t.fd, info.ptr, info.len) == 0)
+		ok = (!own || futimens(t.fd, (const struct timespec[]){
+		    l->since, l->since }) == 0) && sync_fd(t.fd) == 0 &&
+		    (!l->held || tmp_rename(&t, dir, r->name, LOCK) == 0);
+	else if (t.fd != -1 && !l->held) {
 		error = errno;
-		if (!l->held)
-			(void)leaf_remove(dir, r->name, LOCK);
+		(void)unlinkat(dir, leaf_name(r->name, LOCK), 0);
 		errno = error;
-	} else if ((own && futimens(t.fd, (const struct timespec[]){ l->since,
-	    l->since }) == -1) || sync_fd(t.fd) == -1 ||
-	    (l->held && tmp_rename(&t, dir, r->name, LOCK) == -1))
-		failed = "sync the lock";
+	}
 	tmp_remove(&t);
-	if (failed != NULL && own && (errno == ENOSPC || errno == EDQUOT)) {
-		t.fd = leaf_open(dir, r->name, LOCK, O_RDONLY, NULL);
-		if (t.fd != -1 && sync_fd(t.fd) == 0)
-			failed = NULL;
+	if (!ok && own && (errno == ENOSPC || errno == EDQUOT)) {
+		t.fd = file_open(dir, leaf_name(r->name, LOCK), O_RDONLY,
+		    NULL);
+		ok = t.fd != -1 && sync_fd(t.fd) == 0;
 		close_quietly(t.fd);
 	}
-	return failed == NULL ? 0 : refuse_errno(r, failed);
+	return ok ? 0 : refuse_errno(r, "write the lock");
 }
 
 /* Under the guard: takes the lock, if it is free. With -b an old one is broken,
@@ -3434,35 +3364,26 @@ lock_write(struct request *r)
 static int
 lock_publish(struct request *r)
 {
-	struct change *ch = r->change;
-	const struct lock *l = &ch->lock;
+	const struct lock *l = &r->change->lock;
 	bool own = lock_is(l, r->id), stale = conf.break_hours > 0 &&
 	    !l->foreign && time_ms() / 1000 - l->since.tv_sec >
 	    (int64_t)conf.break_hours * 3600;
-	int status;
 
 	if (l->held && !own && (!stale || r->right < R_WRITE))
 		return lock_tell(r, 423);
-	if (own && (status = lock_allowed(r, l)) != 0)
-		return status;
-	if (!client_there(r))
-		return refuse_gone(r);
-	if ((status = lock_write(r)) == 0)
-		ch->event = l->held && !own ? "break" : "lock";
-	return status;
+	if ((!own || lock_allowed(r, l) == 0) && client_gone(r) == 0 &&
+	    lock_write(r, own) == 0)
+		r->change->event = l->held && !own ? "break" : "lock";
+	return r->status;
 }
 
-/* LOCK: from its body to its answer. */
 static int
 do_lock(struct request *r)
 {
-	int status = lock_body(r, false);
-
-	if (status == 0)
-		status = lock_allowed(r, &r->change->asked);
-	if (status == 0)
-		status = change(r, D_MAKE, lock_publish);
-	return change_end(r, status);
+	if (lock_body(r, false) == 0 &&
+	    lock_allowed(r, &r->change->asked) == 0)
+		(void)change(r, D_MAKE, lock_publish);
+	return r->status;
 }
 
 /* Under the guard: releases the lock, if it is the sender's, or if no ID was
@@ -3475,19 +3396,15 @@ unlock_publish(struct request *r)
 	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
 	bool own = lock_is(l, r->id), made_up = l->foreign &&
 	    strcmp(r->id, l->id) == 0 && r->right == R_WRITE;
-	int status;
 
 	if (!l->held)			/* a repetition, perhaps */
 		return 0;
 	if (r->has_id && !made_up && !own)
 		return lock_tell(r, 409);
-	if ((status = lock_allowed(r, l)) != 0)
-		return status;
-	if (!own && !client_there(r))
-		return refuse_gone(r);
-	if ((status = lock_remove(r)) == 0)
+	if (lock_allowed(r, l) == 0 && (own || client_gone(r) == 0) &&
+	    lock_remove(r) == 0)
 		r->change->event = own ? "unlock" : "force-unlock";
-	return status;
+	return r->status;
 }
 
 /* ---- writes and deletes ---- */
@@ -3516,11 +3433,10 @@ state_check(struct request *r)
 	struct hash md5 = md5_start;
 	struct json j = { .fd = ch->tmp.fd, .max = ch->size,
 	    .md5 = hash ? &md5 : NULL };
-	int status;
 
 	(void)meta_read(&j, m);
-	if ((status = body_check(r, &j, &md5)) != 0)
-		return status;
+	if (body_check(r, &j, &md5) != 0)
+		return r->status;
 	if (hash)
 		hex(r->md5, 16, ch->md5);
 	if (m->doubled != NULL)
@@ -3541,7 +3457,6 @@ state_receive(struct request *r)
 {
 	struct change *ch = r->change;
 	struct span piece = { "", 0 };
-	int status;
 
 	if (tmp_create(&ch->tmp, store.root) == -1)
 		return refuse_errno(r, "create a temporary file");
@@ -3550,8 +3465,8 @@ state_receive(struct request *r)
 		    write_all(ch->tmp.fd, piece.ptr, piece.len) == -1)
 			return refuse_errno(r, "write the state");
 		ch->size += (int64_t)piece.len;
-	} while ((status = body_next(r, &piece)) == 0 && piece.len > 0);
-	return status != 0 ? status : state_check(r);
+	} while (body_next(r, &piece) == 0 && piece.len > 0);
+	return r->status != 0 ? r->status : state_check(r);
 }
 
 /* Under the guard: moves a file into the history, as the newest version. Its ID
@@ -3576,10 +3491,8 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 	(void)snprintf(id, sizeof(id), "%.20s-%.20s", when,
 	    *serial != '\0' ? serial : "0");
 	names_add(&ch->ids, id);
-	if (!ch->ids.failed && ch->history == -1)
-		ch->history = history_open(r->name, D_MAKE);
-	if (ch->ids.failed || ch->history == -1 ||
-	    tmp_move(t, ch->history) == -1 ||
+	if (ch->ids.failed || (ch->history == -1 &&
+	    (ch->history = history_open(r->name, D_MAKE)) == -1) ||
 	    tmp_rename(t, ch->history, id, STATE) == -1 ||
 	    (sync && (dir = history_open(r->name, D_SYNC)) == -1))
 		return refuse_errno(r, "keep a version in the history");
@@ -3592,10 +3505,8 @@ static int
 write_strict(struct request *r)
 {
 	const struct meta *new = &r->change->meta, *old = &r->change->old_meta;
-	size_t n = strlen(new->serial), digits = strlen(old->serial);
-	/* JSON numbers have no zeros in front: the longer one is larger. */
-	bool lower = n < digits || (n == digits && strcmp(new->serial,
-	    old->serial) < 0);
+	bool lower = strtoull(new->serial, NULL, 10) <
+	    strtoull(old->serial, NULL, 10);
 	bool other = old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
 	    new->lineage_len != old->lineage_len ||
 	    strcmp(new->lineage, old->lineage) != 0);
@@ -3619,56 +3530,51 @@ write_publish(struct request *r)
 {
 	struct change *ch = r->change;
 	bool delete = ch->tmp.fd == -1, kept = ch->kept.name[0] != '\0', same;
-	int status = write_allowed(r), newest = -1;
+	int newest = -1;
 
 	if (ch->history != -1 && history_list(ch->history, &ch->ids) == -1)
 		return refuse_errno(r, "read the history");
-	if (!client_there(r)) {
+	if (client_gone(r) != 0) {
 		if (ch->ids.n > 0)
-			newest = leaf_open(ch->history,
-			    ch->ids.list[ch->ids.n - 1], STATE, O_RDONLY, NULL);
+			newest = file_open(ch->history,
+			    leaf_name(ch->ids.list[ch->ids.n - 1], STATE),
+			    O_RDONLY, NULL);
 		same = ch->equal || same_bytes(newest, ch->tmp.fd);
 		close_quietly(newest);
-		if (delete || same || conf.keep == 0)
-			return refuse_gone(r);
-		status = history_keep(r, &ch->tmp, ch->meta.serial, true);
-		ch->event = status == 0 ? "abandoned" : NULL;
-		return status != 0 ? status : refuse_gone(r);
+		if (!delete && !same && conf.keep > 0 &&
+		    history_keep(r, &ch->tmp, ch->meta.serial, true) == 0)
+			ch->event = "abandoned";
+		return r->status;
 	}
-	if (status == 0 && delete && ch->old == -1)
+	if (write_allowed(r) != 0)
+		return r->status;
+	if (delete && ch->old == -1)
 		return refuse(r, 404, "there is no such state");
-	if (status == 0 && conf.strict && !delete)
-		status = write_strict(r);
-	if (status == 0 && kept)
-		status = history_keep(r, &ch->kept, ch->old_meta.serial,
-		    delete);
-	if (status != 0)
-		return status;
-	if ((delete ? leaf_remove(ch->dir, r->name, STATE) :
+	if ((conf.strict && !delete && write_strict(r) != 0) || (kept &&
+	    history_keep(r, &ch->kept, ch->old_meta.serial, delete) != 0))
+		return r->status;
+	if ((delete ? unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
 	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == 0) {
 		ch->event = delete ? "delete" : "write";
 		return 0;
 	}
-	status = refuse_errno(r, "change the state");
+	(void)refuse_errno(r, "change the state");
 	if (kept)
-		(void)leaf_remove(ch->history, ch->ids.list[ch->ids.n - 1],
-		    STATE);
-	return status;
+		(void)unlinkat(ch->history,
+		    leaf_name(ch->ids.list[ch->ids.n - 1], STATE), 0);
+	return r->status;
 }
 
-/* POST and PUT of a state: from its body to its answer. The lock is looked at
- * first, so that a write that will be refused is not uploaded in vain. */
+/* POST and PUT of a state. The lock is looked at first, so that a write that
+ * will be refused is not uploaded in vain. */
 static int
 do_write(struct request *r)
 {
-	int status = change(r, D_OPEN, write_allowed);
-
+	(void)change(r, D_OPEN, write_allowed);
 	r->change->writes = true;
-	if (status == 0)
-		status = state_receive(r);
-	if (status == 0)
-		status = change(r, D_MAKE, write_publish);
-	return change_end(r, status);
+	if (r->status == 0 && state_receive(r) == 0)
+		(void)change(r, D_MAKE, write_publish);
+	return r->status;
 }
 
 /*
@@ -3680,18 +3586,16 @@ do_write(struct request *r)
 static int
 do_unlock(struct request *r)
 {
-	int status = lock_body(r, true);
-	bool delete = r->kind == K_STATE && r->method == M_DELETE &&
-	    (status != 0 || (r->body.len == 0 && !r->has_md5 && !r->go));
+	bool wrong = lock_body(r, true) != 0, delete = r->kind == K_STATE &&
+	    r->method == M_DELETE &&
+	    (wrong || (r->body.len == 0 && !r->has_md5 && !r->go));
 
 	r->change->writes = delete;
-	if (status == 0 && r->right < R_WRITE && (delete || !r->has_id))
-		status = refuse(r, 403, "%s may not delete or force-unlock %s",
+	if (!wrong && r->right < R_WRITE && (delete || !r->has_id))
+		return refuse(r, 403, "%s may not delete or force-unlock %s",
 		    r->user, r->name);
-	if (status == 0)
-		status = change(r, D_OPEN, delete ? write_publish :
-		    unlock_publish);
-	return change_end(r, status);
+	return wrong ? r->status : change(r, D_OPEN, delete ? write_publish :
+	    unlock_publish);
 }
 
 /* ==== pages ==============================================================
@@ -4975,15 +4879,18 @@ thread_serve(struct conn *c)
 	    .kept.fd = -1, .history = -1 };
 	struct request *r = c->r;
 	const struct action *act = action_of(r);
+	struct span piece = { NULL, 1 };
 
 	r->change = &ch;
 	conn_within(c, BODY_MS);
-	if (r->status == 0 && act->right < R_PLAN && r->length != 0)
-		(void)body_whole(r);	/* which nobody wants */
+	/* The body of a GET is read, too, though nobody wants it. */
+	while (r->status == 0 && act->right < R_PLAN && piece.len > 0)
+		(void)body_next(r, &piece);
 	if (act->page && ++stats.pages > PAGES_MAX && r->status == 0)
 		(void)refuse(r, 503, "too many pages are being made");
 	if (r->status == 0 && (!act->page || page_wanted(r)))
 		(void)act->run(r);	/* else there is an answer */
+	change_end(r);
 	stats.pages -= act->page;
 	conn_within(c, BODY_MS);
 	(void)reply_send(r, true);
@@ -4992,7 +4899,13 @@ thread_serve(struct conn *c)
 	if (pool.back.n == 1)
 		(void)!write(loop.wake[1], "", 1);
 	(void)pthread_mutex_unlock(&list_mutex);
-	change_free(&ch);
+	if (ch.event != NULL)
+		history_prune(ch.history, &ch.ids, &ch.lock);
+	close_quietly(ch.old);
+	close_quietly(ch.history);
+	names_free(&ch.ids);
+	free(ch.lock.raw);
+	close_quietly(ch.dir);
 	request_free(r);
 }
 
