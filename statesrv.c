@@ -272,11 +272,6 @@ static struct config {
  * belongs to the loop, or, from pool_give on, to one thread. Whoever answers
  * it frees it.
  */
-struct span {				/* bytes that belong to another */
-	const char *ptr;
-	size_t len;
-};
-
 struct buf {				/* bytes that grow; zero is empty */
 	char *data;
 	size_t len, cap;
@@ -313,18 +308,17 @@ static const char field_names[F_COUNT][20] = {
 	"if-none-match", "if-unmodified-since"
 };
 
-/* What a parsed head says; the spans point into the connection's buffer. */
+/* What a parsed head says; its strings lie in http_parse's copy of it. */
 struct head {
 	enum method method;
 	int minor;			/* of HTTP/1.x: 0 or 1 */
-	struct span target, host;	/* path and query, or "*" */
-	struct span field[F_COUNT];	/* their values; ptr NULL: none */
+	char *target;			/* path and query, or "*" */
+	const char *host;		/* or "" */
+	char *field[F_COUNT];		/* their values, or NULL */
 	const char *why;		/* it is refused, with its status */
 	int64_t length;			/* Content-Length, or -1 */
-	bool chunked;
 	unsigned fields;		/* so many there are */
-	bool close, keep_alive;		/* as Connection says */
-	bool keep;			/* the client would stay connected */
+	unsigned connection;		/* 1: close, 2: keep-alive */
 };
 
 struct hash {				/* MD5 or SHA-256 */
@@ -339,9 +333,9 @@ struct hash {				/* MD5 or SHA-256 */
  * once, its last value counts. */
 struct member {
 	const char *key;		/* in any case, as Go's clients read */
-	char *to;			/* its text is copied there */
-	size_t size;
-	size_t len;			/* of its text; SIZE_MAX: has a NUL */
+	char *to;			/* its text is copied there, */
+	size_t size;			/* cut to this; or NULL, 0 */
+	size_t len;			/* of its text, before the cut */
 	unsigned n;			/* so many there are */
 	char type;			/* 's', 'n', or another */
 };
@@ -371,7 +365,7 @@ enum kind {
 	K_STAR, K_ROOT, K_HEALTHY, K_READY, K_METRICS,
 	K_STATE, K_LOCK, K_VERSIONS, K_VERSION, K_LOG	/* have a name */
 };
-enum form { TEXT, JSON, HTML };
+enum form { TEXT, JSON, HTML, SHELL };	/* a page is none of the last */
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
 
 #define VERSION_ID 64			/* bytes: an earlier version's ID */
@@ -431,7 +425,7 @@ struct request {
 	bool bearer;			/* showed a secret, but no name */
 	bool locked;			/* ?locked of the listing */
 	char root[128];			/* from the URL to /: "../../" */
-	char name[NAME_LEN_MAX + 1];	/* of the state, or the path */
+	char name[NAME_LEN_MAX + 64];	/* of the state, or the path */
 	char version[VERSION_ID];	/* the ID of an earlier one */
 	char query[256];		/* ?q= of the listing */
 	char id[ID_MAX + 1];		/* lock ID: from ?ID= or the body */
@@ -591,51 +585,50 @@ complain(const char *fmt, ...)
 /* Ends the program: status 2 for the user's mistakes, 1 for the system's. */
 #define die(status, ...) (complain(__VA_ARGS__), exit(status))
 
-static struct span
-span(const char *s)
+/* Takes blanks off both ends, in place. */
+static char *
+trim(char *s)
 {
-	return (struct span){ s, strlen(s) };
+	size_t n;
+
+	s += strspn(s, " \t");
+	for (n = strlen(s); n > 0 && strchr(" \t", s[n - 1]) != NULL;)
+		s[--n] = '\0';
+	return s;
 }
 
-/* Compares without regard to the case of ASCII letters. */
+/* Takes a suffix off, in place. Was it there? */
 static bool
-span_is(struct span s, const char *word)
+cut_suffix(char *s, const char *suffix)
 {
-	return s.len == strlen(word) && strncasecmp(s.ptr, word, s.len) == 0;
+	size_t n = strlen(s), len = strlen(suffix);
+	bool found = n >= len && strcmp(s + n - len, suffix) == 0;
+
+	if (found)
+		s[n - len] = '\0';
+	return found;
 }
 
-/* Copies as a string, cut to what fits, between two characters. */
-static void
-span_copy(char *to, size_t size, struct span s)
-{
-	size_t n = s.len < size ? s.len : size - 1;
-
-	while (n > 0 && n < s.len && (s.ptr[n] & 0xc0) == 0x80)
-		n--;
-	if (n > 0)
-		memcpy(to, s.ptr, n);
-	to[n] = '\0';
-}
-
-/* Takes the next element of a list off its front, blanks around it removed;
- * false at the end. */
+/* '*' any bytes, slashes too; '?' one byte. No recursion, no surprises.
+ * (musl's fnmatch would bring 16 KiB of tables with it.) */
 static bool
-span_next(struct span *list, char separator, struct span *item)
+glob(const char *p, const char *s)
 {
-	const char *end = list->ptr + list->len, *p = list->ptr, *q;
+	const char *star = NULL, *from = NULL;
 
-	if (list->len == 0)
-		return false;
-	if ((q = memchr(p, separator, list->len)) == NULL)
-		q = end;
-	list->ptr = q < end ? q + 1 : q;
-	list->len = (size_t)(end - list->ptr);
-	while (p < q && (*p == ' ' || *p == '\t'))
-		p++;
-	while (q > p && (q[-1] == ' ' || q[-1] == '\t'))
-		q--;
-	*item = (struct span){ p, (size_t)(q - p) };
-	return true;
+	while (*s != '\0')
+		if (*p == '*') {
+			star = ++p;
+			from = s;
+		} else if (*p == '?' || *p == *s) {
+			p++;
+			s++;
+		} else if (star != NULL) {
+			p = star;
+			s = ++from;
+		} else
+			return false;
+	return p[strspn(p, "*")] == '\0';
 }
 
 /* Makes room for n more bytes; false, and failed is set, if there is none. */
@@ -707,32 +700,25 @@ buf_num(struct buf *b, const char *before, int64_t n, int digits)
 	buf_add(b, p, (size_t)(text + sizeof(text) - p));
 }
 
-static void
-buf_free(struct buf *b)
-{
-	free(b->data);
-	*b = (struct buf){ 0 };
-}
-
-/* Appends s as a JSON string with its quotes, as HTML (also for attributes), or
- * as plain text. What is not UTF-8, or may not be shown, is escaped or
- * replaced. */
+/* Appends s as plain text, as a JSON string with its quotes, as HTML (also for
+ * attributes), or as a word for the shell. What is not UTF-8, or may not be
+ * shown, is escaped or replaced, but for the shell. */
 static void
 buf_text(struct buf *b, const char *s, enum form form)
 {
-	const char *quote = form == JSON ? "\"" : "";
-	const char *quoted = form == JSON ? "\"\\" :
-	    form == HTML ? "<>&\"'" : "";
+	static const char *const quoted[] = { "", "\"\\", "<>&\"'", "'" };
+	const char *quote = form == JSON ? "\"" : form == SHELL ? "'" : "";
 	unsigned code;
 	size_t n;
 
 	buf_str(b, quote);
 	for (; *s != '\0'; s += n > 0 ? n : 1) {
-		n = shown_next(s);
-		if (n > 0 && strchr(quoted, *s) == NULL)
+		n = form == SHELL ? 1 : shown_next(s);
+		if (n > 0 && strchr(quoted[form], *s) == NULL)
 			buf_add(b, s, n);
 		else if (n > 0)
-			buf_fmt(b, form == JSON ? "\\%c" : "&#%d;", *s);
+			buf_fmt(b, form == JSON ? "\\%c" : form == HTML ?
+			    "&#%d;" : "'\\%c'", *s);
 		else if (form == JSON && (n = utf8_next(s, &code)) > 0)
 			buf_fmt(b, "\\u%04x", code);
 		else
@@ -743,6 +729,7 @@ buf_text(struct buf *b, const char *s, enum form form)
 
 #define buf_json(b, s) buf_text(b, s, JSON)
 #define buf_html(b, s) buf_text(b, s, HTML)
+#define buf_shell(b, s) buf_text(b, s, SHELL)
 
 /* Appends a member to a JSON object that is open; bare: its value is JSON
  * already. Nothing, if the value is "". */
@@ -769,25 +756,13 @@ buf_url(struct buf *b, const char *s)
 			buf_fmt(b, "%%%02X", (unsigned char)*s);
 }
 
-/* Appends text, and then a word as a shell wants it. */
-static void
-buf_shell(struct buf *b, const char *before, const char *s)
-{
-	buf_str(b, before);
-	buf_str(b, "'");
-	for (; *s != '\0'; s++)
-		buf_add(b, *s == '\'' ? "'\\''" : s, *s == '\'' ? 4 : 1);
-	buf_str(b, "'");
-}
-
 /* Adds to a list, which doubles whenever its length is a power of two. */
 static void
 names_add(struct names *v, const char *name)
 {
-	char **list = v->list;
+	char **list = (v->n & (v->n - 1)) != 0 ? v->list :
+	    realloc(v->list, (2 * v->n + 1) * sizeof(*list));
 
-	if ((v->n & (v->n - 1)) == 0)
-		list = realloc(list, (2 * v->n + 1) * sizeof(*list));
 	if (list != NULL)
 		v->list = list;
 	if (list == NULL || (list[v->n] = strdup(name)) == NULL)
@@ -807,15 +782,6 @@ names_sort(struct names *v)
 {
 	if (v->n > 0)
 		qsort(v->list, v->n, sizeof(*v->list), names_compare);
-}
-
-static void
-names_free(struct names *v)
-{
-	while (v->n > 0)
-		free(v->list[--v->n]);
-	free(v->list);
-	*v = (struct names){ 0 };
 }
 
 /* Writes a time as RFC 3339, in UTC, with milliseconds; basic: without
@@ -1063,21 +1029,22 @@ sha256(const void *data, size_t n, unsigned char out[32])
 	hash_end(&h, out);
 }
 
-/* Decodes into at most size bytes; -1 if it is not whole, padded base64. */
+/* Decodes into at most size bytes, perhaps in place; -1 if it is not whole,
+ * padded base64. */
 static ssize_t
-base64_decode(struct span s, void *out, size_t size)
+base64_decode(const char *s, void *out, size_t size)
 {
 	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
 	unsigned char *to = out;
 	const char *digit;
 	uint32_t bits = 0;
-	size_t i, n = 0, pad = 0;
+	size_t len = strlen(s), i, n = 0, pad = 0;
 
-	while (pad < 2 && pad < s.len && s.ptr[s.len - 1 - pad] == '=')
+	while (pad < 2 && pad < len && s[len - 1 - pad] == '=')
 		pad++;
-	for (i = 0; i < s.len - pad; i++) {
-		digit = memchr(digits, s.ptr[i], 64);
+	for (i = 0; i < len - pad; i++) {
+		digit = strchr(digits, s[i]);
 		if (digit == NULL || (i % 4 != 0 && n == size))
 			return -1;
 		bits = bits << 6 | (uint32_t)(digit - digits);
@@ -1085,7 +1052,7 @@ base64_decode(struct span s, void *out, size_t size)
 			to[n++] = (unsigned char)(bits >> (6 - 2 * (i % 4)));
 	}
 	/* Bits left over must be zero, or two texts would mean one thing. */
-	return s.len % 4 != 0 || (bits & ((1u << 2 * pad) - 1)) != 0 ? -1 :
+	return len % 4 != 0 || (bits & ((1u << 2 * pad) - 1)) != 0 ? -1 :
 	    (ssize_t)n;
 }
 
@@ -1115,8 +1082,9 @@ struct json {
 	uint64_t at;			/* at this byte */
 	int error;			/* the file could not be read: errno */
 	size_t len;			/* of text, and more if it was cut */
-	bool nul;			/* text had a NUL; in it stands a ? */
-	char text[512];			/* the string or number just read */
+	char text[512];			/* the string or number just read; a
+					 * NUL in it is 0xff, which is no UTF-8
+					 * and so nothing else */
 	unsigned char piece[8192];	/* of the file */
 };
 
@@ -1286,7 +1254,6 @@ json_string(struct json *j)
 	int c;
 
 	j->len = 0;
-	j->nul = false;
 	for (j->p++; (c = json_peek(j)) != '"';) {
 		if (json_plain(j)) {
 			high = 0;
@@ -1306,9 +1273,8 @@ json_string(struct json *j)
 		}
 		high = code >> 10 == 0x36 ? code : 0;
 		code = code >> 11 == 0x1b ? 0xfffd : code;
-		j->nul |= code == 0;
 		n = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-		json_keep(j, code == 0 ? '?' : lead[n] | code >> 6 * n);
+		json_keep(j, code == 0 ? 0xff : lead[n] | code >> 6 * n);
 		while (n-- > 0)
 			json_keep(j, 0x80 | (code >> 6 * n & 0x3f));
 	}
@@ -1347,9 +1313,9 @@ json_member(struct json *j, unsigned depth)
 	if (type == 0 || m == NULL)
 		return type != 0;
 	m->type = (char)type;
-	m->len = j->nul ? SIZE_MAX : j->len;
-	span_copy(m->to, m->size, (struct span){ j->text,
-	    j->len < last ? j->len : last });
+	m->len = type == 's' || type == 'n' ? j->len : 0;
+	j->text[m->len < last ? m->len : last] = '\0';
+	(void)snprintf(m->to, m->size, "%s", j->text);
 	return m->n++ > 0 || --j->brief > 0;
 }
 
@@ -1369,7 +1335,6 @@ json_value(struct json *j, unsigned depth)
 	if (open != '{' && open != '[') {
 		for (; *word != '\0' && json_peek(j) == *word; word++)
 			j->p++;
-		j->len = 0;
 		return *word == '\0' ? 'l' :
 		    json_wrong(j, "has no value where one is due");
 	}
@@ -1386,8 +1351,6 @@ json_value(struct json *j, unsigned depth)
 			    "is due");
 	}
 	j->p++;
-	j->len = 0;			/* it is no text */
-	j->nul = false;
 	return open;
 }
 
@@ -1425,7 +1388,7 @@ whole_number(const char *text, unsigned max)
 
 /* ==== HTTP parser ========================================================
  *
- * Bytes in, spans out; no I/O, no allocation. RFC 9112 as a server, read
+ * Bytes in, strings out; no I/O, no allocation. RFC 9112 as a server, read
  * strictly: whatever two parsers could understand differently is refused,
  * and so is every bare CR or LF. Functions return NULL, or the status and
  * what is wrong. What is refused ends the connection, for nobody knows where
@@ -1434,249 +1397,241 @@ whole_number(const char *text, unsigned max)
 
 /* RFC 9110, 5.5: a value has no control characters but HTAB. */
 static bool
-http_value_ok(struct span s)
+http_value_ok(const char *s)
 {
-	size_t i = 0;
-
-	while (i < s.len && (s.ptr[i] == '\t' ||
-	    ((unsigned char)s.ptr[i] >= ' ' && s.ptr[i] != 0x7f)))
-		i++;
-	return i == s.len;
+	while (*s == '\t' || ((unsigned char)*s >= ' ' && *s != 0x7f))
+		s++;
+	return *s == '\0';
 }
 
-/* Takes a token off the front of what is left of a line. Its characters (RFC
- * 9110, 5.6.2) are a set with a bit for each. */
-static struct span
-http_token(struct span *line)
+/* The length of the token that s begins with (RFC 9110, 5.6.2). */
+static size_t
+http_token(const char *s)
 {
-	static const uint64_t set[2] = {
-		0x03ff6cfa00000000, 0x57ffffffc7fffffe
-	};
-	const unsigned char *p = (const unsigned char *)line->ptr;
 	size_t n = 0;
 
-	while (n < line->len && p[n] < 128 && (set[p[n] / 64] >> p[n] % 64 & 1))
+	while (isalnum((unsigned char)s[n]) || (s[n] != '\0' &&
+	    strchr("!#$%&'*+-.^_`|~", s[n]) != NULL))
 		n++;
-	line->ptr += n;
-	line->len -= n;
-	return (struct span){ line->ptr - n, n };
+	return n;
 }
 
-/* RFC 9110, 4.2: host [":" port]; the host a name, IPv4, or [IPv6]. A line's
- * end, or a blank, is behind it, and ends what strspn looks at. */
+/* RFC 9110, 4.2: host [":" port]; the host a name, IPv4, or [IPv6]. */
 static bool
-http_host_ok(struct span h)
+http_host_ok(const char *h)
 {
 	size_t n = 0;
 
-	if (h.len > 0 && *h.ptr == '[') {
-		n = 1 + strspn(h.ptr + 1, "0123456789abcdefABCDEF:.");
-		if (h.ptr[n++] != ']' || n < 4)
+	if (*h == '[') {
+		n = 1 + strspn(h + 1, "0123456789abcdefABCDEF:.");
+		if (h[n++] != ']' || n < 4)
 			return false;
 	} else
-		while (n < h.len && (isalnum((unsigned char)h.ptr[n]) ||
-		    strchr("-._", h.ptr[n]) != NULL))
+		while (isalnum((unsigned char)h[n]) || h[n] == '-' ||
+		    h[n] == '.' || h[n] == '_')
 			n++;
-	return n > 0 && (n == h.len || (h.ptr[n] == ':' && h.len - n <= 6 &&
-	    n + 1 + strspn(h.ptr + n + 1, "0123456789") == h.len));
+	return n > 0 && (h[n] == '\0' || (h[n] == ':' && strlen(h + n) <= 6 &&
+	    h[n + 1 + strspn(h + n + 1, "0123456789")] == '\0'));
 }
 
-/* Is word in a comma-separated list? With a quality of 0 it is not wanted
- * (RFC 9110, 12.4.2); other parameters do not count. */
-static bool
-http_lists(struct span list, const char *word)
+/* Cuts up a comma-separated list: 1 if the first word is in it, 2 for the other
+ * one, or 3. With a quality of 0 it is not wanted (RFC 9110, 12.4.2); other
+ * parameters do not count. */
+static unsigned
+http_lists(char *list, const char *one, const char *other)
 {
-	struct span item, part;
-	bool wanted;
+	unsigned found = 0;
+	char *item, *word, *q;
 
-	while (span_next(&list, ',', &item)) {
-		wanted = span_next(&item, ';', &part) && span_is(part, word);
-		while (span_next(&item, ';', &part))
-			wanted &= part.len < 3 || (*part.ptr | 32) != 'q' ||
-			    part.len != 2 + strspn(part.ptr + 2, "0.");
-		if (wanted)
-			return true;
+	while ((item = strsep(&list, ",")) != NULL) {
+		word = trim(strsep(&item, ";"));
+		while (item != NULL) {
+			q = trim(strsep(&item, ";"));
+			if ((*q | 32) == 'q' && strlen(q) > 2 &&
+			    q[2 + strspn(q + 2, "0.")] == '\0')
+				*word = '\0';
+		}
+		found |= strcasecmp(word, one) == 0 ? 1 : 0;
+		found |= strcasecmp(word, other) == 0 ? 2 : 0;
 	}
-	return false;
+	return found;
 }
 
-/* One field line, without its CRLF. */
-static const char *
-http_field(struct head *h, struct span line)
+/* Cuts off a line's end; false if that is not CR LF, or a NUL comes first. */
+static bool
+http_line(char *line, char *lf)
 {
-	struct span name = http_token(&line), value;
-	size_t f = 0;
+	if (lf == line || lf[-1] != '\r')
+		return false;
+	lf[-1] = '\0';
+	return line + strlen(line) == lf - 1;
+}
+
+/* One field line, cut up in place. */
+static const char *
+http_field(struct head *h, char *line)
+{
+	size_t n = http_token(line), f = 0;
 
 	/* obs-fold and "Name :" end here. */
-	if (name.len == 0 || line.len == 0 || *line.ptr != ':')
+	if (n == 0 || line[n] != ':')
 		return "400 a field line is not: name, colon, value";
-	if (!http_value_ok(line))
+	line[n] = '\0';
+	if (!http_value_ok(line + n + 1))
 		return "400 a field's value has a control character";
 	if (++h->fields > FIELDS_MAX)
 		return "431 there are too many fields";
-	value = (struct span){ ++line.ptr, --line.len };
-	(void)span_next(&line, '\0', &value);	/* takes blanks off */
-	while (f < F_COUNT && ((*name.ptr | 32) != *field_names[f] ||
-	    !span_is(name, field_names[f])))
+	while (f < F_COUNT && ((*line | 32) != *field_names[f] ||
+	    strcasecmp(line, field_names[f]) != 0))
 		f++;
 	if (f == F_COUNT)
 		return NULL;
-	if (f < F_CONNECTION && h->field[f].ptr != NULL)
+	if (f < F_CONNECTION && h->field[f] != NULL)
 		return "400 a field that may stand once stands twice";
-	h->field[f] = value;
-	if (f == F_CONNECTION) {	/* in whichever line it stands */
-		h->close |= http_lists(value, "close");
-		h->keep_alive |= http_lists(value, "keep-alive");
-	}
+	h->field[f] = trim(line + n + 1);
+	if (f == F_CONNECTION)		/* in whichever line it stands */
+		h->connection |= http_lists(h->field[f], "close", "keep-alive");
 	return NULL;
 }
 
 /* Cuts scheme and authority off an absolute-form target (RFC 9112, 3.2.2):
- * its host is the one that counts. The blank behind the target ends both. */
+ * its host is the one that counts, and moves to where the scheme was. */
 static const char *
 http_absolute(struct head *h)
 {
-	const char *p = h->target.ptr;
-	size_t n = strncasecmp(p, "https://", 8) == 0 ? 8 : 7;
+	char *p = h->target;
+	size_t n = strncasecmp(p, "https://", 8) == 0 ? 8 : 7, len;
 
 	if (n == 7 && strncasecmp(p, "http://", 7) != 0)
 		return "400 the target is no path and no URL";
-	h->host = (struct span){ p + n, strcspn(p + n, "/? ") };
-	n += h->host.len;
-	h->target = (struct span){ p + n, h->target.len - n };
+	len = strcspn(p + n, "/?");
+	h->target = p + n + len;
+	h->host = memmove(p, p + n, len);
+	p[len] = '\0';
 	return http_host_ok(h->host) ? NULL :
 	    "400 the target's host is malformed";
 }
 
 /* method SP target SP HTTP/1.x, with nothing else between. */
 static const char *
-http_request_line(struct head *h, struct span line)
+http_request_line(struct head *h, char *line)
 {
-	struct span word = http_token(&line);
-	const char *p = line.ptr + 1, *end = line.ptr + line.len;
-	size_t m = 0;
+	size_t n = http_token(line), m = 0;
+	char *p = line + n + 1;
 
-	if (word.len == 0 || line.len == 0 || *line.ptr != ' ')
+	if (n == 0 || line[n] != ' ')
 		return "400 the request does not begin with a method";
-	while (m < M_COUNT && (strlen(method_names[m]) != word.len ||
-	    memcmp(word.ptr, method_names[m], word.len) != 0))
+	line[n] = '\0';
+	while (m < M_COUNT && strcmp(line, method_names[m]) != 0)
 		m++;
 	h->method = (enum method)m;
-	h->target.ptr = p;
-	while (p < end && *p > 0x20 && *p < 0x7f && *p != '#')
+	h->target = p;
+	while (*p > 0x20 && *p < 0x7f && *p != '#')
 		p++;
-	h->target.len = (size_t)(p - h->target.ptr);
-	if (h->target.len == 0 || end - p != 9 || memcmp(p, " HTTP/", 6) != 0 ||
-	    !isdigit((unsigned char)p[6]) || p[7] != '.' ||
-	    !isdigit((unsigned char)p[8]))
+	if (p == h->target || !glob(" HTTP/?.?", p) ||
+	    !isdigit((unsigned char)p[6]) || !isdigit((unsigned char)p[8]))
 		return "400 the request line is not: method, target, HTTP/1.1";
 	if (p[6] != '1')
 		return "505 the version is not HTTP/1.x";
 	h->minor = p[8] == '0' ? 0 : 1;
-	if (h->target.len > TARGET_MAX)
+	if (p - h->target > TARGET_MAX)
 		return "414 the target is too long";
 	if (m == M_COUNT)
 		return "501 the method is not known here";
-	if (span_is(h->target, "*"))
+	*p = '\0';
+	if (strcmp(h->target, "*") == 0)
 		return m == M_OPTIONS ? NULL : "400 only OPTIONS goes with *";
-	return *h->target.ptr == '/' ? NULL : http_absolute(h);
+	return *h->target == '/' ? NULL : http_absolute(h);
 }
 
 /* The rules that need the whole head: RFC 9112, 3.2, 6; 9110, 10.1.1. */
 static const char *
 http_whole(struct head *h)
 {
-	const struct span *f = h->field;
+	char *const *f = h->field, *length = f[F_LENGTH];
 
-	if (f[F_HOST].ptr == NULL ? h->minor == 1 : !http_host_ok(f[F_HOST]))
+	if (f[F_HOST] == NULL ? h->minor == 1 : !http_host_ok(f[F_HOST]))
 		return "400 Host is missing or malformed";
-	if (h->host.len == 0 && f[F_HOST].ptr != NULL)
+	if (*h->host == '\0' && f[F_HOST] != NULL)
 		h->host = f[F_HOST];	/* else the absolute form's, or none */
-	h->keep = !h->close && (h->minor == 1 || h->keep_alive);
 	/* What is too large for a number is too large a body: strtoll says so
-	 * with the largest one. A line end, or a blank, ends the digits. */
-	if (f[F_LENGTH].ptr != NULL) {
-		if (f[F_LENGTH].len == 0 || strspn(f[F_LENGTH].ptr,
-		    "0123456789") < f[F_LENGTH].len)
+	 * with the largest one. */
+	if (length != NULL) {
+		if (*length == '\0' ||
+		    length[strspn(length, "0123456789")] != '\0')
 			return "400 Content-Length is no number";
-		h->length = strtoll(f[F_LENGTH].ptr, NULL, 10);
+		h->length = strtoll(length, NULL, 10);
 	}
-	h->chunked = f[F_CODING].ptr != NULL;
-	if (h->chunked && (h->minor == 0 || h->length != -1))
+	if (f[F_CODING] != NULL && (h->minor == 0 || h->length != -1))
 		return "400 Transfer-Encoding goes neither with Content-Length "
 		    "nor with HTTP/1.0";
-	if (h->chunked && !span_is(f[F_CODING], "chunked"))
+	if (f[F_CODING] != NULL && strcasecmp(f[F_CODING], "chunked") != 0)
 		return "501 the only transfer coding known is chunked";
-	if (f[F_EXPECT].ptr != NULL && h->minor == 1 &&
-	    !span_is(f[F_EXPECT], "100-continue"))
+	if (f[F_EXPECT] != NULL && h->minor == 1 &&
+	    strcasecmp(f[F_EXPECT], "100-continue") != 0)
 		return "417 only 100-continue can be expected";
 	return NULL;
 }
 
 /* Parses a request's head, from its first line to the empty one. Returns the
- * bytes it took, 0 if there must be more, or -1 if it is refused. */
+ * bytes it took, 0 if there must be more, or -1 if it is refused. The strings
+ * of h serve until the next call, which only the loop makes. */
 static int
 http_parse(const char *data, size_t len, struct head *h)
 {
-	const char *p = data, *lf;
-	struct span line = { data, 1 };
+	static char copy[HEAD_MAX];
+	char *line, *lf;
 
+	memcpy(copy, data, len);
 	*h = (struct head){ .method = M_COUNT, .length = -1, .minor = 1,
-	    .host = { "", 0 } };
+	    .host = "" };
 	if (len > 0 && *data == 0x16)
 		h->why = "400 this is TLS, and the port speaks plain HTTP";
-	for (; h->why == NULL && line.len > 0; p = lf + 1) {
-		lf = memchr(p, '\n', (size_t)(data + len - p));
+	for (line = copy; h->why == NULL; line = lf + 1) {
+		lf = memchr(line, '\n', (size_t)(copy + len - line));
 		if (lf == NULL) {
-			h->why = p > data ? "431 the head is too large" :
+			h->why = line > copy ? "431 the head is too large" :
 			    "414 the request line is too long";
 			return len < HEAD_MAX ? 0 : -1;
 		}
-		line = (struct span){ p, (size_t)(lf - p) };
-		if (line.len == 0 || lf[-1] != '\r')
-			h->why = "400 a line does not end in CR LF";
-		else if (--line.len == 0 && p > data)
-			h->why = http_whole(h);
-		else
-			h->why = p == data ? http_request_line(h, line) :
-			    http_field(h, line);
+		if (!http_line(line, lf))
+			h->why = "400 a line does not end in CR LF, or has a "
+			    "NUL in it";
+		else if (line == copy)
+			h->why = http_request_line(h, line);
+		else if (*line != '\0')
+			h->why = http_field(h, line);
+		else if ((h->why = http_whole(h)) == NULL)
+			return (int)(lf + 1 - copy);
 	}
-	return h->why == NULL ? (int)(p - data) : -1;
+	return -1;
 }
 
-/* The first line of a chunk, without its CRLF (RFC 9112, 7.1): sets size; too
- * large a number is the largest. False if it is malformed. Extensions mean
- * nothing here, but each has a name after its ";", and a quoted value ends;
- * quoted pairs, which nobody sends, are not read. */
+/* The first line of a chunk (RFC 9112, 7.1): sets size; too large a number is
+ * the largest. False if it is malformed. Extensions mean nothing here, but each
+ * has a name after its ";", and a quoted value ends; quoted pairs, which nobody
+ * sends, are not read. */
 static bool
-chunk_size(struct span line, int64_t *size)
+chunk_size(const char *line, int64_t *size)
 {
-	bool quoted = false, named = true, begun = false;
-	struct span rest = line;
-	int v;
+	const char *p = line + strspn(line, "0123456789abcdefABCDEF");
+	bool quoted = false, named = true;
 
-	*size = 0;
-	for (; rest.len > 0 && (v = hex_value((unsigned char)*rest.ptr)) != -1;
-	    rest.ptr++, rest.len--)
-		*size = *size > INT64_MAX >> 4 ? INT64_MAX : *size << 4 | v;
-	if (rest.len == line.len || !http_value_ok(line))
+	*size = strtoll(line, NULL, 16);
+	if (p == line || !http_value_ok(p) ||
+	    (*p != '\0' && p[strspn(p, " \t")] != ';'))
 		return false;
-	if (rest.len == 0)
-		return true;
-	for (; rest.len > 0; rest.ptr++, rest.len--) {
-		if (!quoted && (*rest.ptr == ' ' || *rest.ptr == '\t'))
+	for (; *p != '\0'; p++) {
+		if (!quoted && (*p == ' ' || *p == '\t'))
 			continue;
-		if (*rest.ptr == '\\' || (!begun && *rest.ptr != ';') ||
-		    (!named && http_token(&(struct span){ rest.ptr, 1 }).len ==
-		    0))
+		if (*p == '\\' || (!named && http_token(p) == 0))
 			return false;
-		begun = true;
-		if (*rest.ptr == '"')
+		if (*p == '"')
 			quoted = !quoted;
 		else if (!quoted)
-			named = *rest.ptr != ';';
+			named = *p != ';';
 	}
-	return begun && named && !quoted;
+	return named && !quoted;
 }
 
 /* ==== names ==============================================================
@@ -1684,37 +1639,16 @@ chunk_size(struct span line, int64_t *size)
  * From a URL to what it names: decoded once, then read. All rules about
  * names are in name_wrong, and nothing reaches the disk that did not pass it.
  */
-static bool
-ends_in(const char *s, size_t len, const char *end)
-{
-	size_t n = strlen(end);
-
-	return len >= n && memcmp(s + len - n, end, n) == 0;
-}
-
-static bool
-cut_suffix(char *s, const char *suffix)
-{
-	bool found = ends_in(s, strlen(s), suffix);
-
-	if (found)
-		s[strlen(s) - strlen(suffix)] = '\0';
-	return found;
-}
 
 /* YYYYMMDDTHHMMSS.mmmZ-SERIAL, the ID of an earlier version, then end. */
 static bool
 is_version(const char *s, const char *end)
 {
-	const char *form = "ddddddddTdddddd.dddZ-";
-	size_t digits;
+	int n = 0;			/* its length; SERIAL_MAX is 20 */
 
-	for (; *form != '\0'; form++, s++)
-		if (*form == 'd' ? !isdigit((unsigned char)*s) : *s != *form)
-			return false;
-	digits = strspn(s, "0123456789");
-	return digits >= 1 && digits <= SERIAL_MAX &&
-	    strcmp(s + digits, end) == 0;
+	(void)sscanf(s, "%*8[0-9]T%*6[0-9].%*3[0-9]Z-%*20[0-9]%n", &n);
+	return n > 0 && s[8] == 'T' && s[15] == '.' && s[19] == 'Z' &&
+	    strcmp(s + n, end) == 0;
 }
 
 /* On a file system that ignores the case of letters Demo and demo would be
@@ -1734,14 +1668,11 @@ static bool names_fold;
 static const char *
 name_wrong(const char *name)
 {
-	static const char size[] = "a state name has 1 to 32 segments of 1 to "
-	    "200 bytes, and 1000 bytes in all";
+	char part[SEGMENT_MAX + 1];
 	unsigned segments = 0;
 	const char *p = name;
 	size_t n;
 
-	if (strlen(name) > NAME_LEN_MAX)
-		return size;
 	for (; *p != '\0'; p += n) {
 		n = shown_next(p);
 		if (n == 0 || *p == '\\')
@@ -1753,14 +1684,17 @@ name_wrong(const char *name)
 	}
 	for (p = name; segments == 0 || p[-1] != '\0'; p += n + 1) {
 		n = strcspn(p, "/");
-		if (n == 0 || n > SEGMENT_MAX || ++segments > SEGMENTS_MAX)
-			return size;
-		if (*p == '.' || *p == '-' || ends_in(p, n, ".lock") ||
-		    ends_in(p, n, ".log") || ends_in(p, n, ".tfstate"))
+		if (n == 0 || n > SEGMENT_MAX || ++segments > SEGMENTS_MAX ||
+		    strlen(name) > NAME_LEN_MAX)
+			return "a state name has 1 to 32 segments of 1 to 200 "
+			    "bytes, and 1000 bytes in all";
+		(void)snprintf(part, sizeof(part), "%.*s", (int)n, p);
+		if (*p == '.' || *p == '-' || cut_suffix(part, ".lock") ||
+		    cut_suffix(part, ".log") || cut_suffix(part, ".tfstate"))
 			return "no segment of a state name begins with . or -, "
 			    "or ends in .lock, .log or .tfstate";
 	}
-	return strcmp(p - n - 1, "lock") == 0 ||
+	return strcmp(part, "lock") == 0 ||
 	    strncmp(name, "terraform_state/", 16) == 0 ||
 	    strncmp(name, "terraform_lock/", 15) == 0 ? "no state is called "
 	    "lock, terraform_state/... or terraform_lock/...: such URLs mean "
@@ -1770,78 +1704,72 @@ name_wrong(const char *name)
 /* Undoes percent-encoding once. False for a bad escape, a NUL, or what does
  * not fit. */
 static bool
-url_decode(struct span s, char *out, size_t size, bool query)
+url_decode(const char *s, char *out, size_t size, bool query)
 {
 	int high, low;
-	size_t i, n;
 
-	for (i = n = 0; i < s.len && n + 1 < size; i++, n++) {
-		out[n] = query && s.ptr[i] == '+' ? ' ' : s.ptr[i];
-		if (s.ptr[i] != '%')
+	for (; *s != '\0' && size > 1; s++, out++, size--) {
+		*out = query && *s == '+' ? ' ' : *s;
+		if (*s != '%')
 			continue;
-		if (s.len - i < 3)
-			return false;
-		high = hex_value((unsigned char)s.ptr[++i]);
-		low = hex_value((unsigned char)s.ptr[++i]);
+		high = hex_value((unsigned char)s[1]);
+		low = high == -1 ? -1 : hex_value((unsigned char)s[2]);
 		if ((high | low) <= 0)		/* no digit, or a NUL */
 			return false;
-		out[n] = (char)(high << 4 | low);
+		*out = (char)(high << 4 | low);
+		s += 2;
 	}
-	out[n] = '\0';
-	return i == s.len;
+	*out = '\0';
+	return *s == '\0';
 }
 
-/* Which path means what; the first that fits counts. Kinds below K_STATE have
- * no name: the path is the whole; others, and K_STAR, are a beginning. The last
- * two: the path of http://host is empty, and OPTIONS may ask for "*". */
+/* Which path means what; the first pattern that fits counts, and a name begins
+ * at its '*'. The path of http://host is empty, and OPTIONS may ask for "*". */
 static const struct route {
 	const char *path;
 	enum kind kind;
 } routes[] = {
 	{ "/-/healthy", K_HEALTHY }, { "/-/ready", K_READY },
-	{ "/-/metrics", K_METRICS }, { "/-/versions/", K_VERSIONS },
-	{ "/-/log/", K_LOG }, { "/-/", K_STAR }, { "/", K_ROOT },
-	{ "/terraform_state/", K_STATE }, { "/terraform_lock/", K_LOCK },
-	{ "/", K_STATE }, { "", K_ROOT }, { "", K_STAR }
+	{ "/-/metrics", K_METRICS }, { "/-/versions/*", K_VERSIONS },
+	{ "/-/log/*", K_LOG }, { "/-/*", K_STAR }, { "/", K_ROOT },
+	{ "/terraform_state/*", K_STATE }, { "/terraform_lock/*", K_LOCK },
+	{ "/*", K_STATE }, { "", K_ROOT }, { "*", K_STAR }
 };
 
 /* Fills kind, name and version from a target's path; K_STAR: there is no such
  * page. NULL, or what is wrong with a name. */
 static const char *
-name_route(struct span target, struct request *r)
+name_route(const char *target, struct request *r)
 {
 	const struct route *route = routes;
-	char path[NAME_LEN_MAX + 64], *name, *last;
-	const char *wrong;
-	size_t i, ups = 0;
+	char *name, *last;
+	const char *wrong, *slash = target;
+	size_t ups = 0;
 
 	(void)snprintf(r->root, sizeof(r->root), "./");
-	for (i = 1; i < target.len && ups < 40; i++)
-		if (target.ptr[i] == '/')
-			memcpy(r->root + 3 * ups++, "../", 4);
-	if (!url_decode(target, path, sizeof(path), false))
+	while (ups < 40 && *slash != '\0' &&
+	    (slash = strchr(slash + 1, '/')) != NULL)
+		memcpy(r->root + 3 * ups++, "../", 4);
+	if (!url_decode(target, r->name, sizeof(r->name), false))
 		return "the URL has a bad escape or a NUL, or its state name "
 		    "more than 1000 bytes";
-	while ((route->kind == K_STAR || route->kind >= K_STATE ?
-	    strncmp(path, route->path, strlen(route->path)) :
-	    strcmp(path, route->path)) != 0)
+	while (!glob(route->path, r->name))
 		route++;
-	span_copy(r->name, sizeof(r->name), span(path));
 	r->kind = route->kind;
 	if (r->kind < K_STATE)
 		return NULL;
-	name = path + strlen(route->path);
+	name = r->name + strcspn(route->path, "*");
 	(void)cut_suffix(name, ".tfstate");
 	last = strrchr(name, '/');
 	if (last != NULL && (r->kind == K_STATE ? strcmp(last, "/lock") == 0 :
 	    r->kind == K_VERSIONS && is_version(last + 1, ""))) {
 		r->kind = r->kind == K_STATE ? K_LOCK : K_VERSION;
-		span_copy(r->version, sizeof(r->version), span(last + 1));
+		(void)snprintf(r->version, sizeof(r->version), "%s", last + 1);
 		*last = '\0';
 		(void)cut_suffix(name, ".tfstate");
 	}
 	if ((wrong = name_wrong(name)) == NULL)
-		span_copy(r->name, sizeof(r->name), span(name));
+		memmove(r->name, name, strlen(name) + 1);
 	return wrong;
 }
 
@@ -1850,29 +1778,31 @@ name_route(struct span target, struct request *r)
  * key, for ?env=prod and ?env=dev would be one state. An unlock may have any,
  * so that a run that has begun can end. */
 static const char *
-name_query(struct span query, struct request *r, bool unlock)
+name_query(char *query, struct request *r, bool unlock)
 {
 	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock, id;
-	struct span part, key;
+	char *value, *key;
 
-	while (span_next(&query, '&', &part)) {
-		if (!span_next(&part, '=', &key))
+	while ((value = strsep(&query, "&")) != NULL) {
+		if (*value == '\0')
 			continue;
-		id = key.len == 2 && memcmp(key.ptr, "ID", 2) == 0;
+		key = strsep(&value, "=");
+		value = value != NULL ? value : key + strlen(key);
+		id = strcmp(key, "ID") == 0;
 		if (strict && !id)
 			return "a state's URL takes no query but ?ID=: put "
 			    "what makes two states different into the path, "
 			    "as in /NAME/dev";
 		/* Two IDs, or one cut short, could open what is locked. */
 		if (id && (r->has_id ||
-		    !url_decode(part, r->id, sizeof(r->id), true)))
+		    !url_decode(value, r->id, sizeof(r->id), true)))
 			return "?ID= is given twice, badly escaped, or longer "
 			    "than 256 bytes";
-		if (r->kind == K_ROOT && span_is(key, "q") &&
-		    !url_decode(part, r->query, sizeof(r->query), true))
+		if (r->kind == K_ROOT && strcasecmp(key, "q") == 0 &&
+		    !url_decode(value, r->query, sizeof(r->query), true))
 			return "?q= is badly escaped or longer than 255 bytes";
 		r->has_id |= id;
-		r->locked |= span_is(key, "locked");
+		r->locked |= strcasecmp(key, "locked") == 0;
 	}
 	return NULL;
 }
@@ -1992,8 +1922,8 @@ dir_open(const char *path, enum enter how)
 	while (dir != -1 && (how != D_SYNC || dir_sync(dir) == 0)) {
 		if ((slash = strchr(path, '/')) == NULL)
 			return dir;
-		span_copy(part, sizeof(part), (struct span){ path,
-		    (size_t)(slash - path) });
+		(void)snprintf(part, sizeof(part), "%.*s",
+		    (int)(slash - path), path);
 		path = slash + 1;
 		next = file_open(dir, part, O_DIRECTORY, NULL);
 		if (next == -1 && errno == ENOENT && how == D_MAKE &&
@@ -2010,7 +1940,7 @@ dir_open(const char *path, enum enter how)
 static int
 history_open(const char *name, enum enter how)
 {
-	char path[NAME_LEN_MAX + 16];
+	char path[NAME_LEN_MAX + 80];
 
 	(void)snprintf(path, sizeof(path), ".history/%s/", name);
 	return dir_open(path, how);
@@ -2066,15 +1996,14 @@ same_bytes(int a, int b)
 static bool
 meta_read(struct json *j, struct meta *m)
 {
-	char skip[2];
 	struct member k[] = {
 		{ "serial", m->serial, sizeof(m->serial), 0, 0, 0 },
 		{ "lineage", m->lineage, sizeof(m->lineage), 0, 0, 0 },
-		{ "version", skip, sizeof(skip), 0, 0, 0 },
+		{ "version", NULL, 0, 0, 0, 0 },
 		{ "terraform_version", m->version, sizeof(m->version),
 		    0, 0, 0 },
-		{ "encrypted_data", skip, sizeof(skip), 0, 0, 0 },
-		{ "id", skip, sizeof(skip), 0, 0, 0 },
+		{ "encrypted_data", NULL, 0, 0, 0, 0 },
+		{ "id", NULL, 0, 0, 0, 0 },
 	};
 	size_t i;
 	bool ok;
@@ -2306,11 +2235,11 @@ lock_info(struct json *j, struct lock *l)
 	};
 
 	return json_object(j, k, 5) && k[0].n == 1 && k[0].type == 's' &&
-	    k[0].len > 0 && k[0].len <= ID_MAX;
+	    k[0].len > 0 && k[0].len <= ID_MAX && strchr(l->id, 0xff) == NULL;
 }
 
 /* Reads who holds the lock, from a file that was just opened, and closes it; -1
- * if that cannot be read. The caller frees l->raw. */
+ * if that cannot be read. Frees what l->raw was; the caller frees the new. */
 static int
 lock_read(int fd, struct lock *l)
 {
@@ -2320,6 +2249,7 @@ lock_read(int fd, struct lock *l)
 	size_t len;
 	char *end;
 
+	free(l->raw);
 	*l = (struct lock){ 0 };
 	if (fd == -1)
 		return errno == ENOENT ? 0 : -1;
@@ -2340,10 +2270,10 @@ lock_read(int fd, struct lock *l)
 	 * that Terraform up to 1.14 shows of a holder, and its Info. */
 	l->foreign = true;
 	*l->operation = *l->who = *l->created = '\0';
-	while ((len = shown_next(end)) > 0)
+	(void)snprintf(l->info, sizeof(l->info), "%s", l->raw);
+	for (end = l->info; (len = shown_next(end)) > 0;)
 		end += len;
-	span_copy(l->info, sizeof(l->info), (struct span){ l->raw,
-	    (size_t)(end - l->raw) });
+	*end = '\0';
 	(void)snprintf(l->id, sizeof(l->id), "%s",
 	    l->info[strspn(l->info, " ")] != '\0' ? l->info : "made-by-hand");
 	return 0;
@@ -2466,7 +2396,6 @@ lock_look(const char *name, struct lock *l)
 	struct guard g;
 
 	if (l->foreign && guard_take(&g, name, 20) == 0) {
-		free(l->raw);
 		status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL),
 		    l);
 		guard_drop(&g);
@@ -2479,8 +2408,7 @@ lock_look(const char *name, struct lock *l)
  * Who may do what. A request shows a name and a secret, or a secret alone;
  * both are compared with every line, all 32 bytes of a digest each time, so
  * that neither the secret nor the existence of a user can be told from the
- * time it takes. Several lines may speak of one user: the highest permission
- * counts.
+ * time it takes.
  */
 struct user {
 	const char *name, *pattern;
@@ -2494,62 +2422,36 @@ struct users {
 	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
 };
 
-/* If there are none, everybody may do everything. Only the loop replaces them:
- * under the mutex, for a listing's thread asks for rights, too. */
-static struct users *users;
+/* If there are none, everybody may do everything. Only the loop replaces them,
+ * by the other of two: under the mutex, for a listing's thread asks, too. */
+static struct users user_lists[2], *users;
 static pthread_mutex_t users_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static const char right_names[][6] = { "none", "read", "plan", "write" };
 
-/* Is the line the request's? A Bearer secret comes without a name. */
-static bool
-user_is(const struct user *u, const struct request *r)
-{
-	unsigned diff = 0;
-	size_t i;
-
-	for (i = 0; i < 32; i++)
-		diff |= u->secret[i] ^ r->secret[i];
-	return diff == 0 && (r->bearer || strcmp(u->name, r->user) == 0);
-}
-
-/* '*' any bytes, slashes too; '?' one byte. No recursion, no surprises.
- * (musl's fnmatch would bring 16 KiB of tables with it.) */
-static bool
-glob(const char *p, const char *s)
-{
-	const char *star = NULL, *from = NULL;
-
-	while (*s != '\0')
-		if (*p == '*') {
-			star = ++p;
-			from = s;
-		} else if (*p == '?' || *p == *s) {
-			p++;
-			s++;
-		} else if (star != NULL) {
-			p = star;
-			s = ++from;
-		} else
-			return false;
-	return p[strspn(p, "*")] == '\0';
-}
-
 /* The highest permission of the lines that are the request's, on a name;
- * name NULL: on any at all. */
+ * name NULL: on any at all. They tell whose a Bearer secret is, which comes
+ * without a user. */
 static enum right
-user_right(const struct request *r, const char *name)
+user_right(struct request *r, const char *name)
 {
 	enum right right = R_NONE;
 	const struct user *u;
+	unsigned diff, i;
 
 	(void)pthread_mutex_lock(&users_mutex);
 	if (users->n == 0)
 		right = R_WRITE;
-	for (u = users->list; u < users->list + users->n; u++)
-		if (user_is(u, r) && u->right > right &&
-		    (name == NULL || glob(u->pattern, name)))
+	for (u = users->list; u < users->list + users->n; u++) {
+		for (i = diff = 0; i < 32; i++)
+			diff |= u->secret[i] ^ r->secret[i];
+		if (diff != 0 || (!r->bearer && strcmp(u->name, r->user) != 0))
+			continue;
+		(void)snprintf(r->user, sizeof(r->user), "%s", u->name);
+		if (u->right > right && (name == NULL ||
+		    glob(u->pattern, name)))
 			right = u->right;
+	}
 	(void)pthread_mutex_unlock(&users_mutex);
 	return right;
 }
@@ -2557,34 +2459,26 @@ user_right(const struct request *r, const char *name)
 /* Takes user and secret from Authorization: Basic or Bearer (RFC 7617,
  * 6750). False if it shows none. */
 static bool
-user_shows(struct request *r, struct span v)
+user_shows(struct request *r, char *v)
 {
-	const struct user *u = users->list;
-	char text[8192];
-	struct span scheme;
+	const char *scheme = strsep(&v, " ");
 	size_t len;
 	ssize_t n;
 
-	(void)span_next(&v, ' ', &scheme);
-	if (!span_next(&v, '\0', &v))	/* takes blanks off */
+	if (v == NULL || *(v = trim(v)) == '\0')
 		return false;
-	if (span_is(scheme, "bearer")) {
-		sha256(v.ptr, v.len, r->secret);
-		r->bearer = true;
-		for (; u < users->list + users->n; u++)
-			if (user_is(u, r))
-				span_copy(r->user, sizeof(r->user),
-				    span(u->name));
-		return true;
+	if (strcasecmp(scheme, "bearer") == 0) {
+		sha256(v, strlen(v), r->secret);
+		return r->bearer = true;
 	}
-	n = base64_decode(v, text, sizeof(text) - 1);
-	text[n == -1 ? 0 : n] = '\0';
-	len = strcspn(text, ":");
-	if (!span_is(scheme, "basic") || text[len] != ':' ||
+	n = base64_decode(v, v, strlen(v));	/* in place */
+	v[n == -1 ? 0 : n] = '\0';
+	len = strcspn(v, ":");
+	if (strcasecmp(scheme, "basic") != 0 || v[len] != ':' ||
 	    len >= sizeof(r->user))
 		return false;
-	memcpy(r->user, text, len);
-	sha256(text + len + 1, (size_t)n - len - 1, r->secret);
+	memcpy(r->user, v, len);
+	sha256(v + len + 1, (size_t)n - len - 1, r->secret);
 	return true;
 }
 
@@ -2596,7 +2490,7 @@ user_wrong(const char *name, const char *secret)
 		return "one of them is empty: set both, or none";
 	if (strlen(name) > 63 || strchr(name, ':') != NULL)
 		return "a user name has 63 bytes at most, and no colon";
-	return http_value_ok(span(name)) && http_value_ok(span(secret)) &&
+	return http_value_ok(name) && http_value_ok(secret) &&
 	    strchr(name, '\t') == NULL && strchr(secret, '\t') == NULL ? NULL :
 	    "a name or a secret has a control character, perhaps a newline at "
 	    "its end";
@@ -2645,9 +2539,9 @@ user_line(struct users *u, char *line, const char **at)
 	else if (strlen(field[1]) != 71 || strspn(field[1] + 7, digits) != 64)
 		return "after sha256: come 64 hexadecimal digits";
 	else
-		for (i = 0; i < 64; i++)
-			new.secret[i / 2] = (unsigned char)(new.secret[i / 2]
-			    << 4 | hex_value((unsigned char)field[1][7 + i]));
+		for (i = 0; i < 32; i++)
+			(void)sscanf(field[1] + 7 + 2 * i, "%2hhx",
+			    &new.secret[i]);
 	while (strcmp(field[2], right_names[new.right]) != 0)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
@@ -2670,43 +2564,43 @@ user_line(struct users *u, char *line, const char **at)
 static bool
 users_read(void)
 {
-	struct users *u = calloc(1, sizeof(*u)), *old = u;
+	struct users *u = &user_lists[users == user_lists];
 	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY |
 	    (users->n > 0 ? O_NONBLOCK : 0));
 	const char *wrong = NULL, *at = NULL;
-	char *text = u != NULL ? u->text : NULL, *line;
+	char *text = u->text, *line;
 	size_t number = 0, len = 0;
 	ssize_t n = 1;
 	struct stat st;
-	bool ok;
 
-	if (fd == -1 || u == NULL || fstat(fd, &st) == -1)
+	if (fd == -1 || fstat(fd, &st) == -1)
 		wrong = strerror(errno);
 	else if (users->n > 0 && !S_ISREG(st.st_mode))
 		wrong = "it is not a file";
 	for (; wrong == NULL && n > 0; len += n > 0 ? (size_t)n : 0)
 		n = read(fd, text + len, USERS_MAX - len);
+	text[len] = '\0';
 	if (wrong == NULL && (n == -1 || len == USERS_MAX ||
 	    strlen(text) != len))
 		wrong = "it cannot be read, is too large, or has a NUL in it";
 	if (wrong == NULL && (st.st_mode & 077) != 0)
 		complain("others can read %s: chmod 600 it", conf.users);
 	close_quietly(fd);
+	u->n = 0;
 	for (; wrong == NULL && (line = strsep(&text, "\n")) != NULL; number++)
 		wrong = user_line(u, line, &at);
-	ok = wrong == NULL && u->n > 0;
-	if (ok) {
+	if (wrong == NULL && u->n > 0) {
 		(void)pthread_mutex_lock(&users_mutex);
-		old = users;
 		users = u;
 		(void)pthread_mutex_unlock(&users_mutex);
-	} else if (wrong != NULL && number > 0)
+		return true;
+	}
+	if (wrong != NULL && number > 0)
 		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
 	else
 		complain("cannot use %s: %s", conf.users, wrong != NULL ?
 		    wrong : "it names no user");
-	free(old);
-	return ok;
+	return false;
 }
 
 /* Takes the users of -u, or the one in the environment. For the wrapper's
@@ -2718,8 +2612,7 @@ users_start(void)
 	unsigned char bytes[16];
 	char text[33];
 
-	if ((users = calloc(1, sizeof(*users))) == NULL)
-		die(1, "out of memory");
+	users = user_lists;
 	if (conf.users != NULL && !users_read())
 		exit(1);
 	if (conf.users != NULL)
@@ -2799,8 +2692,8 @@ list_remove(struct list *l, struct conn *c)
 	l->n--;
 }
 
-/* Makes the answer one plain line, which is also the reason in the logs, and
- * returns the status. ("ok" and "ready" are such lines, too, with 200.) */
+/* Makes the answer one plain line, which is also the reason in the logs, if it
+ * is a refusal, and returns the status. */
 __attribute__((format(printf, 3, 4)))
 static int
 refuse(struct request *r, int status, const char *fmt, ...)
@@ -2852,17 +2745,20 @@ refuse_errno(struct request *r, const char *what)
 static void
 trace(const char *mark, const char *data, size_t len)
 {
-	struct span rest = { data, len }, line, value, name;
+	char *copy = conf.verbose && len > 0 ? strndup(data, len) : NULL;
+	char *rest = copy, *line;
 	bool secret;
 
-	while (conf.verbose && span_next(&rest, '\n', &line)) {
-		value = line;
-		name = http_token(&value);
-		secret = span_is(name, "cookie") || span_is(name,
-		    "authorization") || span_is(name, "proxy-authorization");
+	while (rest != NULL && *rest != '\0') {
+		line = strsep(&rest, "\n");
+		secret = strncasecmp(line, "cookie:", 7) == 0 ||
+		    strncasecmp(line, "authorization:", 14) == 0 ||
+		    strncasecmp(line, "proxy-authorization:", 20) == 0;
 		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)(secret ?
-		    name.len : line.len), line.ptr, secret ? ": ***" : "");
+		    strcspn(line, ":") : strlen(line)), line,
+		    secret ? ": ***" : "");
 	}
+	free(copy);
 }
 
 /* Gives the client so many milliseconds from now for what comes next. */
@@ -2965,22 +2861,20 @@ body_more(struct request *r)
 
 /* Reads a line of a chunked body, of up to max bytes; without its CRLF. */
 static int
-body_line(struct request *r, size_t max, struct span *line)
+body_line(struct request *r, size_t max, char **line)
 {
 	struct conn *c = r->conn;
-	const char *lf;
+	char *lf;
 
 	while ((lf = memchr(c->in + c->at, '\n', c->used - c->at)) == NULL &&
 	    c->used - c->at < max)
 		if (body_more(r) != 0)
 			return r->status;
-	line->ptr = c->in + c->at;
-	line->len = lf == NULL ? 0 : (size_t)(lf - line->ptr);
-	if (line->len == 0 || line->len >= max || lf[-1] != '\r')
+	*line = c->in + c->at;
+	if (lf == NULL || lf >= *line + max || !http_line(*line, lf))
 		return refuse(r, 400, "a line of the chunked body is too long, "
 		    "or does not end in CR LF");
-	c->at += line->len + 1;
-	line->len--;
+	c->at = (size_t)(lf + 1 - c->in);
 	return 0;
 }
 
@@ -2991,7 +2885,7 @@ body_chunk(struct request *r)
 {
 	struct head trailer = { 0 };
 	const char *wrong;
-	struct span line;
+	char *line;
 	int64_t size;
 
 	if (r->in_chunks && body_line(r, 2, &line) != 0)
@@ -3005,7 +2899,7 @@ body_chunk(struct request *r)
 		return refuse(r, r->too_large, "the body is too large");
 	r->room -= size;
 	while (size == 0 && body_line(r, CHUNK_LINE_MAX, &line) == 0 &&
-	    line.len > 0)
+	    *line != '\0')
 		if ((wrong = http_field(&trailer, line)) != NULL)
 			return refuse(r, atoi(wrong), "%s", wrong + 4);
 	if (r->status == 0)
@@ -3013,26 +2907,28 @@ body_chunk(struct request *r)
 	return r->status;
 }
 
-/* Sets the next piece of the body, an empty one at its end. It lies in the
- * connection's buffer until the next call. */
-static int
-body_next(struct request *r, struct span *piece)
+/* Finds the next piece of the body, which lies in the connection's buffer until
+ * the next call. Returns its length; 0 at the end; or -1: see r->status. */
+static ssize_t
+body_next(struct request *r, const char **piece)
 {
 	struct conn *c = r->conn;
+	size_t n;
 
 	if ((r->length < 0 && body_chunk(r) != 0) ||
 	    (r->length > 0 && c->used == c->at && body_more(r) != 0))
-		return r->status;
-	*piece = (struct span){ c->in + c->at, c->used - c->at };
-	if ((uint64_t)r->length < piece->len)
-		piece->len = (size_t)r->length;
-	c->at += piece->len;
-	r->got += (int64_t)piece->len;
-	r->length -= (int64_t)piece->len;
-	if (r->length == 0 && r->in_chunks && piece->len > 0)
+		return -1;
+	*piece = c->in + c->at;
+	n = c->used - c->at;
+	if ((uint64_t)r->length < n)
+		n = (size_t)r->length;
+	c->at += n;
+	r->got += (int64_t)n;
+	r->length -= (int64_t)n;
+	if (r->length == 0 && r->in_chunks && n > 0)
 		r->length = -1;		/* that was one chunk */
-	trace(">", piece->ptr, piece->len);
-	return 0;
+	trace(">", *piece, n);
+	return (ssize_t)n;
 }
 
 /* ==== commits ============================================================
@@ -3055,8 +2951,7 @@ lock_tell(struct request *r, int status)
 {
 	const struct lock *l = &r->change->lock;
 
-	if (status != 200)
-		(void)refuse(r, status, "locked by %s", l->id);
+	(void)refuse(r, status, "locked by %s", l->id);
 	r->text.len = 0;
 	buf_str(&r->text, l->foreign ? "{" : l->raw);
 	if (l->foreign) {
@@ -3065,7 +2960,7 @@ lock_tell(struct request *r, int status)
 		buf_str(&r->text, "}");
 	}
 	r->type = "application/json";
-	return r->status = status;
+	return status;
 }
 
 /* ---- the state's log ---- */
@@ -3133,7 +3028,7 @@ log_event(struct request *r, const char *event)
 		complain("%s: cannot write its log: %s", r->name,
 		    strerror(errno));
 	close_quietly(fd);
-	buf_free(&b);
+	free(b.data);
 }
 
 /* ---- how every change is made ---- */
@@ -3209,7 +3104,6 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
 		    lock_look(r->name, &ch->lock) == 0 && ch->lock.held &&
 		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : r->status;
 	}
-	free(ch->lock.raw);
 	if (lock_read(file_open(ch->dir, leaf_name(r->name, LOCK), O_RDONLY,
 	    NULL), &ch->lock) == -1)
 		(void)refuse_errno(r, "read the lock");
@@ -3277,13 +3171,14 @@ lock_body(struct request *r, bool may_be_empty)
 {
 	struct lock *asked = &r->change->asked;
 	struct hash md5 = md5_start;
-	struct span piece;
+	const char *piece;
 	struct json j;
 	bool empty, ok;
+	ssize_t n;
 
 	(void)buf_room(&r->body, 0);	/* there is some, even if it is empty */
-	while (body_next(r, &piece) == 0 && piece.len > 0)
-		buf_add(&r->body, piece.ptr, piece.len);
+	while ((n = body_next(r, &piece)) > 0)
+		buf_add(&r->body, piece, (size_t)n);
 	if (r->body.failed)
 		return refuse(r, 503, "out of memory");
 	if (r->status != 0)
@@ -3330,8 +3225,7 @@ lock_write(struct request *r, bool own)
 {
 	int dir = r->change->dir, error;
 	const struct lock *l = &r->change->lock;
-	const struct span info = own ? span(l->raw) :
-	    (struct span){ r->body.data, r->body.len };
+	const char *info = own ? l->raw : r->body.data;
 	struct tmp t = { .fd = -1 };
 	bool ok = false;
 
@@ -3340,7 +3234,7 @@ lock_write(struct request *r, bool own)
 	else
 		t.fd = file_open(dir, leaf_name(r->name, LOCK), O_WRONLY |
 		    O_CREAT | O_EXCL, NULL);
-	if (t.fd != -1 && write_all(t.fd, info.ptr, info.len) == 0)
+	if (t.fd != -1 && write_all(t.fd, info, strlen(info)) == 0)
 		ok = (!own || futimens(t.fd, (const struct timespec[]){
 		    l->since, l->since }) == 0) && sync_fd(t.fd) == 0 &&
 		    (!l->held || tmp_rename(&t, dir, r->name, LOCK) == 0);
@@ -3456,17 +3350,18 @@ static int
 state_receive(struct request *r)
 {
 	struct change *ch = r->change;
-	struct span piece = { "", 0 };
+	const char *piece = "";
+	ssize_t n = 0;
 
 	if (tmp_create(&ch->tmp, store.root) == -1)
 		return refuse_errno(r, "create a temporary file");
 	do {				/* is there room for all of it? */
-		if (store_fits(r->length + (int64_t)piece.len) == -1 ||
-		    write_all(ch->tmp.fd, piece.ptr, piece.len) == -1)
+		if (store_fits(r->length + n) == -1 ||
+		    write_all(ch->tmp.fd, piece, (size_t)n) == -1)
 			return refuse_errno(r, "write the state");
-		ch->size += (int64_t)piece.len;
-	} while (body_next(r, &piece) == 0 && piece.len > 0);
-	return r->status != 0 ? r->status : state_check(r);
+		ch->size += n;
+	} while ((n = body_next(r, &piece)) > 0);
+	return n == -1 ? r->status : state_check(r);
 }
 
 /* Under the guard: moves a file into the history, as the newest version. Its ID
@@ -3675,7 +3570,9 @@ cell(struct request *r, const char *key, const char *title, const char *raw,
 		scrub(b->data + from);
 }
 
-static const char page_css[] =
+static const char page_head[] = "<!DOCTYPE html>\n<html lang=en><meta "
+    "charset=utf-8><link rel=icon href=\"data:,\"><meta name=viewport "
+    "content=\"width=device-width,initial-scale=1\"><style>"
     ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;"
     "max-width:72rem;margin:2rem auto;padding:0 1rem;overflow-wrap:anywhere}"
     "table{border-collapse:collapse;width:100%}"
@@ -3689,9 +3586,9 @@ static const char page_css[] =
     "@media(max-width:44rem){th,td:empty{display:none}"
     "td{padding:0;min-width:0}tr{display:flex;flex-wrap:wrap;gap:0 1rem}"
     "td:first-child{flex-basis:100%;font-weight:600;padding-top:.5rem}"
-    "td+td::before{content:attr(data-h) ' ';color:GrayText}}";
+    "td+td::before{content:attr(data-h) ' ';color:GrayText}}"
+    "</style>\n<title>States: ";
 
-/* The page's head. */
 static void
 page_begin(struct request *r)
 {
@@ -3707,12 +3604,9 @@ page_begin(struct request *r)
 	r->type = types[r->form];
 	if (r->form != HTML)
 		return;
-	buf_str(b, "<!DOCTYPE html>\n<html lang=en><meta charset=utf-8>"
-	    "<link rel=icon href=\"data:,\"><meta name=viewport "
-	    "content=\"width=device-width,initial-scale=1\"><title>States: ");
+	buf_str(b, page_head);
 	buf_html(b, r->name);
-	buf_fmt(b, "</title><style>%s</style>\n<h1><a href=\"%s\">States</a>: ",
-	    page_css, r->root);
+	buf_fmt(b, "</title>\n<h1><a href=\"%s\">States</a>: ", r->root);
 	buf_html(b, r->name);
 	buf_str(b, "</h1>\n");
 }
@@ -3789,21 +3683,20 @@ row_lock(struct request *r, const struct row *row)
 	const struct lock *l = &row->lock;
 	struct buf b = { 0 };
 	char what[64], since[32] = "";
-	size_t command;
 	const char *words;
 
 	operation_text(what, l->operation);
-	if (*l->id == '\0') {		/* nobody, or it cannot be read */
-		buf_str(&b, l->info);
-		command = b.len;
-	} else {
+	if (*l->id == '\0')		/* nobody, or it cannot be read */
+		buf_str(&b, r->form == JSON ? "" : l->info);
+	else {
 		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
-		buf_fmt(&b, "%s%s%s since %s%s%s; to release it: ",
-		    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
-		    "locked", *what != '\0' ? ", " : "", what, since,
-		    *l->info != '\0' ? ": " : "", l->info);
-		command = b.len;
-		buf_shell(&b, "terraform force-unlock ", l->id);
+		if (r->form != JSON)
+			buf_fmt(&b, "%s%s%s since %s%s%s; to release it: ",
+			    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
+			    "locked", *what != '\0' ? ", " : "", what, since,
+			    *l->info != '\0' ? ": " : "", l->info);
+		buf_str(&b, "terraform force-unlock ");
+		buf_shell(&b, l->id);
 	}
 	words = b.len > 0 ? b.data : "";
 	if (r->form == JSON && l->held) {
@@ -3814,7 +3707,7 @@ row_lock(struct request *r, const struct row *row)
 		cell(r, "info", "", l->info, NULL);
 		cell(r, "created", "", l->created, NULL);
 		cell(r, "since", "", since, NULL);
-		cell(r, "release", "", words + command, NULL);
+		cell(r, "release", "", words, NULL);
 		buf_str(&r->text, "}");
 	} else if (r->form == JSON || r->kind == K_ROOT)
 		cell(r, "lock", "Lock", words, NULL);
@@ -3825,7 +3718,7 @@ row_lock(struct request *r, const struct row *row)
 		buf_str(&r->text, "\n");
 	}
 	r->text.failed |= b.failed;
-	buf_free(&b);
+	free(b.data);
 }
 
 /* Writes a row of the listing or of a state's page; one without a name: the
@@ -3880,13 +3773,12 @@ row_put(struct request *r, const struct row *row)
 /* ---- a walk over the names ---- */
 
 struct walk {
-	struct request *r;		/* whose names are wanted, or NULL */
+	struct request *r;		/* that lists them, or NULL: a count */
 	bool sweep;			/* remove what dead servers left */
 	bool history, uploads;		/* it is there */
 	int error;			/* why some were not found, or 0 */
 	unsigned files;			/* that are not hidden */
 	unsigned states, locks;
-	struct names names;
 	char name[NAME_LEN_MAX + 300];
 };
 
@@ -3904,8 +3796,8 @@ tmp_sweep(int dir, const char *file)
 	(void)guard_set(F_UNLCK, byte);
 }
 
-/* Adds w->name, if it is a name that the user may see, and the search finds it.
- * A name with a state and a lock is added twice. */
+/* Is w->name a name that the user may see, and the search finds? Then it is
+ * listed: twice, if it has a state and a lock. */
 static bool
 walk_add(struct walk *w)
 {
@@ -3917,7 +3809,8 @@ walk_add(struct walk *w)
 	    (user_right(w->r, w->name) == R_NONE ||
 	    strcasestr(w->name, w->r->query) == NULL)))
 		return false;
-	names_add(&w->names, w->name);
+	if (w->r != NULL)
+		names_add(&w->r->change->ids, w->name);
 	return true;
 }
 
@@ -3969,16 +3862,15 @@ walk_dir(struct walk *w, int parent, const char *entry, size_t len,
 	}
 }
 
-/* Finds all names of states and locks, ".", or those that have a ".history";
- * the list is sorted. -1 with errno if they could not all be found. */
+/* Finds all names of states and locks, ".", or those that have a ".history".
+ * -1 with errno if they could not all be found. */
 static int
 walk_names(struct walk *w, const char *top)
 {
 	w->history = strcmp(top, ".history") == 0;
 	w->uploads = strcmp(top, ".tmp") == 0;
 	walk_dir(w, store.root, top, 0, 0);
-	names_sort(&w->names);
-	errno = w->names.failed ? ENOMEM : !store_there() ? EIDRM : w->error;
+	errno = !store_there() ? EIDRM : w->error;
 	return errno == 0 ? 0 : -1;
 }
 
@@ -3989,6 +3881,7 @@ static int
 page_root(struct request *r)
 {
 	struct walk w = { .r = r };
+	struct names *names = &r->change->ids;	/* freed with that */
 	struct buf *b = &r->text;
 	int round = r->locked ? 0 : 1;
 	struct row row;
@@ -3996,25 +3889,26 @@ page_root(struct request *r)
 
 	if ((walk_names(&w, ".") == -1 || (*r->query != '\0' &&
 	    walk_names(&w, ".history") == -1)) && r->status == 0)
-		(void)refuse_errno(r, "list the states");
-	r->change->ids = w.names;	/* freed with that */
+		return refuse_errno(r, "list the states");
 	if (r->status != 0)
 		return r->status;
+	names_sort(names);
 	page_begin(r);
-	put(r, "", "", "<form><input type=search name=q aria-label=Search "
-	    "placeholder=\"Search, deleted ones too\" value=\"");
+	b->failed |= names->failed;
 	if (r->form == HTML) {
+		buf_str(b, "<form><input type=search name=q aria-label=Search "
+		    "placeholder=\"Search, deleted ones too\" value=\"");
 		buf_html(b, r->query);
 		buf_fmt(b, "\"></form><p>States: %u, <a href=\"?locked\">"
 		    "locked: %u</a>\n", w.states, w.locks);
 	}
 	row_put(r, &(struct row){ .name = "", .id = "" });
 	for (; round < 2; round++)
-		for (i = 0; i < w.names.n && page_wanted(r); i++) {
-			if (i > 0 && strcmp(w.names.list[i - 1],
-			    w.names.list[i]) == 0)
+		for (i = 0; i < names->n && page_wanted(r); i++) {
+			if (i > 0 && strcmp(names->list[i - 1],
+			    names->list[i]) == 0)
 				continue;
-			(void)row_read(&row, w.names.list[i], "");
+			(void)row_read(&row, names->list[i], "");
 			if (!r->locked || row.lock.held == (round == 0))
 				row_put(r, &row);
 		}
@@ -4035,17 +3929,17 @@ row_writer(struct row *row)
 		{ "who", w.who, sizeof(w.who), 0, 0, 0 },
 		{ "operation", w.op, sizeof(w.op), 0, 0, 0 },
 	};
-	char *tail = malloc(TAIL_MAX);
+	char *tail = malloc(TAIL_MAX), *line = tail, *lf;
 	struct stat st;
 	int fd = name_file(row->name, "", LOG, O_RDONLY, &st);
 	ssize_t n = fd == -1 || tail == NULL ? 0 : read_at(fd, tail, TAIL_MAX,
 	    st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0);
-	struct span rest = { tail, n > 0 ? (size_t)n : 0 }, line;
 	struct json j;
 
-	while (span_next(&rest, '\n', &line)) {
+	for (; n > 0 && (lf = memchr(line, '\n', (size_t)(tail + n - line))) !=
+	    NULL; line = lf + 1) {
 		memset(&w, 0, sizeof(w));
-		j = json_text(line.ptr, line.len);
+		j = json_text(line, (size_t)(lf - line));
 		if (json_object(&j, k, 5) && strcmp(w.event, "write") == 0 &&
 		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
 		    strcmp(w.serial, row->meta.serial) == 0) {
@@ -4072,53 +3966,52 @@ page_state(struct request *r)
 	size_t i;
 
 	if (dir == -1 ? errno != ENOENT : history_list(dir, ids) == -1)
-		(void)refuse_errno(r, "read the history");
-	else if (row_read(&row, r->name, "") == -1)
-		(void)refuse_errno(r, "read the state");
-	else if (*row.size == '\0' && !row.lock.held && ids->n == 0)
-		(void)refuse(r, 404, "there is no such state");
-	else {
-		page_begin(r);
-		buf_url(&url, r->name);
-		if (r->form != JSON)
-			row_lock(r, &row);
-		if (r->form == HTML)
-			buf_fmt(b, "<p>Each version is a link to the raw "
-			    "state, with its secrets; see also <a href="
-			    "\"%s-/log/%s\">its log</a>.\n", r->root, url.data);
-		row_put(r, &(struct row){ .name = "", .id = "" });
-		for (i = ids->n; page_wanted(r); i--) {
-			row_writer(&row);
-			if (*row.size != '\0')
-				row_put(r, &row);
-			if (i == 0)
-				break;
-			(void)row_read(&row, r->name, ids->list[i - 1]);
-		}
-		put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n<p>");
-		if (r->form != JSON && ids->n > 0)
-			buf_fmt(b, "To go back to a version, or bring a "
-			    "deleted state back, and then look at terraform "
-			    "plan:\n%scurl -f -o old.tfstate "
-			    "'%s://%s/-/versions/%s/%s'\ncurl -f --data-binary "
-			    "@old.tfstate '%s://%s/%s'\n",
-			    r->form == HTML ? "<pre>" : "", scheme, host,
-			    url.data, ids->list[ids->n - 1], scheme, host,
-			    url.data);
+		return refuse_errno(r, "read the history");
+	if (row_read(&row, r->name, "") == -1)
+		return refuse_errno(r, "read the state");
+	if (*row.size == '\0' && !row.lock.held && ids->n == 0)
+		return refuse(r, 404, "there is no such state");
+	page_begin(r);
+	buf_url(&url, r->name);
+	if (r->form != JSON)
+		row_lock(r, &row);
+	if (r->form == HTML)
+		buf_fmt(b, "<p>Each version is a link to the raw state, with "
+		    "its secrets; see also <a href=\"%s-/log/%s\">its log</a>"
+		    ".\n", r->root, url.data);
+	row_put(r, &(struct row){ .name = "", .id = "" });
+	for (i = ids->n; page_wanted(r); i--) {
+		row_writer(&row);
+		if (*row.size != '\0')
+			row_put(r, &row);
+		if (i == 0)
+			break;
+		(void)row_read(&row, r->name, ids->list[i - 1]);
 	}
-	r->text.failed |= url.failed;
-	buf_free(&url);
+	put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n<p>");
+	if (r->form != JSON && ids->n > 0)
+		buf_fmt(b, "To go back to a version, or bring a deleted state "
+		    "back, and then look at terraform plan:\n%scurl -f -o "
+		    "old.tfstate '%s://%s/-/versions/%s/%s'\ncurl -f "
+		    "--data-binary @old.tfstate '%s://%s/%s'\n",
+		    r->form == HTML ? "<pre>" : "", scheme, host, url.data,
+		    ids->list[ids->n - 1], scheme, host, url.data);
+	b->failed |= url.failed;
+	free(url.data);
 	return r->status;
 }
 
 /* ---- metrics ---- */
 
+/* What a metric is, and its value; -1: several follow, with labels. */
 static void
-metric(struct buf *b, const char *name)
+metric(struct buf *b, const char *name, int64_t n)
 {
 	buf_fmt(b, "# HELP statesrv_%s %s\n# TYPE statesrv_%s %s\n", name, name,
 	    name, strstr(name, "_total") != NULL ? "counter" :
 	    strstr(name, "_seconds") != NULL ? "histogram" : "gauge");
+	if (n >= 0)
+		buf_fmt(b, "statesrv_%s %lld\n", name, (long long)n);
 }
 
 static int
@@ -4128,27 +4021,20 @@ page_metrics(struct request *r)
 	    "0.01", "0.1", "1", "10", "+Inf" };
 	static const char took[] = "http_request_duration_seconds";
 	struct walk w = { 0 };
-	int status = walk_names(&w, ".");
-	const struct { const char *name; unsigned long n; } numbers[] = {
-		{ "http_received_bytes_total", stats.received },
-		{ "http_sent_bytes_total", stats.sent },
-		{ "log_lines_lost_total", stats.unlogged },
-		{ "connections", stats.connections },
-		{ "threads", stats.threads },
-		{ "states", w.states }, { "locks", w.locks },
-	};
 	struct buf *b = &r->text;
 	unsigned long n;
 	size_t i, m;
 
-	names_free(&w.names);
-	if (status == -1)
+	if (walk_names(&w, ".") == -1)
 		return refuse_errno(r, "count the states");
-	for (i = 0; i < sizeof(numbers) / sizeof(*numbers); i++) {
-		metric(b, numbers[i].name);
-		buf_fmt(b, "statesrv_%s %lu\n", numbers[i].name, numbers[i].n);
-	}
-	metric(b, "http_requests_total");
+	metric(b, "http_received_bytes_total", (int64_t)stats.received);
+	metric(b, "http_sent_bytes_total", (int64_t)stats.sent);
+	metric(b, "log_lines_lost_total", stats.unlogged);
+	metric(b, "connections", stats.connections);
+	metric(b, "threads", stats.threads);
+	metric(b, "states", w.states);
+	metric(b, "locks", w.locks);
+	metric(b, "http_requests_total", -1);
 	for (m = 0; m <= M_COUNT; m++)
 		for (i = 0; i < STATUSES; i++)
 			if ((n = stats.requests[m][i]) > 0)
@@ -4156,7 +4042,7 @@ page_metrics(struct request *r)
 				    "{method=\"%s\",status=\"%zu\"} %lu\n",
 				    m < M_COUNT ? method_names[m] : "other", i,
 				    n);
-	metric(b, took);
+	metric(b, took, -1);
 	for (i = 0, n = 0; i <= DURATIONS; i++)
 		buf_fmt(b, "statesrv_%s_bucket{le=\"%s\"} %lu\n", took,
 		    ends[i], n += stats.took[i]);
@@ -4166,7 +4052,7 @@ page_metrics(struct request *r)
 	return r->status = 200;
 }
 
-/* ---- a lock, a file, and is it well? ---- */
+/* ---- a lock, and a file ---- */
 
 static int
 page_lock(struct request *r)
@@ -4180,12 +4066,9 @@ page_lock(struct request *r)
 	return lock_tell(r, 200);
 }
 
-/*
- * Sends a file as it is: a state, a version of one, or a log. Promise 2: it is
- * whatever file the name leads to at this moment; 404 only if there is none,
- * for terraform reads that as "no state yet" and would build everything a
- * second time.
- */
+/* Sends a file as it is: a state, a version of one, or a log. 404 only if there
+ * is none: terraform reads that as "no state yet" and would build everything a
+ * second time. */
 static int
 page_file(struct request *r)
 {
@@ -4205,17 +4088,6 @@ page_file(struct request *r)
 	complain("%s: its file is empty", r->name);
 	return refuse(r, 500, "the state's file is empty; an earlier version "
 	    "may be in the history");
-}
-
-/* 200: we are alive. To OPTIONS 204: its answer is the Allow field. */
-static int
-quick_ok(struct request *r)
-{
-	r->status = 204;
-	if (r->method != M_OPTIONS)
-		(void)refuse(r, 200, "ok");
-	r->why[0] = '\0';		/* it was none */
-	return r->status;
 }
 
 /*
@@ -4238,7 +4110,7 @@ quick_state(struct request *r)
 	/* struct open_how: flags, mode, resolve: NO_SYMLINKS, CACHED. */
 	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
 	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
-	char file[NAME_LEN_MAX + sizeof(STATE)];
+	char file[sizeof(r->name) + sizeof(STATE)];
 	const char *p;
 	uint32_t hash = 0;
 	struct stat st;
@@ -4269,6 +4141,17 @@ quick_state(struct request *r)
 	}
 #endif
 	return r->status;
+}
+
+/* ---- is it well? ---- */
+
+/* We are alive. To OPTIONS the answer is the Allow field. */
+static int
+quick_ok(struct request *r)
+{
+	if (r->method != M_OPTIONS)
+		return refuse(r, 200, "ok");
+	return r->status = 204;
 }
 
 /* What /-/ready last found. */
@@ -4399,25 +4282,24 @@ action_allow(struct buf *b, enum kind kind)
 /* Is a Host localhost, a name below it, or an address? An attacker can let his
  * own name point to 127.0.0.1 (DNS rebinding), but it will be none of these. */
 static bool
-host_is_local(struct span h)
+host_is_local(const char *h)
 {
-	struct span name = http_token(&h), part = name;	/* without the port */
+	size_t n = http_token(h);	/* no port, and no [address] */
 
-	/* A head's line ends after it: so there is an end to the digits. */
-	if (strspn(name.ptr, "0123456789.") >= name.len)
-		return true;		/* of [address] nothing is left */
-	while (span_next(&name, '.', &part))
-		continue;
-	return span_is(part, "localhost");
+	if (strspn(h, "0123456789.") >= n)
+		return true;
+	n -= h[n - 1] == '.';
+	return (n == 9 && strncasecmp(h, "localhost", n) == 0) || (n > 10 &&
+	    strncasecmp(h + n - 10, ".localhost", 10) == 0);
 }
 
 /* Checks the user's permission for the name, and the fields about the body. */
 static int
 admit_action(struct request *r, const struct head *h)
 {
-	const struct span *f = h->field;
+	char *const *f = h->field;
 	enum right wants = action_of(r)->right;
-	bool state = wants == R_WRITE;
+	bool state = wants == R_WRITE, chunked = f[F_CODING] != NULL;
 
 	r->right = user_right(r, r->kind >= K_STATE ? r->name : NULL);
 	if (r->right < wants)
@@ -4426,23 +4308,23 @@ admit_action(struct request *r, const struct head *h)
 		    refuse(r, 403, "%s may not %s %s: the permission is %s",
 		    r->user, method_names[r->method], r->name,
 		    right_names[r->right]);
-	r->expects = f[F_EXPECT].ptr != NULL && h->minor == 1;
+	r->expects = f[F_EXPECT] != NULL && h->minor == 1;
 	/* A state without a length may have a body all the same. */
-	r->length = h->length == -1 && !h->chunked && !state ? 0 : h->length;
+	r->length = h->length == -1 && !chunked && !state ? 0 : h->length;
 	r->room = state ? conf.body_max : LOCK_INFO_MAX;
 	r->too_large = wants == R_PLAN ? 400 : 413;
 	/* RFC 9110, 13.2 and 14.5: what is asked for on a condition may not
 	 * be done as if there were none. */
-	if (wants >= R_PLAN && (f[F_RANGE].ptr != NULL || f[F_MATCH].ptr !=
-	    NULL || f[F_NONE_MATCH].ptr != NULL || f[F_UNMODIFIED].ptr != NULL))
-		return refuse(r, f[F_RANGE].ptr != NULL ? 400 : 412, "no "
+	if (wants >= R_PLAN && (f[F_RANGE] != NULL || f[F_MATCH] != NULL ||
+	    f[F_NONE_MATCH] != NULL || f[F_UNMODIFIED] != NULL))
+		return refuse(r, f[F_RANGE] != NULL ? 400 : 412, "no "
 		    "Content-Range and no If- conditions here: use the lock");
-	if (r->length == -1 && !h->chunked)
+	if (r->length == -1 && !chunked)
 		return refuse(r, 411, "a state needs Content-Length or chunks");
 	if (r->length > r->room)
 		return refuse(r, r->too_large, "the body is larger than %lld "
 		    "bytes", (long long)r->room);
-	r->has_md5 = f[F_MD5].ptr != NULL;
+	r->has_md5 = f[F_MD5] != NULL;
 	if (r->has_md5 && base64_decode(f[F_MD5], r->md5, 16) != 16)
 		return refuse(r, 400, "Content-MD5 is no base64 of 16 bytes");
 	return 0;
@@ -4457,22 +4339,19 @@ admit_action(struct request *r, const struct head *h)
 static int
 admit(struct request *r, const struct head *h)
 {
-	struct span query = h->target, path = { NULL, 0 };
-	const struct span *f = h->field;
-	const char *wrong;
+	char *const *f = h->field, *query = h->target;
+	const char *wrong = name_route(strsep(&query, "?"), r);
 	bool unlock;
 
-	(void)span_next(&query, '?', &path);
-	wrong = name_route(path, r);
 	if (r->conn->from->local && users->n == 0 && !conf.open &&
 	    !host_is_local(h->host))
 		return refuse(r, 403, "the Host %s is not this machine: set "
 		    "users (-u, or TF_HTTP_USERNAME and TF_HTTP_PASSWORD), or "
 		    "-n, which lets any web page read the states", r->host);
-	if (f[F_ORIGIN].ptr != NULL && action_of(r)->right >= R_PLAN)
+	if (f[F_ORIGIN] != NULL && action_of(r)->right >= R_PLAN)
 		return refuse(r, 403, "no web page may change a state");
 	if (users->n > 0 && r->kind != K_HEALTHY && r->kind != K_READY) {
-		if (f[F_AUTHORIZATION].ptr == NULL)
+		if (f[F_AUTHORIZATION] == NULL)
 			return refuse(r, 401, "credentials are needed");
 		if (!user_shows(r, f[F_AUTHORIZATION]) ||
 		    user_right(r, NULL) == R_NONE)
@@ -4483,8 +4362,8 @@ admit(struct request *r, const struct head *h)
 	if (r->kind == K_STAR && r->method != M_OPTIONS)
 		return refuse(r, 404, "there is no such page");
 	unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
-	    (r->kind == K_LOCK || r->go || f[F_MD5].ptr != NULL ||
-	    h->chunked || h->length > 0));
+	    (r->kind == K_LOCK || r->go || f[F_MD5] != NULL ||
+	    f[F_CODING] != NULL || h->length > 0));
 	if ((wrong = name_query(query, r, unlock)) != NULL)
 		return refuse(r, 400, "%s", wrong);
 	if ((action_of(r)->methods & ON(r->method)) == 0)
@@ -4613,7 +4492,7 @@ log_request(const struct request *r, int64_t us, struct buf *b)
 	buf_num(b, " ms=", us / 1000, 1);
 	buf_num(b, ".", us % 1000, 3);
 	logfmt(b, " id=", r->id);
-	logfmt(b, " why=", r->why);
+	logfmt(b, " why=", r->status == 200 ? "" : r->why);
 	buf_str(b, "\n");
 }
 
@@ -4820,9 +4699,10 @@ reply_send(struct request *r, bool may_wait)
 static struct request *
 request_new(struct conn *c, const struct head *h, int n)
 {
-	struct span agent = h->field[F_AGENT], front = h->field[F_FORWARDED];
+	const char *agent = h->field[F_AGENT], *last = "";
+	char *front = h->field[F_FORWARDED], *item;
 	struct request *r = calloc(1, sizeof(*r));
-	struct span last = { NULL, 0 };
+	unsigned forms;
 
 	if (r == NULL)
 		return NULL;
@@ -4833,7 +4713,8 @@ request_new(struct conn *c, const struct head *h, int n)
 	r->fronted = c->from->path || conf.fronted;
 	memcpy(r->client, c->peer, sizeof(c->peer));
 	/* Until the body is admitted: it is there, and stays unread. */
-	r->length = n < 0 || h->chunked || h->length > 0 ? -1 : 0;
+	r->length = n < 0 || h->field[F_CODING] != NULL || h->length > 0 ?
+	    -1 : 0;
 	if (n < 0) {
 		r->tls = c->used > c->at && c->in[c->at] == 0x16;
 		(void)refuse(r, atoi(h->why), "%s", h->why + 4);
@@ -4843,17 +4724,18 @@ request_new(struct conn *c, const struct head *h, int n)
 	c->at += (size_t)n;
 	c->begun = false;
 	r->got = n;
-	r->keep = h->keep && loop.end == 0;
-	r->form = http_lists(h->field[F_ACCEPT], "text/html") ? HTML :
-	    http_lists(h->field[F_ACCEPT], "application/json") ? JSON : TEXT;
-	r->go = agent.len >= 14 && memcmp(agent.ptr, "Go-http-client", 14) == 0;
-	span_copy(r->host, sizeof(r->host), h->host);
+	r->keep = loop.end == 0 && (h->connection == 2 ||
+	    (h->connection == 0 && h->minor == 1));
+	forms = http_lists(h->field[F_ACCEPT], "text/html", "application/json");
+	r->form = (forms & 1) != 0 ? HTML : forms != 0 ? JSON : TEXT;
+	r->go = agent != NULL && strncmp(agent, "Go-http-client", 14) == 0;
+	(void)snprintf(r->host, sizeof(r->host), "%s", h->host);
 	/* The last address that a front tells counts, if it is one. */
-	while (r->fronted && span_next(&front, ',', &last))
-		continue;
-	if (last.len > 0 &&
-	    strspn(last.ptr, "0123456789abcdefABCDEF.:") >= last.len)
-		span_copy(r->client, sizeof(r->client), last);
+	while (r->fronted && (item = strsep(&front, ",")) != NULL)
+		last = trim(item);
+	if (*last != '\0' &&
+	    last[strspn(last, "0123456789abcdefABCDEF.:")] == '\0')
+		(void)snprintf(r->client, sizeof(r->client), "%s", last);
 	(void)admit(r, h);
 	return r;
 }
@@ -4861,10 +4743,10 @@ request_new(struct conn *c, const struct head *h, int n)
 static void
 request_free(struct request *r)
 {
-	buf_free(&r->out);
-	buf_free(&r->text);
+	free(r->out.data);
+	free(r->text.data);
 	close_quietly(r->file);
-	buf_free(&r->body);
+	free(r->body.data);
 	free(r);
 }
 
@@ -4879,13 +4761,14 @@ thread_serve(struct conn *c)
 	    .kept.fd = -1, .history = -1 };
 	struct request *r = c->r;
 	const struct action *act = action_of(r);
-	struct span piece = { NULL, 1 };
+	const char *piece;
 
 	r->change = &ch;
 	conn_within(c, BODY_MS);
 	/* The body of a GET is read, too, though nobody wants it. */
-	while (r->status == 0 && act->right < R_PLAN && piece.len > 0)
-		(void)body_next(r, &piece);
+	while (r->status == 0 && act->right < R_PLAN &&
+	    body_next(r, &piece) > 0)
+		continue;
 	if (act->page && ++stats.pages > PAGES_MAX && r->status == 0)
 		(void)refuse(r, 503, "too many pages are being made");
 	if (r->status == 0 && (!act->page || page_wanted(r)))
@@ -4903,7 +4786,9 @@ thread_serve(struct conn *c)
 		history_prune(ch.history, &ch.ids, &ch.lock);
 	close_quietly(ch.old);
 	close_quietly(ch.history);
-	names_free(&ch.ids);
+	while (ch.ids.n > 0)
+		free(ch.ids.list[--ch.ids.n]);
+	free(ch.ids.list);
 	free(ch.lock.raw);
 	close_quietly(ch.dir);
 	request_free(r);
@@ -5295,8 +5180,8 @@ address_open(const char *text, bool listens)
 	char host[64];
 	int fd, one = 1;
 
-	span_copy(host, sizeof(host), (struct span){ text,
-	    port != -1 ? (size_t)(colon - text) : 0 });
+	(void)snprintf(host, sizeof(host), "%.*s",
+	    port != -1 ? (int)(colon - text) : 0, text);
 	if (inet_pton(AF_INET6, host, &a.six.sin6_addr) == 1)
 		die(2, "-l %s: write [%s]:%d", text, host, (int)port);
 	if (strncmp(text, "unix:", 5) == 0 && text[5] != '\0' &&
@@ -5487,7 +5372,7 @@ command_start(void)
 	    unsetenv("TF_HTTP_UNLOCK_METHOD") == -1 ||
 	    (loop.child = fork()) == -1)
 		die(1, "cannot fork: %s", strerror(errno));
-	buf_free(&url);
+	free(url.data);
 	/* Both of us do this, for who knows which one runs first. */
 	if (!loop.shares_terminal)
 		(void)setpgid(loop.child, loop.child);
@@ -5505,18 +5390,21 @@ static void
 command_farewell(void)
 {
 	struct buf b = { 0 };
-	struct lock l;
+	struct lock l = { 0 };
 
 	if (lock_look(conf.command_name, &l) == 0 &&
 	    lock_is(&l, stats.locked)) {
-		buf_shell(&b, "", conf.program);
-		buf_shell(&b, " -d ", conf.dir);
-		buf_shell(&b, " ", conf.command_name);
-		buf_shell(&b, " terraform force-unlock -force ", l.id);
+		buf_shell(&b, conf.program);
+		buf_str(&b, " -d ");
+		buf_shell(&b, conf.dir);
+		buf_str(&b, " ");
+		buf_shell(&b, conf.command_name);
+		buf_str(&b, " terraform force-unlock -force ");
+		buf_shell(&b, l.id);
 		complain("%s is still locked by '%s'. If nothing runs any "
 		    "more, release it with", conf.command_name, l.who);
 		(void)fprintf(stderr, "\t%s\n", b.data);
-		buf_free(&b);
+		free(b.data);
 	}
 	free(l.raw);
 }
@@ -5772,7 +5660,7 @@ greet(bool created)
 	unsigned i;
 
 	if (realpath(conf.dir, dir) == NULL)
-		span_copy(dir, sizeof(dir), span(conf.dir));
+		(void)snprintf(dir, sizeof(dir), "%s", conf.dir);
 	scrub(dir);
 	if (conf.command != NULL && (fd = name_file(conf.command_name, "",
 	    STATE, O_RDONLY, NULL)) == -1 && errno == ENOENT)
@@ -5789,7 +5677,6 @@ greet(bool created)
 	if (!created)
 		(void)snprintf(how, sizeof(how), "%u state%s", w.states,
 		    w.states == 1 ? "" : "s");
-	names_free(&w.names);
 	for (i = 1; i < polled.base && conf.command == NULL; i++)
 		(void)printf("statesrv: %s (%s) on %s\n", dir, how,
 		    listeners[i - 1].name);

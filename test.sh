@@ -1299,7 +1299,7 @@ say_json(const char *s, size_t n, char *out)
 	(void)close(file);
 }
 
-/* Each prefix says "more", the whole its length; the spans lie in it. */
+/* Each prefix says "more", the whole its length. */
 static void
 say_head(const char *s, size_t n, char *out)
 {
@@ -1309,9 +1309,8 @@ say_head(const char *s, size_t n, char *out)
 	char *grown;
 
 	assert(whole <= (int)n && (whole >= 0 || atoi(h.why) >= 400));
-	assert(whole <= 0 || h.host.len == 0 || (h.host.ptr >= s &&
-	    h.host.ptr + h.host.len <= s + n));
-	assert(whole <= 0 || (h.length >= -1 && !(h.chunked && h.length != -1) &&
+	assert(whole <= 0 || strlen(h.host) + strlen(h.target) < n);
+	assert(whole <= 0 || (h.length >= -1 && !(h.field[F_CODING] && h.length != -1) &&
 	    memcmp(s + whole - 4, "\r\n\r\n", 4) == 0));
 	for (i = 1; i <= max && part == 0; i++) {
 		grown = exact(s, i);
@@ -1327,7 +1326,7 @@ static void
 say_chunk(const char *s, size_t n, char *out)
 {
 	int64_t size = 0;
-	bool ok = chunk_size((struct span){ s, n }, &size);
+	bool ok = chunk_size(strndupa(s, n), &size);
 
 	assert(!ok || size >= 0);
 	sprintf(out, "%lld", ok ? (long long)size : 400);
@@ -1344,7 +1343,7 @@ say_route(const char *s, size_t n, char *out)
 
 	memset(&r, 0, sizeof(r));
 	strcpy(out, "refused");
-	if (name_route((struct span){ s, n }, &r) != NULL)
+	if (name_route(strndupa(s, n), &r) != NULL)
 		return;
 	sprintf(out, "%c %s", kinds[r.kind], r.name);
 	assert(strchr("slveg", *out) == NULL || (name_wrong(r.name) == NULL &&
@@ -1370,7 +1369,7 @@ say_digests(const char *s, size_t n, char *out)
 static void
 say_base64(const char *s, size_t n, char *out)
 {
-	ssize_t got = base64_decode((struct span){ s, n }, out, 64);
+	ssize_t got = base64_decode(strndupa(s, n), out, 64);
 
 	strcpy(out + (got == -1 ? 0 : got), got == -1 ? "refused" : "");
 }
