@@ -34,8 +34,7 @@
  * first line to the last. So every wait has an end, every piece of work has
  * somebody who wants it, and no mutex is held while a disk is waited for,
  * except for the log's if stdout or stderr is a file. (A name's guard is held,
- * too, but only that name waits for it.) To follow one request, read in this
- * order:
+ * too, but only that name waits for it.) To follow one request, read:
  *
  *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
  *	GET of a small state: quick_state, reply_send
@@ -43,6 +42,7 @@
  *	write_allowed (would it be refused anyway?); state_receive,
  *	state_check; change with change_prepare, guard_take, write_publish;
  *	change_end, reply_send, history_prune
+ *	LOCK: do_lock, lock_body; change with lock_publish, lock_write
  *
  * What it does not do: TLS (put a front before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
@@ -155,11 +155,11 @@
 
 /* ==== limits and config ==================================================
  *
- * Every number of the program; those behind #ifndef can be overridden with
+ * The limits and the times; those behind #ifndef can be overridden with
  * -DNAME=VALUE (the tests do, so that limits are near). And the options, which
  * main fills in and all others only read.
  *
- * What one connection may cost: 250 bytes while it is idle; HEAD_MAX and a
+ * What one connection may cost: 200 bytes while it is idle; HEAD_MAX and a
  * struct request from its head's first byte to its answer; a thread (some 30
  * KiB of its stack are touched) while its request waits for anything, and
  * LOCK_INFO_MAX for a small body; and of the kernel's memory UNSENT_MAX, for an
@@ -275,7 +275,7 @@ static struct config {
 struct buf {				/* bytes that grow; zero is empty */
 	char *data;
 	size_t len, cap;
-	bool failed;			/* memory ran out: contents are cut */
+	bool failed;			/* memory ran out: bytes are missing */
 };
 
 struct names {				/* a list of malloced strings */
@@ -362,10 +362,10 @@ struct lock {
 
 /* What a URL names, as what a page is written, what a user may do there. */
 enum kind {
-	K_STAR, K_ROOT, K_HEALTHY, K_READY, K_METRICS,
+	K_STAR, K_ROOT, K_HEALTHY, K_READY, K_METRICS,	/* K_STAR: no page */
 	K_STATE, K_LOCK, K_VERSIONS, K_VERSION, K_LOG	/* have a name */
 };
-enum form { TEXT, JSON, HTML, SHELL };	/* a page is none of the last */
+enum form { TEXT, JSON, HTML, SHELL };	/* SHELL: only for buf_text */
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
 
 #define VERSION_ID 64			/* bytes: an earlier version's ID */
@@ -400,7 +400,7 @@ struct change {
 	struct meta old_meta;
 	bool equal;			/* the two have the same bytes */
 	int history;			/* the history's directory, or -1 */
-	struct tmp kept;		/* a second name of old, in there */
+	struct tmp kept;		/* old's second name, or copy, there */
 	struct names ids;		/* the versions in it, oldest first */
 	bool writes;			/* changes the state: is prepared for,
 					 * and logged even if it is refused */
@@ -557,8 +557,8 @@ scrub(char *s)
 }
 
 /* Both stdout and stderr may be one pipe, which takes PIPE_BUF bytes when it
- * polls writable: so they are written one at a time. It protects the lines of
- * the log, too, that are not written yet. */
+ * polls writable: so they are written one at a time. The mutex also protects
+ * the lines of the log that are not written yet. */
 static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
 
 /* Protects all lists that threads share: of guards, and of connections. */
@@ -732,7 +732,7 @@ buf_text(struct buf *b, const char *s, enum form form)
 #define buf_shell(b, s) buf_text(b, s, SHELL)
 
 /* Appends a member to a JSON object that is open; bare: its value is JSON
- * already. Nothing, if the value is "". */
+ * already. Nothing, if the value is "", or memory ran out before the "{". */
 static void
 buf_pair(struct buf *b, const char *key, const char *value, bool bare)
 {
@@ -756,7 +756,7 @@ buf_url(struct buf *b, const char *s)
 			buf_fmt(b, "%%%02X", (unsigned char)*s);
 }
 
-/* Adds to a list, which doubles whenever its length is a power of two. */
+/* Adds a copy to a list; it doubles whenever its length is a power of two. */
 static void
 names_add(struct names *v, const char *name)
 {
@@ -1316,7 +1316,7 @@ json_member(struct json *j, unsigned depth)
 	m->len = type == 's' || type == 'n' ? j->len : 0;
 	j->text[m->len < last ? m->len : last] = '\0';
 	(void)snprintf(m->to, m->size, "%s", j->text);
-	return m->n++ > 0 || --j->brief > 0;
+	return m->n++ > 0 || --j->brief > 0;	/* if it was 0: never ends */
 }
 
 /* A value that stands at this depth. Returns what it was: 's' a string, 'n' a
@@ -1434,9 +1434,9 @@ http_host_ok(const char *h)
 	    h[n + 1 + strspn(h + n + 1, "0123456789")] == '\0'));
 }
 
-/* Cuts up a comma-separated list: 1 if the first word is in it, 2 for the other
- * one, or 3. With a quality of 0 it is not wanted (RFC 9110, 12.4.2); other
- * parameters do not count. */
+/* Cuts up a comma-separated list: 1 if the first word is in it, 2 if the other
+ * is, 3 if both are, else 0. A word with a quality of 0 is not wanted, and does
+ * not count (RFC 9110, 12.4.2); other parameters mean nothing. */
 static unsigned
 http_lists(char *list, const char *one, const char *other)
 {
@@ -1574,8 +1574,8 @@ http_whole(struct head *h)
 }
 
 /* Parses a request's head, from its first line to the empty one. Returns the
- * bytes it took, 0 if there must be more, or -1 if it is refused. The strings
- * of h serve until the next call, which only the loop makes. */
+ * bytes it took, 0 if there must be more, or -1 if it is refused: see h->why.
+ * The strings of h serve until the next call, which only the loop makes. */
 static int
 http_parse(const char *data, size_t len, struct head *h)
 {
@@ -1609,8 +1609,8 @@ http_parse(const char *data, size_t len, struct head *h)
 
 /* The first line of a chunk (RFC 9112, 7.1): sets size; too large a number is
  * the largest. False if it is malformed. Extensions mean nothing here, but each
- * has a name after its ";", and a quoted value ends; quoted pairs, which nobody
- * sends, are not read. */
+ * has a name after its ";", and a quoted value ends; a backslash, which nobody
+ * sends, is refused. */
 static bool
 chunk_size(const char *line, int64_t *size)
 {
@@ -1658,7 +1658,7 @@ static bool names_fold;
 /*
  * NULL if name may be a state's, else what is wrong with it:
  * 1. it has 1 to 32 segments of 1 to 200 bytes, and 1,000 bytes in all;
- * 2. it is UTF-8 without control characters, without backslash;
+ * 2. it is UTF-8 without backslash, and without what shown_next refuses;
  * 3. no segment begins with '.' or '-': so there is no "..", nothing hidden,
  * nothing like an option; 4. none ends like our own files, so no state's file
  * is another's lock; 5. its URL means nothing else: /terraform_state/NAME and
@@ -1701,8 +1701,8 @@ name_wrong(const char *name)
 	    "another" : NULL;
 }
 
-/* Undoes percent-encoding once. False for a bad escape, a NUL, or what does
- * not fit. */
+/* Undoes percent-encoding once; in a query '+' is a blank. False for a bad
+ * escape, a NUL, or what does not fit. */
 static bool
 url_decode(const char *s, char *out, size_t size, bool query)
 {
@@ -1744,7 +1744,7 @@ name_route(const char *target, struct request *r)
 	const struct route *route = routes;
 	char *name, *last;
 	const char *wrong, *slash = target;
-	size_t ups = 0;
+	size_t ups = 0;			/* so many ../: 40 fit into root */
 
 	(void)snprintf(r->root, sizeof(r->root), "./");
 	while (ups < 40 && *slash != '\0' &&
@@ -1895,8 +1895,8 @@ file_open(int dir, const char *name, int how, struct stat *st)
 	return -1;
 }
 
-/* Syncs a directory, and asks once more: XFS, after an error of its own, says
- * that all is well, and EIO from then on. */
+/* Syncs a directory, and asks it once more: when XFS has shut itself down, an
+ * fsync may return 0 all the same, but every later call fails with EIO. */
 static int
 dir_sync(int dir)
 {
@@ -1911,7 +1911,7 @@ dir_sync(int dir)
 enum enter { D_OPEN, D_MAKE, D_SYNC };
 
 /* Opens the directory that a path's last segment is in. What is missing is made
- * by D_MAKE; D_SYNC syncs each directory from the root down. */
+ * by D_MAKE; D_SYNC syncs each directory from the root down. -1 with errno. */
 static int
 dir_open(const char *path, enum enter how)
 {
@@ -2035,7 +2035,7 @@ meta_file(int fd, struct meta *m)
 
 /* 0 if the disk has room for n more bytes and for the reserve, so that locks
  * can still be written when states no longer fit; else -1 with errno. n may be
- * -1: the length of a chunked body is not known. */
+ * -1: a chunk's length is not known yet. Complains when the reserve is hit. */
 static int
 store_fits(int64_t n)
 {
@@ -2099,7 +2099,7 @@ tmp_create(struct tmp *t, int dir)
 	return -1;
 }
 
-/* Makes one a copy of a file, synced, with the file's mtime. */
+/* Makes one a copy of a file, synced, with its mtime; returns as tmp_create. */
 static int
 tmp_copy(struct tmp *t, int dir, int fd)
 {
@@ -2141,7 +2141,7 @@ tmp_rename(struct tmp *t, int dir, const char *name, const char *suffix)
 
 /* ---- history ---- */
 
-/* Lists the IDs in a history, oldest first; its directory stays open. */
+/* Lists the IDs in a history, oldest first; the caller frees them. */
 static int
 history_list(int dir, struct names *ids)
 {
@@ -2190,7 +2190,7 @@ static void
 history_prune(int dir, const struct names *ids, const struct lock *lock)
 {
 	size_t n = ids->n, excess = n > conf.keep ? n - conf.keep : 0;
-	size_t run = 0, i;		/* of the run */
+	size_t run = 0, i;		/* versions of the run */
 	int64_t now = time_ms();
 	bool moved = n > 0 && version_ms(ids->list[n - 1]) > now;
 	struct stat st;
@@ -2238,8 +2238,8 @@ lock_info(struct json *j, struct lock *l)
 	    k[0].len > 0 && k[0].len <= ID_MAX && strchr(l->id, 0xff) == NULL;
 }
 
-/* Reads who holds the lock, from a file that was just opened, and closes it; -1
- * if that cannot be read. Frees what l->raw was; the caller frees the new. */
+/* Reads who holds the lock from a file that was just opened (-1: errno is why),
+ * and closes it; -1 with errno. Frees l->raw; the caller frees the new one. */
 static int
 lock_read(int fd, struct lock *l)
 {
@@ -2379,7 +2379,7 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 		(void)wait_until(-1, 0, clock_ms() + step);
 	}
 	(void)guard_queue(g, true);
-	if (error == EAGAIN && ms == GUARD_MS && first)	/* once */
+	if (error == EAGAIN && ms == GUARD_MS && first)	/* one thread */
 		complain("%s: its guard cannot be had: another server on %s, "
 		    "or its disk, hangs", name, conf.dir);
 	errno = error;
@@ -2405,10 +2405,10 @@ lock_look(const char *name, struct lock *l)
 
 /* ==== users ==============================================================
  *
- * Who may do what. A request shows a name and a secret, or a secret alone;
- * both are compared with every line, all 32 bytes of a digest each time, so
- * that neither the secret nor the existence of a user can be told from the
- * time it takes.
+ * Who may do what. A request shows a secret, perhaps with a name. The secret is
+ * compared with every line's, all 32 bytes of a digest, and the name only where
+ * it is the same: so the time that this takes tells neither a secret nor
+ * whether a user exists.
  */
 struct user {
 	const char *name, *pattern;
@@ -2422,16 +2422,16 @@ struct users {
 	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
 };
 
-/* If there are none, everybody may do everything. Only the loop replaces them,
- * by the other of two: under the mutex, for a listing's thread asks, too. */
+/* If there are none, everybody may do everything. Only the loop replaces one
+ * list by the other; under the mutex, because a listing's thread reads it. */
 static struct users user_lists[2], *users;
 static pthread_mutex_t users_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static const char right_names[][6] = { "none", "read", "plan", "write" };
 
-/* The highest permission of the lines that are the request's, on a name;
- * name NULL: on any at all. They tell whose a Bearer secret is, which comes
- * without a user. */
+/* The highest permission, on a name, of the lines with the request's user and
+ * secret; name NULL: on any name. Sets r->user, for a Bearer secret comes
+ * without one. */
 static enum right
 user_right(struct request *r, const char *name)
 {
@@ -2558,9 +2558,9 @@ user_line(struct users *u, char *line, const char **at)
 	return NULL;
 }
 
-/* Takes the users of -u for ours. False, having complained: the file is no
- * good, and ours stay as they were. A pipe is read only at the start: later,
- * nothing may be waited for. */
+/* Reads the users of -u. False, having complained: the file is no good, and
+ * the users stay as they were. A pipe is read only at the start: later, the
+ * loop may not wait for one. */
 static bool
 users_read(void)
 {
@@ -2640,8 +2640,8 @@ users_start(void)
 
 /* ==== wire ===============================================================
  *
- * One connection, as the thread sees that serves its request: what is sent
- * and received waits in wait_until, up to a deadline, and nowhere else.
+ * One connection, as the thread that serves its request sees it: it waits in
+ * wait_until, up to a deadline, and nowhere else.
  * Functions, here and for commits, return the request's status: 0 is none yet,
  * and -1 means that the request was cut.
  */
@@ -2662,7 +2662,7 @@ struct conn {
 	char *in;			/* HEAD_MAX bytes, or NULL */
 	size_t at, used;		/* of in */
 	bool begun;			/* a head: its deadline is set */
-	int64_t since, active, deadline;	/* ms, monotonic */
+	int64_t since, active, deadline;	/* ms: see conn_moved */
 	char peer[56];
 };
 
@@ -2692,8 +2692,8 @@ list_remove(struct list *l, struct conn *c)
 	l->n--;
 }
 
-/* Makes the answer one plain line, which is also the reason in the logs, if it
- * is a refusal, and returns the status. */
+/* Makes the answer one plain line (also 200 "ok"), and returns the status. The
+ * logs show the line as the reason, if the status is not 200. */
 __attribute__((format(printf, 3, 4)))
 static int
 refuse(struct request *r, int status, const char *fmt, ...)
@@ -2888,7 +2888,7 @@ body_chunk(struct request *r)
 	char *line;
 	int64_t size;
 
-	if (r->in_chunks && body_line(r, 2, &line) != 0)
+	if (r->in_chunks && body_line(r, 2, &line) != 0)	/* CR LF */
 		return r->status;
 	r->in_chunks = true;
 	if (body_line(r, CHUNK_LINE_MAX, &line) != 0)
@@ -3079,9 +3079,9 @@ lock_remove(struct request *r)
 	    refuse_errno(r, "remove the lock");
 }
 
-/* Makes a change. If another write comes in between, what was prepared is
- * prepared again under the guard, so that of many who write without a lock
- * nobody starves. */
+/* Makes a change: publish does it, under the guard. If another write came in
+ * between, the change is prepared again there: so of many who write without a
+ * lock nobody starves. */
 static int
 change(struct request *r, enum enter how, int (*publish)(struct request *))
 {
@@ -3117,7 +3117,7 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
 }
 
 /*
- * The end of a change, before its answer. Syncs what was published: its
+ * Ends a change; other requests pass through. Syncs what was published: its
  * directory, or all from the root down to it, if the name had no state before,
  * or the lock was changed, or a sync has ever failed, or the state is the same
  * as before: then an earlier try may have written it, and failed here.
@@ -3213,12 +3213,12 @@ lock_allowed(struct request *r, const struct lock *l)
 
 /*
  * Writes the lock, and syncs it: another host that found it empty would take
- * it for none. What could not be written is removed again. What could not be
- * synced stays: a lock too many is an inconvenience, one too few a disaster.
- * One that is broken is replaced: at no moment is there none. So is the one of
- * the sender, which may not have got to the disk, by its own bytes with its own
- * time: a sync that failed may say 0 the next time. Without room for that, what
- * is there is synced.
+ * it for none. If it could not be written, it is removed again. If it could not
+ * be synced, it stays: a lock too many is an inconvenience, one too few a
+ * disaster. A lock that is broken is replaced: at no moment is there none. own:
+ * so is the sender's, by the same bytes and time; after an fsync that failed,
+ * the next may return 0 for a file that is not on the disk. If there is no room
+ * for a second file, the first is synced.
  */
 static int
 lock_write(struct request *r, bool own)
@@ -3253,8 +3253,8 @@ lock_write(struct request *r, bool own)
 	return ok ? 0 : refuse_errno(r, "write the lock");
 }
 
-/* Under the guard: takes the lock, if it is free. With -b an old one is broken,
- * but never a freeze: somebody made that by hand. */
+/* Under the guard: takes the lock, if it is free. With -b a user who may write
+ * breaks an old one, but never a freeze: somebody made that by hand. */
 static int
 lock_publish(struct request *r)
 {
@@ -3395,7 +3395,7 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 	return 0;
 }
 
-/* -s: refuses what terraform state push does without -force. */
+/* -s: refuses what terraform state push, without -force, refuses. */
 static int
 write_strict(struct request *r)
 {
@@ -3417,8 +3417,8 @@ write_strict(struct request *r)
  * promise is about the new state. On a file system with a journal both reach
  * the disk together; without one, a power cut may lose the earlier version.
  * A complete state whose client is gone may be the only copy: it goes into the
- * history, unless it is the same as the present one, or as the newest version:
- * a client that repeats what it abandons must not push the others out.
+ * history (not with -k 0), unless it is equal to the present one, or to the
+ * newest version: a client that repeats it must not push the others out.
  */
 static int
 write_publish(struct request *r)
@@ -3485,7 +3485,7 @@ do_unlock(struct request *r)
 	    r->method == M_DELETE &&
 	    (wrong || (r->body.len == 0 && !r->has_md5 && !r->go));
 
-	r->change->writes = delete;
+	r->change->writes = delete;	/* one that is wrong is logged, too */
 	if (!wrong && r->right < R_WRITE && (delete || !r->has_id))
 		return refuse(r, 403, "%s may not delete or force-unlock %s",
 		    r->user, r->name);
@@ -3505,12 +3505,12 @@ do_unlock(struct request *r)
 
 /* What the metrics count; and the lines of the log that are not written yet. */
 static struct {
-	_Atomic unsigned long requests[M_COUNT + 1][STATUSES];	/* last: none */
+	_Atomic unsigned long requests[M_COUNT + 1][STATUSES];	/* 0: was cut */
 	_Atomic unsigned long took[DURATIONS + 1], took_us, received, sent;
 	_Atomic unsigned unlogged;
 	_Atomic unsigned connections, threads, pages;	/* there are now */
 	struct buf log;
-	char locked[ID_MAX + 1];	/* by the LOCK that came last */
+	char locked[ID_MAX + 1];	/* the ID of the last LOCK */
 } stats;
 
 /* Is the page still wanted? Not, if its client has closed the connection and
@@ -3538,8 +3538,8 @@ put(struct request *r, const char *text, const char *json, const char *html)
 /*
  * Appends a cell. In JSON: key and raw; null, if raw is "". In text and HTML:
  * shown, or raw if that is NULL; in the heading row, title. The title is padded
- * to the width of its column; a blank at its beginning means a number, without
- * quotes in JSON. A title of "" or " ": the cell is in JSON only.
+ * to the width of its column; a blank at its beginning means a number, or true
+ * or false: no quotes in JSON. A title of "" or " ": the cell is in JSON only.
  */
 static void
 cell(struct request *r, const char *key, const char *title, const char *raw,
@@ -3624,8 +3624,8 @@ struct row {
 	char who[128], operation[64];	/* of the write */
 };
 
-/* Looks at a version, and at the lock of the present one; -1 with errno if the
- * version could not be looked at. */
+/* Looks at a version, and at the lock of the present one (its raw is freed
+ * already); -1 with errno if the version could not be looked at. */
 static int
 row_read(struct row *row, const char *name, const char *id)
 {
@@ -3775,15 +3775,15 @@ row_put(struct request *r, const struct row *row)
 struct walk {
 	struct request *r;		/* that lists them, or NULL: a count */
 	bool sweep;			/* remove what dead servers left */
-	bool history, uploads;		/* it is there */
+	bool history, uploads;		/* it walks .history, .tmp */
 	int error;			/* why some were not found, or 0 */
 	unsigned files;			/* that are not hidden */
 	unsigned states, locks;
 	char name[NAME_LEN_MAX + 300];
 };
 
-/* Removes a temporary file, with its server's token in its name, if that is
- * dead: it does not hold its byte. */
+/* Removes a temporary file, if the server whose token is in its name is dead:
+ * a server holds its own byte of .guard while it lives. */
 static void
 tmp_sweep(int dir, const char *file)
 {
@@ -3862,8 +3862,8 @@ walk_dir(struct walk *w, int parent, const char *entry, size_t len,
 	}
 }
 
-/* Finds all names of states and locks, ".", or those that have a ".history".
- * -1 with errno if they could not all be found. */
+/* Finds the names of states and locks ("."), those with a ".history", or the
+ * uploads in ".tmp". -1 with errno if not all could be found. */
 static int
 walk_names(struct walk *w, const char *top)
 {
@@ -3919,7 +3919,7 @@ page_root(struct request *r)
 /* Finds out who wrote a version, and in which operation: from the last line in
  * the last TAIL_MAX bytes of the log with a write of that serial and size. */
 static void
-row_writer(struct row *row)
+row_find_writer(struct row *row)
 {
 	struct { char event[8], serial[24], size[24], who[128], op[64]; } w;
 	struct member k[] = {
@@ -3981,7 +3981,7 @@ page_state(struct request *r)
 		    ".\n", r->root, url.data);
 	row_put(r, &(struct row){ .name = "", .id = "" });
 	for (i = ids->n; page_wanted(r); i--) {
-		row_writer(&row);
+		row_find_writer(&row);
 		if (*row.size != '\0')
 			row_put(r, &row);
 		if (i == 0)
@@ -4003,7 +4003,7 @@ page_state(struct request *r)
 
 /* ---- metrics ---- */
 
-/* What a metric is, and its value; -1: several follow, with labels. */
+/* Writes a metric's type and its value; -1: several follow, with labels. */
 static void
 metric(struct buf *b, const char *name, int64_t n)
 {
@@ -4219,7 +4219,7 @@ do_ready(struct request *r)
  * What each method on each kind of URL wants: a permission, and a function of
  * the loop or one of a thread. What needs R_WRITE has a state as its body, what
  * needs R_PLAN has lock info, the rest has none. A request is let in only if it
- * is in the table. Allow is made from the table, too.
+ * is in the table. Allow is made from the table, too. All return the status.
  */
 static const struct action {
 	enum kind kind;
@@ -4575,7 +4575,7 @@ static const char status_lines[][36] = {
 	"507 Insufficient Storage"
 };
 
-/* Makes the answer ready to be sent: all of it but what is in a file. */
+/* Makes the answer ready to be sent: all but what is in the cache or a file. */
 static void
 reply_ready(struct request *r)
 {
@@ -4971,8 +4971,8 @@ conn_drive(struct conn *c)
 	}
 }
 
-/* A deadline has passed: a head came too slowly; or it is time to send a 401;
- * or no thread was free, perhaps to send the rest of an answer. */
+/* A deadline has passed: of a head, an idle or an ending connection, a 401 that
+ * is due now; or no thread was free, perhaps for the rest of an answer. */
 static void
 conn_late(struct conn *c)
 {
@@ -5449,7 +5449,7 @@ loop_signal(int sig)
 		(void)close(polled.fd[--polled.base].fd);
 }
 
-/* What signals came, and which connections the threads give back. */
+/* Handles the signals that came, and takes back the threads' connections. */
 static void
 loop_woken(void)
 {
@@ -5648,11 +5648,11 @@ options(int argc, char **argv)
 		die(2, "%s: %s", conf.command_name, wrong);
 }
 
-/* Says on stdout where we listen; but the wrapper's stdout is its command's.
- * Removes temporary files of dead servers. An empty directory gets a
- * .gitignore, so that nobody commits states by accident. */
+/* Looks over the directory: removes temporary files of dead servers; an empty
+ * one gets a .gitignore, so that nobody commits states by accident. Then says
+ * on stdout where we listen; but the wrapper's stdout is its command's. */
 static void
-greet(bool created)
+tidy_and_greet(bool created)
 {
 	struct walk w = { .sweep = true };
 	char dir[PATH_MAX], how[32] = "created";
@@ -5690,7 +5690,7 @@ main(int argc, char **argv)
 	bool created;
 	int fd;
 
-	do				/* or our files would become stdout */
+	do				/* 0 to 2 may be closed: take them */
 		fd = open("/dev/null", O_RDWR);
 	while (fd >= 0 && fd <= STDERR_FILENO);
 	close_quietly(fd);
@@ -5708,7 +5708,7 @@ main(int argc, char **argv)
 	users_start();
 	created = store_open();
 	listeners_open();
-	greet(created);
+	tidy_and_greet(created);
 	if (conf.command != NULL)
 		command_start();
 	if (conf.verbose)
@@ -5716,7 +5716,7 @@ main(int argc, char **argv)
 	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */
 	sandbox();
 	loop.now = clock_ms();
-	/* Threads may still free and prune when the last answer is out. */
+	/* A thread that still frees or prunes is not waited for. */
 	while (loop.end == 0 || (stats.connections > 0 && loop.now < loop.end))
 		loop_turn();
 	(void)log_flush(-1);
