@@ -3120,7 +3120,8 @@ change(struct request *r, enum enter how, int (*publish)(struct request *))
  * Ends a change; other requests pass through. Syncs what was published: its
  * directory, or all from the root down to it, if the name had no state before,
  * or the lock was changed, or a sync has ever failed, or the state is the same
- * as before: then an earlier try may have written it, and failed here.
+ * as before, or gone already: then an earlier try may have done that, and
+ * failed here.
  */
 static void
 change_end(struct request *r)
@@ -3129,7 +3130,8 @@ change_end(struct request *r)
 	int dir = -1;
 	bool deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 
-	if (r->status == 0 && ch->dir != -1 && (deep ?
+	if ((r->status == 0 || (ch->writes && r->status == 404)) &&
+	    ch->dir != -1 && (deep ?
 	    (dir = dir_open(r->name, D_SYNC)) : dir_sync(ch->dir)) == -1)
 		(void)refuse_errno(r, "sync the directory");
 	close_quietly(dir);
@@ -3445,16 +3447,19 @@ write_publish(struct request *r)
 		return r->status;
 	if (delete && ch->old == -1)
 		return refuse(r, 404, "there is no such state");
-	if ((conf.strict && !delete && write_strict(r) != 0) || (kept &&
-	    history_keep(r, &ch->kept, ch->old_meta.serial, delete) != 0))
+	if (conf.strict && !delete && write_strict(r) != 0)
 		return r->status;
-	if ((delete ? unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
-	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == 0) {
-		ch->event = delete ? "delete" : "write";
-		return 0;
+	if (!kept || history_keep(r, &ch->kept, ch->old_meta.serial,
+	    delete) == 0) {
+		if ((delete ? unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
+		    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == 0) {
+			ch->event = delete ? "delete" : "write";
+			return 0;
+		}
+		(void)refuse_errno(r, "change the state");
 	}
-	(void)refuse_errno(r, "change the state");
-	if (kept)
+	/* The version goes again, or each repetition would add one. */
+	if (kept && ch->kept.name[0] == '\0')
 		(void)unlinkat(ch->history,
 		    leaf_name(ch->ids.list[ch->ids.n - 1], STATE), 0);
 	return r->status;

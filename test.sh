@@ -3999,6 +3999,7 @@ test_nothing_is_answered_before_it_is_on_disk() {
 	200||UNLOCK|/s|@mine|guard look unlink drop sync\(.\) 200
 	200||UNLOCK|/s|@mine|guard look drop sync\(.\) 200
 	200||DELETE|/s||(link )?guard look rename .*sync\(history\) .*sync\(.\) 200
+	404||DELETE|/s||guard look drop sync\(.\) refusal
 	200||POST|/a/b|@one|write sync mkdir .*guard look rename drop .*sync\(.\) sync\(a\) 200
 	200||POST|/a/b|@two|write sync .*guard look .*rename drop sync\(a\) 200
 	200||POST|/a/c|@two|write sync .*guard look rename drop sync\(.\) sync\(a\) 200
@@ -4081,16 +4082,16 @@ is_done() {
 	esac
 }
 
-# faults: runs the table on stdin. A line: system calls, @FILE if only those on that file count;
-# their error, or KILL, then the server dies and another starts; which of them in its thread, in
-# strace's words; the deed; the status; the world afterwards: before, after, either, honest: after
-# if the status is 200, else before, or late: after if the status is 200, else either. Then the
-# same request must get 200, with nothing left over.
+# faults: runs the table on stdin. A line: system calls, @FILE: only those on that file; their
+# error, or KILL: another server starts; which of them in its thread, in strace's words; the deed;
+# the status; the world then: before (the history, too), after, either, honest: after if 200, else
+# before, or late: after if 200, else either. Then the same request must get 200, nothing left.
 faults() {
-	local call error when status world what how
+	local call error when status world what how versions
 	while read -r call error when deed status world; do
 		SITE="$call $error $when $deed"
 		deed "$deed"
+		versions=$(ls -R states/.history)
 		what=${call%@*}
 		how=error=$error
 		[ "$error" != KILL ] || how=signal=KILL
@@ -4127,6 +4128,7 @@ judge() {
 	before* | honest*) is "$state0" "$lock0" || blame "$STATUS, but the old is gone" ;;
 	*) is "$state0" "$lock0" || is "$state1" "$lock1" || blame "$STATUS, half done" ;;
 	esac
+	[ "$world" != before ] || [ "$versions" = "$(ls -R states/.history)" ] || blame "a version"
 }
 
 # What the same request must get once the trouble is over. $1: the first time.
@@ -4152,6 +4154,7 @@ test_a_fault_is_told_and_changes_nothing() {
 	faults <<-'END'
 	fsync		EIO	1+	write	5..	before
 	fsync		EDQUOT	1+	large	507	before
+	fsync		EIO	1+	delete	5..	before
 	fsync@states	EIO	1	write	5..	after
 	fsync@states/s.lock	EIO	1	lock	5..	after
 	renameat,renameat2	ENOSPC	1+	write	507	before
@@ -5226,8 +5229,7 @@ check_record() {
 	function ends(a, lock) {
 		return op[a] == "F" || (op[a] == "U" && id[a] == lock)
 	}
-	# gone: when all knew that a write was replaced. till: when the end of
-	# a lock was asked for.
+	# gone: when all knew that a write was replaced. till: the end of a lock
 	function learn(a, b) {
 		if (sent[a] && done[b] && what[a] != what[b] && from[b] > to[a] && to[b] < gone[a])
 			gone[a] = to[b]
