@@ -2120,23 +2120,35 @@ tmp_copy(struct tmp *t, int dir, int fd)
 	return -1;
 }
 
-/* Makes one a name's file, in place of what was there; if that is on another
- * file system or a mount point, a copy of it. */
+/* Moves one to another directory, still hidden: by a copy, if that is another
+ * file system or a mount point. */
+static int
+tmp_move(struct tmp *t, int dir)
+{
+	struct tmp to;
+
+	if (t->dir == dir)
+		return 0;
+	tmp_name(&to, dir);
+	to.fd = t->fd;
+	if (renameat(t->dir, t->name, dir, to.name) == -1) {
+		if (errno != EXDEV || tmp_copy(&to, dir, t->fd) == -1)
+			return -1;
+		tmp_remove(t);
+	}
+	*t = to;
+	return 0;
+}
+
+/* Makes one a name's file, in place of what was there. */
 static int
 tmp_rename(struct tmp *t, int dir, const char *name, const char *suffix)
 {
-	struct tmp copy;
-
-	if (renameat(t->dir, t->name, dir, leaf_name(name, suffix)) == 0) {
-		t->name[0] = '\0';
-		return 0;
-	}
-	if (errno != EXDEV || t->dir == dir ||
-	    tmp_copy(&copy, dir, t->fd) == -1)
+	if (tmp_move(t, dir) == -1 ||
+	    renameat(dir, t->name, dir, leaf_name(name, suffix)) == -1)
 		return -1;
-	tmp_remove(t);
-	*t = copy;
-	return tmp_rename(t, dir, name, suffix);
+	t->name[0] = '\0';
+	return 0;
 }
 
 /* ---- history ---- */
@@ -2182,30 +2194,38 @@ version_ms(const char *id)
  * Removes what is beyond -k, the oldest first; but before the others those
  * that were written under the lock that is held, except the newest of them:
  * terraform writes every 20 seconds of a long run, and these must not push out
- * what was there before it. They are the last in the list, and their mtime is
- * later than the lock's: one file system, one clock. If an ID or an mtime is
- * later than now, clocks have moved: then simply the oldest go.
+ * what was there before it. Their mtime is later than the lock's: one file
+ * system, one clock. If an ID or an mtime is later than now, clocks have
+ * moved: then simply the oldest go. Round 0 looks for the newest, round 1
+ * removes those before it, round 2 the oldest.
  */
 static void
 history_prune(int dir, const struct names *ids, const struct lock *lock)
 {
 	size_t n = ids->n, excess = n > conf.keep ? n - conf.keep : 0;
-	size_t run = 0, i;		/* versions of the run */
+	size_t newest = 0, i;
 	int64_t now = time_ms();
 	bool moved = n > 0 && version_ms(ids->list[n - 1]) > now;
+	int round = lock->held && !moved ? 0 : 2;
+	const char *leaf;
 	struct stat st;
 
-	while (lock->held && conf.keep > 0 && excess > 0 && run < n &&
-	    fstatat(dir, leaf_name(ids->list[n - run - 1], STATE), &st,
-	    AT_SYMLINK_NOFOLLOW) == 0 &&
-	    time_compare(st.st_mtim, lock->since) > 0) {
-		moved |= st.st_mtim.tv_sec > now / 1000;
-		run++;
-	}
-	run = moved || run == 0 ? 0 : run - 1;
-	for (i = 0; i < excess; i++)
-		(void)unlinkat(dir, leaf_name(ids->list[i < run ?
-		    n - 1 - run + i : i - run], STATE), 0);
+	for (; round < 3; round++)
+		for (i = 0; i < n && excess > 0; i++) {
+			leaf = leaf_name(ids->list[i], STATE);
+			if (*ids->list[i] == '\0' || (round < 2 &&
+			    (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ==
+			    -1 || time_compare(st.st_mtim, lock->since) <= 0)))
+				continue;
+			if (round == 0) {
+				moved |= st.st_mtim.tv_sec > now / 1000;
+				newest = moved ? 0 : i;
+			} else if (round == 2 || i < newest) {
+				(void)unlinkat(dir, leaf, 0);
+				*ids->list[i] = '\0';
+				excess--;
+			}
+		}
 }
 
 /* ==== locks and guard ====================================================
@@ -2745,20 +2765,29 @@ refuse_errno(struct request *r, const char *what)
 static void
 trace(const char *mark, const char *data, size_t len)
 {
-	char *copy = conf.verbose && len > 0 ? strndup(data, len) : NULL;
-	char *rest = copy, *line;
-	bool secret;
+	static const char *const secrets[] = { "cookie:", "authorization:",
+	    "proxy-authorization:" };
+	const char *lf, *end, *more;
+	size_t i, n, shown;
 
-	while (rest != NULL && *rest != '\0') {
-		line = strsep(&rest, "\n");
-		secret = strncasecmp(line, "cookie:", 7) == 0 ||
-		    strncasecmp(line, "authorization:", 14) == 0 ||
-		    strncasecmp(line, "proxy-authorization:", 20) == 0;
-		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)(secret ?
-		    strcspn(line, ":") : strlen(line)), line,
-		    secret ? ": ***" : "");
+	if (!conf.verbose || len == 0)
+		return;
+	for (end = data + len; data < end; data = lf + 1) {
+		lf = memchr(data, '\n', (size_t)(end - data));
+		lf = lf != NULL ? lf : end;
+		shown = (size_t)(lf - data);
+		more = "";
+		for (i = 0; i < 3; i++) {
+			n = strlen(secrets[i]);
+			if (shown > n && strncasecmp(data, secrets[i], n) ==
+			    0) {
+				shown = n;
+				more = " ***";
+			}
+		}
+		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)shown, data,
+		    more);
 	}
-	free(copy);
 }
 
 /* Gives the client so many milliseconds from now for what comes next. */
@@ -3068,8 +3097,10 @@ change_prepare(struct request *r)
 		    tmp_copy(&ch->kept, ch->history, fd) == -1)
 			return refuse_errno(r, "keep the earlier version");
 	}
-	return fd == -1 || fstat(fd, &ch->old_st) == 0 ? 0 :
-	    refuse_errno(r, "read the state that is there");
+	if ((fd != -1 && fstat(fd, &ch->old_st) == -1) ||
+	    (ch->tmp.fd != -1 && tmp_move(&ch->tmp, ch->dir) == -1))
+		return refuse_errno(r, "put the state beside its place");
+	return 0;
 }
 
 static int
@@ -3402,8 +3433,10 @@ static int
 write_strict(struct request *r)
 {
 	const struct meta *new = &r->change->meta, *old = &r->change->old_meta;
-	bool lower = strtoull(new->serial, NULL, 10) <
-	    strtoull(old->serial, NULL, 10);
+	size_t n = strlen(new->serial), digits = strlen(old->serial);
+	/* JSON numbers have no zeros in front: the longer one is larger. */
+	bool lower = n < digits || (n == digits && strcmp(new->serial,
+	    old->serial) < 0);
 	bool other = old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
 	    new->lineage_len != old->lineage_len ||
 	    strcmp(new->lineage, old->lineage) != 0);
@@ -4542,6 +4575,7 @@ log_flush(int64_t wait)
 	static int64_t flushed;
 	struct buf *b = &stats.log;
 	size_t at = 0, n, max;
+	int64_t most;
 	ssize_t sent = 1;
 
 	(void)pthread_mutex_lock(&output);
@@ -4562,7 +4596,9 @@ log_flush(int64_t wait)
 		b->failed = false;
 		flushed = loop.now;
 	}
-	wait = b->len > 0 && wait > LOG_MS ? LOG_MS : wait;
+	/* If nobody reads, there is no hurry. */
+	most = flushed == loop.now ? 10 * LOG_MS : LOG_MS;
+	wait = b->len > 0 && wait > most ? most : wait;
 	(void)pthread_mutex_unlock(&output);
 	return wait;
 }

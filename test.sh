@@ -2147,8 +2147,7 @@ test_only_an_absent_file_is_404() {
 	rows <<<'404 - GET /team/odd -'
 }
 
-# Promise 8: every refusal says why, in one line or the holder's JSON, and in
-# the request log. Never a redirect.
+# Promise 8: a refusal says why, in a line or the holder's JSON, and in the log. Never a redirect.
 test_every_refusal_says_why() {
 	local row status method
 	serve
@@ -2225,13 +2224,15 @@ test_a_long_run_leaves_the_versions_from_before_it() {
 	serve -k 4
 	every '200 - POST /demo state:@@' 1 2 3
 	rows <<<'200 - LOCK /demo info:run'
-	every '200 - POST /demo?ID=run state:@@' {4..12}
-	until_true kept demo '1 2 3 11'
+	every '200 - POST /demo?ID=run state:@@' {4..7}
+	touch -d '1 hour ago' states/demo.tfstate # by its time from before the run
+	every '200 - POST /demo?ID=run state:@@' {8..12}
+	until_true kept demo '2 3 7 11'
 	rows <<-'EOF'
 		200 - UNLOCK /demo info:run
 		200 - POST /demo state:13
 	EOF
-	until_true kept demo '2 3 11 12'
+	until_true kept demo '3 7 11 12'
 }
 
 # Promise 6: the same bytes once more are written, and make no version.
@@ -2630,8 +2631,7 @@ test_sighup_reads_the_users_again() {
 	fi
 }
 
-# Without users SIGHUP, a closed terminal, ends the server like SIGTERM;
-# unless it was ignored at start (nohup).
+# Without users SIGHUP, a closed terminal, ends the server; unless ignored at start (nohup).
 test_sighup_without_users_ends_the_server() {
 	through 'exec env --$how-signal=HUP '"'$STATESRV'"
 	export how=default
@@ -2900,8 +2900,7 @@ test_source_a_name_that_matches_no_test_is_an_error() {
 	has out nosuchtest
 }
 
-# /-/healthy: alive; /-/ready: able to write and sync, or the log says why
-# not. -c asks for the binary itself.
+# /-/healthy: alive; /-/ready: able to write and sync, or the log says why not; -c asks for it.
 test_health_can_be_asked() {
 	grumbles
 	serve
@@ -2977,7 +2976,10 @@ test_strict_refuses_what_goes_back() {
 		200 - POST /demo {"version":4,"serial":5,"lineage":"L"}
 		200 - LOCK /demo info:mine
 		409 - POST /demo?ID=mine {"version":4,"serial":4,"lineage":"L"}
-		200 - POST /demo?ID=mine {"version":4,"serial":10,"lineage":"L"}
+		200 - POST /demo?ID=mine {"version":4,"serial":99999999999999999999,"lineage":"L"}
+		409 - POST /demo?ID=mine {"version":4,"serial":18446744073709551616,"lineage":"L"}
+		200 - POST /zero {"version":4,"serial":0}
+		409 - POST /zero {"version":4,"x":1}
 		200 - POST /sealed {"encrypted_data":"QQ==","meta":{}}
 		200 - POST /sealed {"encrypted_data":"Qg==","meta":{}}
 		200|400 - POST /long {"version":4,"serial":1,"lineage":"${long}1"}
@@ -3626,8 +3628,7 @@ test_source_follows_every_recipe_of_the_readme() {
 		sort -u | diff written -
 }
 
-# one_two_three: a state demo that went from one over two to three, by the
-# configuration in this directory.
+# one_two_three: a state demo that went from one over two to three, by this directory's .tf.
 one_two_three() {
 	terraform_here
 	serve
@@ -4060,8 +4061,7 @@ do_deed() {
 		-w '%{http_code}' "$URL$path" 2>curl.err) || STATUS="cut after $STATUS"
 }
 
-# is STATE LOCK: whether these are the files of the deed's name. An empty lock is
-# none: a LOCK that was cut short.
+# is STATE LOCK: are these the files of the deed's name? An empty lock, one cut short, is none.
 is() {
 	if [ "$1" = - ]; then
 		[ ! -e "states/$name.tfstate" ] || return
