@@ -121,17 +121,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#ifdef __linux__
-#include <sys/prctl.h>
-#include <sys/sendfile.h>
-#include <sys/syscall.h>
-#include <sys/vfs.h>
-#include <malloc.h>
-#endif
-#ifdef __APPLE__
-#include <sys/random.h>
-#endif
-
 /*
  * What other systems lack. macOS has no record locks of an open file (nor has
  * OpenBSD), no Landlock, no reads that do not wait, no sendfile of this kind,
@@ -139,18 +128,25 @@
  * is used, behind #ifdef; these have a plain stand-in. (It has no condition
  * that waits by the monotonic clock either: pool_thread does without.)
  */
+#ifdef __linux__
+#include <sys/prctl.h>
+#include <sys/sendfile.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+#include <malloc.h>
+#else					/* a BSD's inherits O_NONBLOCK */
+#define accept4(fd, peer, len, how) accept(fd, peer, len)
+#endif
+#ifdef __APPLE__
+#include <sys/random.h>
+#define st_mtim st_mtimespec
+#define st_ctim st_ctimespec
+#endif
 #ifndef MSG_MORE
 #define MSG_MORE 0			/* only a hint */
 #endif
 #ifndef POLLRDHUP
 #define POLLRDHUP 0			/* a recv tells it as well */
-#endif
-#ifndef __linux__			/* a BSD's inherits O_NONBLOCK */
-#define accept4(fd, peer, len, how) accept(fd, peer, len)
-#endif
-#ifdef __APPLE__
-#define st_mtim st_mtimespec
-#define st_ctim st_ctimespec
 #endif
 
 /* ==== limits and config ==================================================
@@ -174,6 +170,7 @@
 #define SEGMENT_MAX 200		/* bytes; with .tfstate below NAME_MAX */
 #define NAME_LEN_MAX 1000	/* bytes: a name */
 #define ID_MAX 256		/* bytes: a lock's ID */
+#define VERSION_ID 64		/* bytes: an earlier version's ID */
 #define SERIAL_MAX 20		/* digits: a longer serial is not known */
 #define LINEAGE_MAX 255		/* bytes: -s cannot compare a longer one */
 #define USERS_MAX 1048576	/* bytes: the users file */
@@ -367,14 +364,6 @@ enum kind {
 };
 enum form { TEXT, JSON, HTML, SHELL };	/* SHELL: only for buf_text */
 enum right { R_NONE, R_READ, R_PLAN, R_WRITE };
-
-#define VERSION_ID 64			/* bytes: an earlier version's ID */
-
-/* A name's guard, in the list of those that this process has or waits for. */
-struct guard {
-	off_t byte;			/* of .guard */
-	struct guard *next;
-};
 
 /* A temporary file: an upload, a copy, a new lock. */
 struct tmp {
@@ -641,10 +630,9 @@ buf_room(struct buf *b, size_t n)
 	while (cap - b->len <= n && cap < SIZE_MAX / 2)
 		cap *= 2;
 	data = b->failed || cap - b->len <= n ? NULL : realloc(b->data, cap);
-	if (data == NULL) {
-		b->failed = true;
+	b->failed = data == NULL;
+	if (b->failed)
 		return false;
-	}
 	b->data = data;
 	b->cap = cap;
 	return true;
@@ -835,14 +823,13 @@ read_at(int fd, void *data, size_t size, off_t at)
 static int
 write_all(int fd, const void *data, size_t len)
 {
-	const char *p = data;
+	size_t done = 0;
 	ssize_t n;
 
-	for (; len > 0; p += n, len -= (size_t)n) {
-		n = write(fd, p, len);
+	for (; done < len; done += n > 0 ? (size_t)n : 0) {
+		n = write(fd, (const char *)data + done, len - done);
 		if (n == -1 && errno != EINTR)
 			return -1;
-		n = n == -1 ? 0 : n;
 	}
 	return 0;
 }
@@ -1007,14 +994,13 @@ static void
 hash_end(struct hash *h, unsigned char *out)
 {
 	static const unsigned char pad[64] = { 0x80 };
-	unsigned char size[8];
 	uint64_t bits = h->len * 8;
 	unsigned i, turn = h->size == 32 ? 7 : 0;
 
-	for (i = 0; i < 8; i++)
-		size[i ^ turn] = (unsigned char)(bits >> 8 * i);
 	hash_add(h, pad, 1 + (119 - h->len % 64) % 64);
-	hash_add(h, size, 8);
+	for (i = 0; i < 8; i++)
+		h->block[56 + (i ^ turn)] = (unsigned char)(bits >> 8 * i);
+	h->blocks(h->state, h->block, 1);
 	for (i = 0; i < h->size; i++)
 		out[i ^ (turn & 3)] = (unsigned char)(h->state[i / 4] >>
 		    i % 4 * 8);
@@ -1036,24 +1022,21 @@ base64_decode(const char *s, void *out, size_t size)
 {
 	static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	    "abcdefghijklmnopqrstuvwxyz0123456789+/";
+	size_t len = strspn(s, digits), pad = strlen(s + len), i, n = 0;
 	unsigned char *to = out;
-	const char *digit;
 	uint32_t bits = 0;
-	size_t len = strlen(s), i, n = 0, pad = 0;
 
-	while (pad < 2 && pad < len && s[len - 1 - pad] == '=')
-		pad++;
-	for (i = 0; i < len - pad; i++) {
-		digit = strchr(digits, s[i]);
-		if (digit == NULL || (i % 4 != 0 && n == size))
+	if (pad > 2 || strspn(s + len, "=") != pad || (len + pad) % 4 != 0)
+		return -1;
+	for (i = 0; i < len; i++) {
+		if (i % 4 != 0 && n == size)
 			return -1;
-		bits = bits << 6 | (uint32_t)(digit - digits);
+		bits = bits << 6 | (uint32_t)(strchr(digits, s[i]) - digits);
 		if (i % 4 != 0)
 			to[n++] = (unsigned char)(bits >> (6 - 2 * (i % 4)));
 	}
 	/* Bits left over must be zero, or two texts would mean one thing. */
-	return len % 4 != 0 || (bits & ((1u << 2 * pad) - 1)) != 0 ? -1 :
-	    (ssize_t)n;
+	return (bits & ((1u << 2 * pad) - 1)) != 0 ? -1 : (ssize_t)n;
 }
 
 static void
@@ -2309,7 +2292,10 @@ lock_is(const struct lock *l, const char *id)
 
 /* The guards that threads have, or wait for, as they came. The first of those
  * with the same byte has it. */
-static struct guard *guards;
+static struct guard {
+	off_t byte;			/* of .guard */
+	struct guard *next;
+} *guards;
 
 /* Locks or frees one byte of .guard; does not wait. With classic locks any
  * close of .guard would drop them all: it is opened once. */
@@ -2455,13 +2441,12 @@ static const char right_names[][6] = { "none", "read", "plan", "write" };
 static enum right
 user_right(struct request *r, const char *name)
 {
-	enum right right = R_NONE;
 	const struct user *u;
+	enum right right;
 	unsigned diff, i;
 
 	(void)pthread_mutex_lock(&users_mutex);
-	if (users->n == 0)
-		right = R_WRITE;
+	right = users->n == 0 ? R_WRITE : R_NONE;
 	for (u = users->list; u < users->list + users->n; u++) {
 		for (i = diff = 0; i < 32; i++)
 			diff |= u->secret[i] ^ r->secret[i];
@@ -2590,15 +2575,15 @@ users_read(void)
 	const char *wrong = NULL, *at = NULL;
 	char *text = u->text, *line;
 	size_t number = 0, len = 0;
-	ssize_t n = 1;
+	ssize_t n = 0;
 	struct stat st;
 
 	if (fd == -1 || fstat(fd, &st) == -1)
 		wrong = strerror(errno);
 	else if (users->n > 0 && !S_ISREG(st.st_mode))
 		wrong = "it is not a file";
-	for (; wrong == NULL && n > 0; len += n > 0 ? (size_t)n : 0)
-		n = read(fd, text + len, USERS_MAX - len);
+	while (wrong == NULL && (n = read(fd, text + len, USERS_MAX - len)) > 0)
+		len += (size_t)n;
 	text[len] = '\0';
 	if (wrong == NULL && (n == -1 || len == USERS_MAX ||
 	    strlen(text) != len))
@@ -2609,18 +2594,17 @@ users_read(void)
 	u->n = 0;
 	for (; wrong == NULL && (line = strsep(&text, "\n")) != NULL; number++)
 		wrong = user_line(u, line, &at);
-	if (wrong == NULL && u->n > 0) {
+	if (wrong == NULL && u->n == 0)
+		wrong = "it names no user";
+	if (wrong == NULL) {
 		(void)pthread_mutex_lock(&users_mutex);
 		users = u;
 		(void)pthread_mutex_unlock(&users_mutex);
-		return true;
-	}
-	if (wrong != NULL && number > 0)
+	} else if (at != NULL)
 		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
 	else
-		complain("cannot use %s: %s", conf.users, wrong != NULL ?
-		    wrong : "it names no user");
-	return false;
+		complain("cannot use %s: %s", conf.users, wrong);
+	return wrong == NULL;
 }
 
 /* Takes the users of -u, or the one in the environment. For the wrapper's
@@ -3568,9 +3552,8 @@ page_wanted(struct request *r)
 static void
 put(struct request *r, const char *text, const char *json, const char *html)
 {
-	const char *const forms[] = { text, json, html };
-
-	buf_str(&r->text, forms[r->form]);
+	buf_str(&r->text, r->form == TEXT ? text : r->form == JSON ? json :
+	    html);
 }
 
 /*
@@ -3588,24 +3571,22 @@ cell(struct request *r, const char *key, const char *title, const char *raw,
 	bool number = *title == ' ';
 	size_t from = b->len;
 
+	shown = r->heading ? title : shown != NULL ? shown : raw;
 	if (r->form == JSON)
 		buf_pair(b, key, *raw != '\0' ? raw : "null",
 		    number || *raw == '\0');
-	if (r->form == JSON || width < 2)
-		return;
-	shown = r->heading ? title : shown != NULL ? shown : raw;
-	if (r->form == HTML) {
+	else if (width > 1 && r->form == HTML) {
 		buf_fmt(b, "<t%c data-h=\"%s\" title=\"", r->heading ? 'h' :
 		    'd', title);
 		buf_html(b, raw);
 		buf_str(b, "\">");
 		buf_html(b, shown);
-		return;
+	} else if (width > 1) {
+		buf_fmt(b, "%*s  ", number ? width : -width, *shown != '\0' ?
+		    shown : "-");
+		if (!b->failed)
+			scrub(b->data + from);
 	}
-	buf_fmt(b, "%*s  ", number ? width : -width, *shown != '\0' ? shown :
-	    "-");
-	if (!b->failed)
-		scrub(b->data + from);
 }
 
 static const char page_head[] = "<!DOCTYPE html>\n<html lang=en><meta "
@@ -3669,16 +3650,15 @@ row_read(struct row *row, const char *name, const char *id)
 {
 	static const char units[][4] = { "s", "min", "h", "d" };
 	static const int64_t per[] = { 60, 60, 24, INT64_MAX };
-	struct lock *l = &row->lock;
 	struct stat st;
 	int64_t age;
 	int fd, i;
 
 	*row = (struct row){ .name = name, .id = id };
-	if (*id == '\0' && lock_look(name, l) == -1)
-		*l = (struct lock){ .held = true,	/* perhaps */
+	if (*id == '\0' && lock_look(name, &row->lock) == -1)
+		row->lock = (struct lock){ .held = true,	/* perhaps */
 		    .info = "the lock cannot be read" };
-	free(l->raw);
+	free(row->lock.raw);
 	if (*id != '\0')
 		time_text(row->until, version_ms(id), false);
 	fd = name_file(name, id, STATE, O_RDONLY, &st);
@@ -3724,9 +3704,7 @@ row_lock(struct request *r, const struct row *row)
 	const char *words;
 
 	operation_text(what, l->operation);
-	if (*l->id == '\0')		/* nobody, or it cannot be read */
-		buf_str(&b, r->form == JSON ? "" : l->info);
-	else {
+	if (*l->id != '\0') {		/* else nobody, or it cannot be read */
 		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
 		if (r->form != JSON)
 			buf_fmt(&b, "%s%s%s since %s%s%s; to release it: ",
@@ -3736,7 +3714,7 @@ row_lock(struct request *r, const struct row *row)
 		buf_str(&b, "terraform force-unlock ");
 		buf_shell(&b, l->id);
 	}
-	words = b.len > 0 ? b.data : "";
+	words = b.len > 0 ? b.data : r->form == JSON ? "" : l->info;
 	if (r->form == JSON && l->held) {
 		buf_str(&r->text, ",\"lock\":{");
 		cell(r, "id", "", l->id, NULL);
@@ -3778,9 +3756,7 @@ row_put(struct request *r, const struct row *row)
 		buf_fmt(b, "<td><a href=\"%s%s", r->root, list || old ?
 		    "-/versions/" : "");
 		buf_url(b, row->name);
-		if (old)
-			buf_fmt(b, "/%s", row->id);
-		buf_str(b, "\">");
+		buf_fmt(b, "%s%s\">", old ? "/" : "", row->id);
 		buf_html(b, first);
 		buf_str(b, "</a>");
 	} else if (list)
@@ -4095,11 +4071,9 @@ page_metrics(struct request *r)
 static int
 page_lock(struct request *r)
 {
-	struct lock *l = &r->change->lock;	/* freed with that */
-
-	if (lock_look(r->name, l) == -1)
+	if (lock_look(r->name, &r->change->lock) == -1)
 		return refuse_errno(r, "read the lock");
-	if (!l->held)
+	if (!r->change->lock.held)
 		return refuse(r, 404, "%s is not locked", r->name);
 	return lock_tell(r, 200);
 }
@@ -4206,11 +4180,9 @@ ready_look(void *unused)
 {
 	struct tmp t = { .fd = -1 };
 
-	if (!store_there() || !guard_in_place())
-		ready.error = EIDRM;
-	else
-		ready.error = store_fits(0) == 0 && tmp_create(&t,
-		    store.root) == 0 && sync_fd(t.fd) == 0 ? 0 : errno;
+	ready.error = !store_there() || !guard_in_place() ? EIDRM :
+	    store_fits(0) == 0 && tmp_create(&t, store.root) == 0 &&
+	    sync_fd(t.fd) == 0 ? 0 : errno;
 	tmp_remove(&t);
 	ready.at = (unsigned)clock_ms();
 	ready.looking = false;
