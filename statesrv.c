@@ -1863,13 +1863,11 @@ file_open(int dir, const char *name, int how, struct stat *st)
 	int fd = openat(dir, name, how | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY |
 	    O_CLOEXEC, 0600);
 
+	st = st != NULL ? st : &mine;
 	if (fd == -1) {
 		if (errno == ENOENT || dir == -1)
 			errno = store_there() ? ENOENT : EIDRM;
-		return -1;
-	}
-	st = st != NULL ? st : &mine;
-	if (fstat(fd, st) == 0) {
+	} else if (fstat(fd, st) == 0) {
 		if ((how & O_DIRECTORY) != 0 || S_ISREG(st->st_mode))
 			return fd;
 		errno = EISDIR;
@@ -1974,9 +1972,8 @@ same_bytes(int a, int b)
 	return true;
 }
 
-/* Reads what a state says about itself; brief: no further than needed. False
- * if it is no JSON object, which j tells. */
-static bool
+/* Reads what a state says about itself; brief: no further than needed. */
+static void
 meta_read(struct json *j, struct meta *m)
 {
 	struct member k[] = {
@@ -1989,10 +1986,9 @@ meta_read(struct json *j, struct meta *m)
 		{ "id", NULL, 0, 0, 0, 0 },
 	};
 	size_t i;
-	bool ok;
 
 	*m = (struct meta){ 0 };
-	ok = json_object(j, k, j->brief ? 4 : 6);
+	(void)json_object(j, k, j->brief ? 4 : 6);	/* j tells */
 	if (k[0].type != 'n' || k[0].len > SERIAL_MAX ||
 	    strspn(m->serial, "0123456789") != k[0].len)
 		m->serial[0] = '\0';
@@ -2002,7 +1998,6 @@ meta_read(struct json *j, struct meta *m)
 	for (i = 0; i < 5; i++)
 		if (k[i].n > 1 && i != 3)
 			m->doubled = k[i].key;
-	return ok;
 }
 
 /* The same for a file, of which only the beginning is read; with -s, all that
@@ -2013,7 +2008,7 @@ meta_file(int fd, struct meta *m)
 	struct json j = { .brief = 4, .fd = fd,
 	    .max = conf.strict ? conf.body_max : META_MAX };
 
-	(void)meta_read(&j, m);
+	meta_read(&j, m);
 }
 
 /* 0 if the disk has room for n more bytes and for the reserve, so that locks
@@ -2333,12 +2328,7 @@ guard_queue(struct guard *g, bool leave)
 	(void)pthread_mutex_lock(&list_mutex);
 	for (p = &guards; *p != NULL && *p != g; p = &(*p)->next)
 		n += (*p)->byte == g->byte;
-	if (leave)
-		*p = g->next;
-	else if (*p == NULL) {
-		g->next = NULL;
-		*p = g;
-	}
+	*p = leave ? g->next : g;
 	(void)pthread_mutex_unlock(&list_mutex);
 	return n;
 }
@@ -2367,8 +2357,8 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 	int error;
 
 	sha256(name, strlen(name), digest);
-	g->byte = (off_t)(((uint64_t)load32(digest) << 32 |
-	    load32(digest + 4)) & (((uint64_t)1 << 62) - 1));
+	*g = (struct guard){ .byte = (off_t)(((uint64_t)load32(digest) << 32 |
+	    load32(digest + 4)) & (((uint64_t)1 << 62) - 1)) };
 	for (;; step += step < 16 ? step : 0) {
 		before = guard_queue(g, false);
 		first = first && before == 0;
@@ -2751,7 +2741,7 @@ trace(const char *mark, const char *data, size_t len)
 {
 	static const char *const secrets[] = { "cookie:", "authorization:",
 	    "proxy-authorization:" };
-	const char *lf, *end, *more;
+	const char *lf, *end;
 	size_t i, n, shown;
 
 	if (!conf.verbose || len == 0)
@@ -2759,18 +2749,13 @@ trace(const char *mark, const char *data, size_t len)
 	for (end = data + len; data < end; data = lf + 1) {
 		lf = memchr(data, '\n', (size_t)(end - data));
 		lf = lf != NULL ? lf : end;
-		shown = (size_t)(lf - data);
-		more = "";
-		for (i = 0; i < 3; i++) {
-			n = strlen(secrets[i]);
-			if (shown > n && strncasecmp(data, secrets[i], n) ==
-			    0) {
-				shown = n;
-				more = " ***";
-			}
-		}
+		shown = n = (size_t)(lf - data);
+		for (i = 0; i < 3; i++)
+			if (n > strlen(secrets[i]) && strncasecmp(data,
+			    secrets[i], strlen(secrets[i])) == 0)
+				shown = strlen(secrets[i]);
 		(void)fprintf(stderr, "%s %.*s%s\n", mark, (int)shown, data,
-		    more);
+		    shown < n ? " ***" : "");
 	}
 }
 
@@ -2818,11 +2803,10 @@ conn_wait(struct conn *c, short events)
 static bool
 client_there(const struct request *r)
 {
-	int fd = r->conn->fd;
 	char byte;
 
-	return wait_until(fd, POLLRDHUP, 0) == 0 &&
-	    recv(fd, &byte, 1, MSG_PEEK) != 0;
+	return wait_until(r->conn->fd, POLLRDHUP, 0) == 0 &&
+	    recv(r->conn->fd, &byte, 1, MSG_PEEK) != 0;
 }
 
 /* For a client that is gone nothing is changed: the status, else 0. */
@@ -3160,7 +3144,7 @@ change_end(struct request *r)
 }
 
 /* Is the body a JSON object, and is its MD5 the one in Content-MD5, if that was
- * sent? r->md5 is the body's own from now on. */
+ * sent? Then a state's is noted for the log, if j computed it. */
 static int
 body_check(struct request *r, const struct json *j, struct hash *md5)
 {
@@ -3175,7 +3159,8 @@ body_check(struct request *r, const struct json *j, struct hash *md5)
 		    "%llu it %s", (unsigned long long)j->at, j->why);
 	if (r->has_md5 && memcmp(digest, r->md5, 16) != 0)
 		return refuse(r, 400, "the body's MD5 is not its Content-MD5");
-	memcpy(r->md5, digest, 16);
+	if (j->md5 != NULL)
+		hex(digest, 16, r->change->md5);
 	return 0;
 }
 
@@ -3190,8 +3175,8 @@ lock_body(struct request *r, bool may_be_empty)
 	struct hash md5 = md5_start;
 	const char *piece;
 	struct json j;
-	bool empty, ok;
 	ssize_t n;
+	bool ok;
 
 	(void)buf_room(&r->body, 0);	/* there is some, even if it is empty */
 	while ((n = body_next(r, &piece)) > 0)
@@ -3202,9 +3187,8 @@ lock_body(struct request *r, bool may_be_empty)
 		return r->status;
 	hash_add(&md5, r->body.data, r->body.len);
 	j = json_text(r->body.data, r->body.len);
-	empty = may_be_empty && r->body.len == 0;
-	ok = empty || lock_info(&j, asked);
-	if (body_check(r, &j, &md5) != 0 || empty)
+	ok = (may_be_empty && r->body.len == 0) || lock_info(&j, asked);
+	if (body_check(r, &j, &md5) != 0 || r->body.len == 0)
 		return r->status;
 	if (!ok)
 		return refuse(r, 400, "the lock info has no ID, just one, of "
@@ -3340,16 +3324,13 @@ state_check(struct request *r)
 {
 	struct change *ch = r->change;
 	struct meta *m = &ch->meta;
-	bool hash = r->has_md5 || ch->size <= HASH_MAX;
 	struct hash md5 = md5_start;
-	struct json j = { .fd = ch->tmp.fd, .max = ch->size,
-	    .md5 = hash ? &md5 : NULL };
+	struct json j = { .fd = ch->tmp.fd, .max = ch->size, .md5 =
+	    r->has_md5 || ch->size <= HASH_MAX ? &md5 : NULL };
 
-	(void)meta_read(&j, m);
+	meta_read(&j, m);
 	if (body_check(r, &j, &md5) != 0)
 		return r->status;
-	if (hash)
-		hex(r->md5, 16, ch->md5);
 	if (m->doubled != NULL)
 		return refuse(r, 400, "the body is no state: it has two keys "
 		    "\"%s\"", m->doubled);
@@ -3466,17 +3447,16 @@ write_publish(struct request *r)
 		return refuse(r, 404, "there is no such state");
 	if (conf.strict && !delete && write_strict(r) != 0)
 		return r->status;
-	if (!kept || history_keep(r, &ch->kept, ch->old_meta.serial,
-	    delete) == 0) {
-		if ((delete ? unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
-		    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == 0) {
-			ch->event = delete ? "delete" : "write";
-			return 0;
-		}
+	if (kept)
+		(void)history_keep(r, &ch->kept, ch->old_meta.serial, delete);
+	if (r->status == 0 && (delete ?
+	    unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
+	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == -1)
 		(void)refuse_errno(r, "change the state");
-	}
-	/* The version goes again, or each repetition would add one. */
-	if (kept && ch->kept.name[0] == '\0')
+	/* If it failed, the version goes again: a repetition would add one. */
+	if (r->status == 0)
+		ch->event = delete ? "delete" : "write";
+	else if (kept && ch->kept.name[0] == '\0')
 		(void)unlinkat(ch->history,
 		    leaf_name(ch->ids.list[ch->ids.n - 1], STATE), 0);
 	return r->status;

@@ -662,8 +662,7 @@ request() {
 	done
 }
 
-# requests: files in requests/, each ending in a request that closes; prints
-# their names and the statuses of their answers.
+# requests: files in requests/, each with a last request that closes; prints names and statuses.
 requests() {
 	local name status bytes
 	mkdir requests
@@ -1284,7 +1283,8 @@ say_json(const char *s, size_t n, char *out)
 		if (!lock_info(&j, &l))
 			*l.id = '\0';
 		j = start;
-		if (meta_read(&j, &m))
+		meta_read(&j, &m);
+		if (j.why == NULL)
 			sprintf(said, "good %s %s %s %s.", l.id, m.lineage,
 			    *m.serial != '\0' ? m.serial : "-",
 			    m.doubled != NULL ? m.doubled : m.type == 's' ?
