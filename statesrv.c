@@ -4240,33 +4240,30 @@ static const struct action {
 	/* OPTIONS goes with every URL; the last row also means "not found" */
 	{ K_STAR, ON(M_OPTIONS), R_NONE, false, quick_ok, quick_ok },
 };
-#define ACTIONS (sizeof(actions) / sizeof(*actions) - 1)
 
 /* What a request asks for, or the last one of the table. */
 static const struct action *
 action_of(const struct request *r)
 {
-	size_t i = 0;
+	const struct action *a = actions;
 
-	while (i < ACTIONS && (actions[i].kind != r->kind ||
-	    (actions[i].methods & ON(r->method)) == 0))
-		i++;
-	return &actions[i];
+	while (a->kind != K_STAR && (a->kind != r->kind ||
+	    (a->methods & ON(r->method)) == 0))
+		a++;
+	return a;
 }
 
 static void
 action_allow(struct buf *b, enum kind kind)
 {
-	unsigned m, methods = 0;
-	size_t i;
+	const struct action *a;
+	unsigned m;
 
-	for (i = 0; i < ACTIONS; i++)
-		if (actions[i].kind == kind)
-			methods |= actions[i].methods;
 	buf_str(b, "\r\nAllow: OPTIONS");
 	for (m = 0; m < M_OPTIONS; m++)
-		if ((methods & ON(m)) != 0)
-			buf_fmt(b, ", %s", method_names[m]);
+		for (a = actions; a->kind != K_STAR; a++)
+			if (a->kind == kind && (a->methods & ON(m)) != 0)
+				buf_fmt(b, ", %s", method_names[m]);
 }
 
 /* Is a Host localhost, a name below it, or an address? An attacker can let his
@@ -4985,14 +4982,14 @@ conn_late(struct conn *c)
 
 /* ---- accepting ---- */
 
+/* Writes an address and its port; nothing, if it is a unix socket's. */
 static void
 address_text(const union address *a, char *out, size_t size)
 {
 	bool six = a->any.sa_family == AF_INET6;
 	char text[INET6_ADDRSTRLEN];
 
-	*out = '\0';
-	if (a->any.sa_family != AF_UNIX && inet_ntop(a->any.sa_family, six ?
+	if (inet_ntop(a->any.sa_family, six ?
 	    (const void *)&a->six.sin6_addr : (const void *)&a->four.sin_addr,
 	    text, sizeof(text)) != NULL)
 		(void)snprintf(out, size, six ? "[%s]:%u" : "%s:%u", text,
@@ -5011,14 +5008,12 @@ conn_accept(unsigned slot)
 {
 	bool full = stats.connections >= polled.max;
 	union address peer = { .any = { 0 } };
-	socklen_t len;
 	struct conn *c;
 	int fd, n;
 
 	for (n = 0; n < 64 && stats.connections < polled.max; n++) {
-		len = sizeof(peer);
-		fd = accept4(polled.fd[slot].fd, &peer.any, &len,
-		    SOCK_NONBLOCK);
+		fd = accept4(polled.fd[slot].fd, &peer.any,
+		    &(socklen_t){ sizeof(peer) }, SOCK_NONBLOCK);
 		full = fd == -1 && (errno == EMFILE || errno == ENFILE ||
 		    errno == ENOBUFS || errno == ENOMEM);
 		if (fd == -1 || (c = calloc(1, sizeof(*c))) == NULL) {
@@ -5211,12 +5206,10 @@ static void
 listener_add(int fd, const char *text)
 {
 	struct listener *l = &listeners[polled.base - 1];
-	socklen_t len = sizeof(union address);
-	int one = 1, unsent = UNSENT_MAX;
 	union address a = { .any = { 0 } };
 
 	if (fd == -1 || listen(fd, SOMAXCONN) == -1 ||
-	    getsockname(fd, &a.any, &len) == -1 ||
+	    getsockname(fd, &a.any, &(socklen_t){ sizeof(a) }) == -1 ||
 	    fcntl(fd, F_SETFL, O_NONBLOCK) == -1 ||
 	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
 		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
@@ -5227,21 +5220,20 @@ listener_add(int fd, const char *text)
 	    !l->path && IN6_IS_ADDR_LOOPBACK(&a.six.sin6_addr);
 	(void)snprintf(l->name, sizeof(l->name), l->path ? "unix:%.107s" :
 	    "http://", a.path.sun_path);
-	if (!l->path)
-		address_text(&a, l->name + 7, sizeof(l->name) - 7);
+	address_text(&a, l->name + 7, sizeof(l->name) - 7);
 	/* What it accepts inherits these (Linux). The second one keeps slow
 	 * readers from filling the kernel's memory, which all share. */
-	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 },
+	    sizeof(int));
 #ifdef TCP_NOTSENT_LOWAT
-	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent,
-	    sizeof(unsent));
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT,
+	    &(int){ UNSENT_MAX }, sizeof(int));
 #endif
 	if (!l->path && !l->local && users->n == 0 && !conf.open)
 		die(2, "%s is open to other machines. Set TF_HTTP_USERNAME and "
 		    "TF_HTTP_PASSWORD, or name users with -u FILE, or let "
 		    "everybody read and write with -n", l->name);
-	polled.fd[polled.base++] = (struct pollfd){ .fd = fd,
-	    .events = POLLIN };
+	polled.fd[polled.base++].fd = fd;	/* loop_turn sets events */
 }
 
 /* Sockets that systemd holds for us, sd_listen_fds(3), or those of -l. */
@@ -5474,17 +5466,16 @@ loop_turn(void)
 {
 	static struct conn *at[1 + LISTENERS_MAX + SLOTS_MAX];
 	static int64_t next_all;
-	int64_t busy = loop.now - 4 * HOT_MS, wait = HOT_MS;
+	int64_t busy = loop.now - 4 * HOT_MS;
 	bool waiting = pool_relieve(), idle = polled.list.n <= FLAT ||
 	    polled.list.last->active < busy;
 	bool all = idle || loop.now >= next_all;
+	int64_t wait = idle ? INT_MAX : all ? 0 : HOT_MS;
 	unsigned n = polled.base, i;
 	struct conn *c, *prev;
 
-	if (all) {
+	if (all)
 		next_all = loop.now + HOT_MS + polled.list.n / 250;
-		wait = idle ? INT_MAX : 0;
-	}
 	if (wait > 50 && (waiting || loop.end != 0 || loop.now < loop.pause))
 		wait = 50;
 	for (c = polled.list.last; c != NULL && (all || c->active >= busy);
@@ -5524,12 +5515,11 @@ loop_turn(void)
 static int
 check(const char *text)
 {
-	static const char ask[] = "GET /-/ready HTTP/1.0\r\n\r\n";
 	int fd = address_open(text, false);
 	char answer[13] = "";
 
 	(void)signal(SIGPIPE, SIG_IGN);
-	if (fd == -1 || write_all(fd, ask, sizeof(ask) - 1) == -1)
+	if (fd == -1 || dprintf(fd, "GET /-/ready HTTP/1.0\r\n\r\n") < 0)
 		die(1, "%s does not answer: %s", text, strerror(errno));
 	if (wait_until(fd, POLLIN, clock_ms() + 5000) != 0)
 		(void)recv(fd, answer, 12, 0);
@@ -5648,7 +5638,7 @@ static void
 tidy_and_greet(bool created)
 {
 	struct walk w = { .sweep = true };
-	char dir[PATH_MAX], how[32] = "created";
+	char dir[PATH_MAX], how[32];
 	int fd = -1;
 	unsigned i;
 
@@ -5667,9 +5657,8 @@ tidy_and_greet(bool created)
 		(void)write_all(fd, "*\n", 2);
 		close_quietly(fd);
 	}
-	if (!created)
-		(void)snprintf(how, sizeof(how), "%u state%s", w.states,
-		    w.states == 1 ? "" : "s");
+	(void)snprintf(how, sizeof(how), created ? "created" : "%u state%s",
+	    w.states, w.states == 1 ? "" : "s");
 	for (i = 1; i < polled.base && conf.command == NULL; i++)
 		(void)printf("statesrv: %s (%s) on %s\n", dir, how,
 		    listeners[i - 1].name);
