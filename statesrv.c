@@ -218,8 +218,8 @@
 #define HEAD_MS 20000		/* for the head, from its first byte on */
 #endif
 #ifndef BODY_MS
-#define BODY_MS 60000		/* of silence in a body or an answer; and on */
-#endif				/* average, at least a byte a millisecond */
+#define BODY_MS 60000		/* of silence; on average 1,000 bytes/s */
+#endif
 #ifndef DRAIN_MS
 #define DRAIN_MS 10000		/* for a client to read the last answer */
 #endif
