@@ -141,6 +141,7 @@
 #include <sys/random.h>
 #define st_mtim st_mtimespec
 #define st_ctim st_ctimespec
+#define fsync(fd) (fcntl(fd, F_FULLFSYNC) != -1 ? 0 : fsync(fd))
 #endif
 #ifndef MSG_MORE
 #define MSG_MORE 0			/* only a hint */
@@ -319,7 +320,7 @@ struct head {
 };
 
 struct hash {				/* MD5 or SHA-256 */
-	void (*blocks)(uint32_t *, const unsigned char *, size_t);
+	void (*mix)(uint32_t *, const unsigned char *);
 	size_t size;			/* of the digest */
 	uint64_t len;			/* of what was added */
 	uint32_t state[8];
@@ -452,13 +453,15 @@ struct request {
  * Clocks and a request's only wait; complain and die in the err(3) manner;
  * bytes that grow; text for people.
  */
+#define time_us(t) ((int64_t)(t).tv_sec * 1000000 + (t).tv_nsec / 1000)
+
 static int64_t
 clock_us(clockid_t id)
 {
 	struct timespec t;
 
 	(void)clock_gettime(id, &t);	/* cannot fail for these clocks */
-	return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+	return time_us(t);
 }
 
 /* Milliseconds: monotonic, for deadlines, and of the day, which may jump. */
@@ -624,12 +627,10 @@ glob(const char *p, const char *s)
 static bool
 buf_room(struct buf *b, size_t n)
 {
-	size_t cap = b->cap > 0 ? b->cap : 256;
-	char *data;
+	size_t cap = 2 * (b->len + n) + 256;
+	char *data = b->failed || cap < b->len + n ? NULL :	/* too large */
+	    realloc(b->data, cap);
 
-	while (cap - b->len <= n && cap < SIZE_MAX / 2)
-		cap *= 2;
-	data = b->failed || cap - b->len <= n ? NULL : realloc(b->data, cap);
 	b->failed = data == NULL;
 	if (b->failed)
 		return false;
@@ -715,10 +716,6 @@ buf_text(struct buf *b, const char *s, enum form form)
 	buf_str(b, quote);
 }
 
-#define buf_json(b, s) buf_text(b, s, JSON)
-#define buf_html(b, s) buf_text(b, s, HTML)
-#define buf_shell(b, s) buf_text(b, s, SHELL)
-
 /* Appends a member to a JSON object that is open; bare: its value is JSON
  * already. Nothing, if the value is "", or memory ran out before the "{". */
 static void
@@ -730,7 +727,7 @@ buf_pair(struct buf *b, const char *key, const char *value, bool bare)
 	if (bare)
 		buf_str(b, value);
 	else
-		buf_json(b, value);
+		buf_text(b, value, JSON);
 }
 
 /* Appends a name as part of a URL. */
@@ -788,13 +785,13 @@ time_text(char out[32], int64_t ms, bool basic)
 	    (int)(ms % 1000));
 }
 
-/* 1 if a is later than b, -1 if it is earlier, else 0. */
-static int
-time_compare(struct timespec a, struct timespec b)
+/* A text of digits as a number; the largest there is, if it is larger; -1 if it
+ * is none. */
+static int64_t
+whole_number(const char *s)
 {
-	if (a.tv_sec != b.tv_sec)
-		return a.tv_sec > b.tv_sec ? 1 : -1;
-	return (a.tv_nsec > b.tv_nsec) - (a.tv_nsec < b.tv_nsec);
+	return *s != '\0' && s[strspn(s, "0123456789")] == '\0' ?
+	    strtoll(s, NULL, 10) : -1;
 }
 
 static int
@@ -832,17 +829,6 @@ write_all(int fd, const void *data, size_t len)
 			return -1;
 	}
 	return 0;
-}
-
-/* Waits until it is on the disk, not in the disk's cache. */
-static int
-sync_fd(int fd)
-{
-#ifdef __APPLE__
-	if (fcntl(fd, F_FULLFSYNC) != -1)
-		return 0;
-#endif
-	return fsync(fd);
 }
 
 /* ==== digests ============================================================
@@ -911,59 +897,55 @@ load32(const unsigned char *p)
 	FOUR(f, (i) + 8, __VA_ARGS__); FOUR(f, (i) + 12, __VA_ARGS__)
 
 static void
-md5_blocks(uint32_t state[4], const unsigned char *p, size_t blocks)
+md5_mix(uint32_t state[4], const unsigned char *p)
 {
 	uint32_t a = state[0], b = state[1], c = state[2], d = state[3];
 
-	for (; blocks > 0; blocks--, p += 64) {
-		ROUND(F1, 0, 1, 0, 7, 12, 17, 22);
-		ROUND(F2, 16, 5, 1, 5, 9, 14, 20);
-		ROUND(F3, 32, 3, 5, 4, 11, 16, 23);
-		ROUND(F4, 48, 7, 0, 6, 10, 15, 21);
-		a = state[0] += a;
-		b = state[1] += b;
-		c = state[2] += c;
-		d = state[3] += d;
-	}
+	ROUND(F1, 0, 1, 0, 7, 12, 17, 22);
+	ROUND(F2, 16, 5, 1, 5, 9, 14, 20);
+	ROUND(F3, 32, 3, 5, 4, 11, 16, 23);
+	ROUND(F4, 48, 7, 0, 6, 10, 15, 21);
+	state[0] += a;
+	state[1] += b;
+	state[2] += c;
+	state[3] += d;
 }
 
 static void
-sha256_blocks(uint32_t state[8], const unsigned char *p, size_t blocks)
+sha256_mix(uint32_t state[8], const unsigned char *p)
 {
 	uint32_t w[64], s[8], x, y;
 	int i;
 
-	for (; blocks > 0; blocks--, p += 64) {
-		memcpy(w, p, 64);
-		for (i = 0; i < 16; i++)
-			w[i] = ntohl(w[i]);
-		for (; i < 64; i++) {
-			x = w[i - 15];
-			y = w[i - 2];
-			w[i] = (rotl(x, 25) ^ rotl(x, 14) ^ x >> 3) +
-			    (rotl(y, 15) ^ rotl(y, 13) ^ y >> 10) +
-			    w[i - 16] + w[i - 7];
-		}
-		memcpy(s, state, sizeof(s));
-		for (i = 0; i < 64; i++) {
-			x = rotl(s[4], 26) ^ rotl(s[4], 21) ^ rotl(s[4], 7);
-			x += ((s[4] & s[5]) ^ (~s[4] & s[6])) + s[7] +
-			    sha256_table[i] + w[i];
-			y = rotl(s[0], 30) ^ rotl(s[0], 19) ^ rotl(s[0], 10);
-			y += (s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]);
-			memmove(s + 1, s, 7 * sizeof(*s));
-			s[4] += x;
-			s[0] = x + y;
-		}
-		for (i = 0; i < 8; i++)
-			state[i] += s[i];
+	memcpy(w, p, 64);
+	for (i = 0; i < 16; i++)
+		w[i] = ntohl(w[i]);
+	for (; i < 64; i++) {
+		x = w[i - 15];
+		y = w[i - 2];
+		w[i] = (rotl(x, 25) ^ rotl(x, 14) ^ x >> 3) +
+		    (rotl(y, 15) ^ rotl(y, 13) ^ y >> 10) +
+		    w[i - 16] + w[i - 7];
 	}
+	memcpy(s, state, sizeof(s));
+	for (i = 0; i < 64; i++) {
+		x = rotl(s[4], 26) ^ rotl(s[4], 21) ^ rotl(s[4], 7);
+		x += ((s[4] & s[5]) ^ (~s[4] & s[6])) + s[7] +
+		    sha256_table[i] + w[i];
+		y = rotl(s[0], 30) ^ rotl(s[0], 19) ^ rotl(s[0], 10);
+		y += (s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]);
+		memmove(s + 1, s, 7 * sizeof(*s));
+		s[4] += x;
+		s[0] = x + y;
+	}
+	for (i = 0; i < 8; i++)
+		state[i] += s[i];
 }
 
-static const struct hash md5_start = { md5_blocks, 16, 0,
+static const struct hash md5_start = { md5_mix, 16, 0,
     { 0x67452301, 0xefcdab89, 0x98badcfe, 0x10325476 }, { 0 } };
 
-static const struct hash sha256_start = { sha256_blocks, 32, 0,
+static const struct hash sha256_start = { sha256_mix, 32, 0,
     { 0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a, 0x510e527f, 0x9b05688c,
     0x1f83d9ab, 0x5be0cd19 }, { 0 } };
 
@@ -971,21 +953,15 @@ static void
 hash_add(struct hash *h, const void *data, size_t n)
 {
 	const unsigned char *p = data;
-	size_t have = (size_t)(h->len % 64), take;
+	size_t have, take;
 
-	h->len += n;
-	if (have > 0) {
+	for (; n > 0; n -= take, p += take, h->len += take) {
+		have = (size_t)(h->len % 64);
 		take = n < 64 - have ? n : 64 - have;
 		memcpy(h->block + have, p, take);
-		if (have + take < 64)
-			return;
-		h->blocks(h->state, h->block, 1);
-		p += take;
-		n -= take;
+		if (have + take == 64)
+			h->mix(h->state, h->block);
 	}
-	h->blocks(h->state, p, n / 64);
-	if (n % 64 > 0)
-		memcpy(h->block, p + n / 64 * 64, n % 64);
 }
 
 /* The digest, of 16 bytes or 32. Where MD5 puts the low byte of a number
@@ -1000,7 +976,7 @@ hash_end(struct hash *h, unsigned char *out)
 	hash_add(h, pad, 1 + (119 - h->len % 64) % 64);
 	for (i = 0; i < 8; i++)
 		h->block[56 + (i ^ turn)] = (unsigned char)(bits >> 8 * i);
-	h->blocks(h->state, h->block, 1);
+	h->mix(h->state, h->block);
 	for (i = 0; i < h->size; i++)
 		out[i ^ (turn & 3)] = (unsigned char)(h->state[i / 4] >>
 		    i % 4 * 8);
@@ -1026,11 +1002,10 @@ base64_decode(const char *s, void *out, size_t size)
 	unsigned char *to = out;
 	uint32_t bits = 0;
 
-	if (pad > 2 || strspn(s + len, "=") != pad || (len + pad) % 4 != 0)
+	if (pad > 2 || strspn(s + len, "=") != pad || (len + pad) % 4 != 0 ||
+	    len * 3 / 4 > size)
 		return -1;
 	for (i = 0; i < len; i++) {
-		if (i % 4 != 0 && n == size)
-			return -1;
 		bits = bits << 6 | (uint32_t)(strchr(digits, s[i]) - digits);
 		if (i % 4 != 0)
 			to[n++] = (unsigned char)(bits >> (6 - 2 * (i % 4)));
@@ -1358,17 +1333,6 @@ json_text(const void *data, size_t len)
 	return (struct json){ .p = p, .end = p + len, .pos = (off_t)len };
 }
 
-/* A text as a whole number up to max; -1 if it is none. */
-static int64_t
-whole_number(const char *text, unsigned max)
-{
-	char *end;
-	unsigned long long n = strtoull(text, &end, 10);
-
-	return *text >= '0' && *text <= '9' && *end == '\0' && n <= max ?
-	    (int64_t)n : -1;
-}
-
 /* ==== HTTP parser ========================================================
  *
  * Bytes in, strings out; no I/O, no allocation. RFC 9112 as a server, read
@@ -1537,14 +1501,8 @@ http_whole(struct head *h)
 		return "400 Host is missing or malformed";
 	if (*h->host == '\0' && f[F_HOST] != NULL)
 		h->host = f[F_HOST];	/* else the absolute form's, or none */
-	/* What is too large for a number is too large a body: strtoll says so
-	 * with the largest one. */
-	if (length != NULL) {
-		if (*length == '\0' ||
-		    length[strspn(length, "0123456789")] != '\0')
-			return "400 Content-Length is no number";
-		h->length = strtoll(length, NULL, 10);
-	}
+	if (length != NULL && (h->length = whole_number(length)) == -1)
+		return "400 Content-Length is no number";
 	if (f[F_CODING] != NULL && (h->minor == 0 || h->length != -1))
 		return "400 Transfer-Encoding goes neither with Content-Length "
 		    "nor with HTTP/1.0";
@@ -1834,8 +1792,8 @@ unchanged(const struct stat *a, const struct stat *b)
 {
 	return a->st_ino == b->st_ino && a->st_dev == b->st_dev &&
 	    a->st_size == b->st_size &&
-	    time_compare(a->st_mtim, b->st_mtim) == 0 &&
-	    time_compare(a->st_ctim, b->st_ctim) == 0;
+	    time_us(a->st_mtim) == time_us(b->st_mtim) &&
+	    time_us(a->st_ctim) == time_us(b->st_ctim);
 }
 
 /* Is an open file still the one that a path leads to? */
@@ -1883,7 +1841,7 @@ dir_sync(int dir)
 {
 	struct stat st;
 
-	if (sync_fd(dir) == 0 && fstat(dir, &st) == 0)
+	if (fsync(dir) == 0 && fstat(dir, &st) == 0)
 		return 0;
 	store.unsynced = true;
 	return -1;
@@ -2092,7 +2050,7 @@ tmp_copy(struct tmp *t, int dir, int fd)
 	    write_all(t->fd, piece, (size_t)n) == 0)
 		at += n;
 	if (n == 0 && futimens(t->fd, (const struct timespec[]){ st.st_mtim,
-	    st.st_mtim }) == 0 && sync_fd(t->fd) == 0)
+	    st.st_mtim }) == 0 && fsync(t->fd) == 0)
 		return 0;
 	tmp_remove(t);
 	return -1;
@@ -2193,7 +2151,7 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 			leaf = leaf_name(ids->list[i], STATE);
 			if (*ids->list[i] == '\0' || (round < 2 &&
 			    (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ==
-			    -1 || time_compare(st.st_mtim, lock->since) <= 0)))
+			    -1 || time_us(st.st_mtim) <= time_us(lock->since))))
 				continue;
 			if (round == 0) {
 				moved |= st.st_mtim.tv_sec > now / 1000;
@@ -3237,7 +3195,7 @@ lock_write(struct request *r, bool own)
 		    O_CREAT | O_EXCL, NULL);
 	if (t.fd != -1 && write_all(t.fd, info, strlen(info)) == 0)
 		ok = (!own || futimens(t.fd, (const struct timespec[]){
-		    l->since, l->since }) == 0) && sync_fd(t.fd) == 0 &&
+		    l->since, l->since }) == 0) && fsync(t.fd) == 0 &&
 		    (!l->held || tmp_rename(&t, dir, r->name, LOCK) == 0);
 	else if (t.fd != -1 && !l->held) {
 		error = errno;
@@ -3248,7 +3206,7 @@ lock_write(struct request *r, bool own)
 	if (!ok && own && (errno == ENOSPC || errno == EDQUOT)) {
 		t.fd = file_open(dir, leaf_name(r->name, LOCK), O_RDONLY,
 		    NULL);
-		ok = t.fd != -1 && sync_fd(t.fd) == 0;
+		ok = t.fd != -1 && fsync(t.fd) == 0;
 		close_quietly(t.fd);
 	}
 	return ok ? 0 : refuse_errno(r, "write the lock");
@@ -3339,7 +3297,7 @@ state_check(struct request *r)
 		    "\"version\" that is a number nor \"encrypted_data\"%s",
 		    m->type == 'l' ? ", but is lock info: lock_address has a "
 		    "lock_method that writes: use LOCK, or NAME/lock" : "");
-	return sync_fd(ch->tmp.fd) == 0 ? 0 :
+	return fsync(ch->tmp.fd) == 0 ? 0 :
 	    refuse_errno(r, "sync the state");
 }
 
@@ -3558,9 +3516,9 @@ cell(struct request *r, const char *key, const char *title, const char *raw,
 	else if (width > 1 && r->form == HTML) {
 		buf_fmt(b, "<t%c data-h=\"%s\" title=\"", r->heading ? 'h' :
 		    'd', title);
-		buf_html(b, raw);
+		buf_text(b, raw, HTML);
 		buf_str(b, "\">");
-		buf_html(b, shown);
+		buf_text(b, shown, HTML);
 	} else if (width > 1) {
 		buf_fmt(b, "%*s  ", number ? width : -width, *shown != '\0' ?
 		    shown : "-");
@@ -3604,9 +3562,9 @@ page_begin(struct request *r)
 	if (r->form != HTML)
 		return;
 	buf_str(b, page_head);
-	buf_html(b, r->name);
+	buf_text(b, r->name, HTML);
 	buf_fmt(b, "</title>\n<h1><a href=\"%s\">States</a>: ", r->root);
-	buf_html(b, r->name);
+	buf_text(b, r->name, HTML);
 	buf_str(b, "</h1>\n");
 }
 
@@ -3692,7 +3650,7 @@ row_lock(struct request *r, const struct row *row)
 			    "locked", *what != '\0' ? ", " : "", what, since,
 			    *l->info != '\0' ? ": " : "", l->info);
 		buf_str(&b, "terraform force-unlock ");
-		buf_shell(&b, l->id);
+		buf_text(&b, l->id, SHELL);
 	}
 	words = b.len > 0 ? b.data : r->form == JSON ? "" : l->info;
 	if (r->form == JSON && l->held) {
@@ -3737,7 +3695,7 @@ row_put(struct request *r, const struct row *row)
 		    "-/versions/" : "");
 		buf_url(b, row->name);
 		buf_fmt(b, "%s%s\">", old ? "/" : "", row->id);
-		buf_html(b, first);
+		buf_text(b, first, HTML);
 		buf_str(b, "</a>");
 	} else if (list)
 		cell(r, "name", "State                   ", first, NULL);
@@ -3892,7 +3850,7 @@ page_root(struct request *r)
 	if (r->form == HTML) {
 		buf_str(b, "<form><input type=search name=q aria-label=Search "
 		    "placeholder=\"Search, deleted ones too\" value=\"");
-		buf_html(b, r->query);
+		buf_text(b, r->query, HTML);
 		buf_fmt(b, "\"></form><p>States: %u, <a href=\"?locked\">"
 		    "locked: %u</a>\n", w.states, w.locks);
 	}
@@ -4162,7 +4120,7 @@ ready_look(void *unused)
 
 	ready.error = !store_there() || !guard_in_place() ? EIDRM :
 	    store_fits(0) == 0 && tmp_create(&t, store.root) == 0 &&
-	    sync_fd(t.fd) == 0 ? 0 : errno;
+	    fsync(t.fd) == 0 ? 0 : errno;
 	tmp_remove(&t);
 	ready.at = (unsigned)clock_ms();
 	ready.looking = false;
@@ -4453,7 +4411,7 @@ logfmt(struct buf *b, const char *key, const char *value)
 	if (*p == '\0')
 		buf_str(b, value);
 	else
-		buf_json(b, value);
+		buf_text(b, value, JSON);
 }
 
 static void
@@ -5163,11 +5121,13 @@ address_open(const char *text, bool listens)
 {
 	union address a = { .path = { 0 } };
 	const char *colon = strrchr(text, ':');
-	int64_t port = colon != NULL ? whole_number(colon + 1, 65535) : -1;
+	int64_t port = colon != NULL ? whole_number(colon + 1) : -1;
 	socklen_t len;
 	char host[64];
 	int fd, one = 1;
 
+	if (port > 65535)
+		port = -1;
 	(void)snprintf(host, sizeof(host), "%.*s",
 	    port != -1 ? (int)(colon - text) : 0, text);
 	if (inet_pton(AF_INET6, host, &a.six.sin6_addr) == 1)
@@ -5379,13 +5339,13 @@ command_farewell(void)
 
 	if (lock_look(conf.command_name, &l) == 0 &&
 	    lock_is(&l, stats.locked)) {
-		buf_shell(&b, conf.program);
+		buf_text(&b, conf.program, SHELL);
 		buf_str(&b, " -d ");
-		buf_shell(&b, conf.dir);
+		buf_text(&b, conf.dir, SHELL);
 		buf_str(&b, " ");
-		buf_shell(&b, conf.command_name);
+		buf_text(&b, conf.command_name, SHELL);
 		buf_str(&b, " terraform force-unlock -force ");
-		buf_shell(&b, l.id);
+		buf_text(&b, l.id, SHELL);
 		complain("%s is still locked by '%s'. If nothing runs any "
 		    "more, release it with", conf.command_name, l.who);
 		(void)fprintf(stderr, "\t%s\n", b.data);
@@ -5557,9 +5517,9 @@ static const char usage_text[] =
 static unsigned
 number(int option, unsigned min, unsigned max)
 {
-	int64_t v = whole_number(optarg, max);
+	int64_t v = whole_number(optarg);
 
-	if (v < min)
+	if (v < min || v > max)
 		die(2, "-%c %s: want a number from %u to %u", option, optarg,
 		    min, max);
 	return (unsigned)v;
