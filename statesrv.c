@@ -87,7 +87,6 @@
 #define _FILE_OFFSET_BITS 64
 #define _TIME_BITS 64			/* for times after 2038 */
 
-#include <sys/types.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -507,19 +506,16 @@ thread_start(void *(*run)(void *))
 static size_t
 utf8_next(const char *s, unsigned *code)
 {
-	const unsigned char *p = (const unsigned char *)s;
-	unsigned char low = *p == 0xe0 ? 0xa0 : *p == 0xf0 ? 0x90 : 0x80;
-	unsigned char high = *p == 0xed ? 0x9f : *p == 0xf4 ? 0x8f : 0xbf;
-	size_t n = *p < 0x80 ? 1 : *p < 0xc2 ? 0 : *p < 0xe0 ? 2 :
-	    *p < 0xf0 ? 3 : *p < 0xf5 ? 4 : 0, i;
+	static const unsigned least[] = { 0, 0, 0x80, 0x800, 0x10000 };
+	unsigned c = (unsigned char)*s;
+	size_t n = c < 0x80 ? 1 : c < 0xc0 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 :
+	    c < 0xf8 ? 4 : 0, i;
 
-	*code = n == 1 ? *p : *p & (0x7fu >> n);
-	for (i = 1; i < n; i++, low = 0x80, high = 0xbf) {
-		if (p[i] < low || p[i] > high)
-			return 0;
-		*code = *code << 6 | (p[i] & 0x3f);
-	}
-	return n;
+	*code = n == 1 ? c : c & (0x7fu >> n);
+	for (i = 1; i < n && (s[i] & 0xc0) == 0x80; i++)
+		*code = *code << 6 | (s[i] & 0x3f);
+	return i < n || *code < least[n] || *code >> 11 == 0x1b ||
+	    *code > 0x10ffff ? 0 : n;
 }
 
 /* The length of the character that s begins with, if it may be shown on a
@@ -795,10 +791,9 @@ whole_number(const char *s)
 }
 
 static int
-hex_value(unsigned char c)
+hex_value(int c)
 {
-	return c >= '0' && c <= '9' ? c - '0' :
-	    (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+	return !isxdigit(c) ? -1 : c <= '9' ? c - '0' : (c | 32) - 'a' + 10;
 }
 
 /* Reads up to size bytes from an offset on; how many there were, or -1. */
@@ -1179,7 +1174,7 @@ json_escape(struct json *j, unsigned *code)
 		return json_wrong(j, "has an unknown escape in a string");
 	*code = (unsigned)to[p - from];	/* for u: its NUL, then 4 digits */
 	for (j->p++; n > 0; n--, j->p++) {
-		if ((v = hex_value((unsigned char)json_peek(j))) == -1)
+		if ((v = hex_value(json_peek(j))) == -1)
 			return json_wrong(j, "has a bad \\u escape");
 		*code = *code << 4 | (unsigned)v;
 	}
