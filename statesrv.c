@@ -153,7 +153,7 @@
  *
  * The limits and the times; those behind #ifndef can be overridden with
  * -DNAME=VALUE (the tests do, so that limits are near). And the options, which
- * main fills in and all others only read.
+ * are set at start and then only read.
  *
  * What one connection may cost: 200 bytes while it is idle; HEAD_MAX and a
  * struct request from its head's first byte to its answer; a thread (some 30
@@ -254,6 +254,7 @@ static struct config {
 	bool fronted;			/* -x */
 	bool verbose;			/* -v */
 	bool check;			/* -c */
+	bool fold;			/* the file system ignores case */
 	char **command;			/* of the wrapper, or NULL */
 	const char *command_name;	/* its state */
 	const char *program;		/* argv[0] */
@@ -319,7 +320,7 @@ struct head {
 };
 
 struct hash {				/* MD5 or SHA-256 */
-	void (*mix)(uint32_t *, const unsigned char *);
+	void (*mix)(uint32_t *, const unsigned char *);	/* takes 64 bytes */
 	size_t size;			/* of the digest */
 	uint64_t len;			/* of what was added */
 	uint32_t state[8];
@@ -478,8 +479,7 @@ wait_until(int fd, short events, int64_t until)
 
 	do {
 		left = until - clock_ms();
-		left = left < 0 ? 0 : left < INT_MAX ? left : INT_MAX;
-		if (poll(&p, 1, (int)left) == 1)
+		if (poll(&p, 1, left > 0 ? (int)left : 0) == 1)
 			return p.revents;
 	} while (left > 0);
 	return 0;
@@ -1587,10 +1587,6 @@ is_version(const char *s, const char *end)
 	    strcmp(s + n, end) == 0;
 }
 
-/* On a file system that ignores the case of letters Demo and demo would be
- * one file under two guards. Set at start. */
-static bool names_fold;
-
 /*
  * NULL if name may be a state's, else what is wrong with it:
  * 1. it has 1 to 32 segments of 1 to 200 bytes, and 1,000 bytes in all;
@@ -1599,7 +1595,8 @@ static bool names_fold;
  * nothing like an option; 4. none ends like our own files, so no state's file
  * is another's lock; 5. its URL means nothing else: /terraform_state/NAME and
  * /terraform_lock/NAME are other names of NAME, and NAME/lock is its lock;
- * 6. on a file system that ignores case, only one spelling is let in.
+ * 6. on a file system that ignores case, only one spelling is let in: Demo and
+ * demo would be one file under two guards.
  */
 static const char *
 name_wrong(const char *name)
@@ -1614,7 +1611,7 @@ name_wrong(const char *name)
 		if (n == 0 || *p == '\\')
 			return "a state name is UTF-8 without control "
 			    "characters or backslashes";
-		if (names_fold && (isupper((unsigned char)*p) || n > 1))
+		if (conf.fold && (isupper((unsigned char)*p) || n > 1))
 			return "the server's file system ignores case: no "
 			    "capitals, and only ASCII, in a state name";
 	}
@@ -3750,7 +3747,7 @@ walk_add(struct walk *w)
 {
 	char *p;
 
-	for (p = w->name; names_fold && *p != '\0'; p++)
+	for (p = w->name; conf.fold && *p != '\0'; p++)
 		*p = (char)tolower((unsigned char)*p);
 	if (name_wrong(w->name) != NULL || (w->r != NULL &&
 	    (user_right(w->r, w->name) == R_NONE ||
@@ -5088,9 +5085,9 @@ store_open(void)
 	    guard_set(F_WRLCK, guard_server_byte(store.token)) == -1)
 		die(1, "%s has no record locks (%s): choose another file "
 		    "system", conf.dir, strerror(errno));
-	names_fold = fstatat(store.root, ".GUARD", &st, 0) == 0;
+	conf.fold = fstatat(store.root, ".GUARD", &st, 0) == 0;
 #ifdef FOLD
-	names_fold = true;
+	conf.fold = true;
 #endif
 #ifdef __linux__
 	struct statfs fs = { 0 };
