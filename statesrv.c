@@ -87,6 +87,7 @@
 #define _FILE_OFFSET_BITS 64
 #define _TIME_BITS 64			/* for times after 2038 */
 
+#include <sys/types.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
