@@ -2592,8 +2592,7 @@ users_start(void)
  */
 struct listener {
 	bool local;			/* loopback */
-	bool path;			/* unix socket */
-	char name[128];			/* http://127.0.0.1:8080 */
+	char name[128];			/* http://127.0.0.1:8080, unix:PATH */
 };
 
 struct conn {
@@ -2608,7 +2607,7 @@ struct conn {
 	size_t at, used;		/* of in */
 	bool begun;			/* a head: its deadline is set */
 	int64_t since, active, deadline;	/* ms: see conn_moved */
-	char peer[56];
+	char peer[56];			/* ADDRESS:PORT; "": a unix socket */
 };
 
 struct list {				/* zero is empty */
@@ -4474,25 +4473,24 @@ log_flush(int64_t wait)
 {
 	static int64_t flushed;
 	struct buf *b = &stats.log;
-	size_t at = 0, n, max;
+	size_t n, max;
 	int64_t most;
 	ssize_t sent = 1;
 
 	(void)pthread_mutex_lock(&output);
 	if (b->len > 0 && (wait < 0 || loop.now - flushed >= LOG_MS ||
 	    b->len > PIPE_BUF / 8 * 7)) {
-		while (at < b->len && sent > 0 && (wait_until(STDOUT_FILENO,
+		while (b->len > 0 && sent > 0 && (wait_until(STDOUT_FILENO,
 		    POLLOUT, 0) & POLLOUT) != 0) {
-			max = b->len - at < PIPE_BUF ? b->len - at : PIPE_BUF;
+			max = b->len < PIPE_BUF ? b->len : PIPE_BUF;
 			/* Whole lines, if they fit: stderr may be there. */
-			for (n = max; n > 0 && b->data[at + n - 1] != '\n';)
+			for (n = max; n > 0 && b->data[n - 1] != '\n';)
 				n--;
-			sent = write(STDOUT_FILENO, b->data + at, n > 0 ? n :
-			    max);
-			at += sent > 0 ? (size_t)sent : 0;
+			sent = write(STDOUT_FILENO, b->data, n > 0 ? n : max);
+			n = sent > 0 ? (size_t)sent : 0;
+			b->len -= n;
+			memmove(b->data, b->data + n, b->len);
 		}
-		b->len -= at;
-		memmove(b->data, b->data + at, b->len);
 		b->failed = false;
 		flushed = loop.now;
 	}
@@ -4651,7 +4649,7 @@ request_new(struct conn *c, const struct head *h, int n)
 	r->file = -1;
 	r->method = h->method;
 	r->start = clock_us(CLOCK_MONOTONIC);
-	r->fronted = c->from->path || conf.fronted;
+	r->fronted = *c->peer == '\0' || conf.fronted;
 	memcpy(r->client, c->peer, sizeof(c->peer));
 	/* Until the body is admitted: it is there, and stays unread. */
 	r->length = n < 0 || h->field[F_CODING] != NULL || h->length > 0 ?
@@ -4855,7 +4853,7 @@ conn_read(struct conn *c)
 }
 
 /* The next head in the buffer: its length, 0 if it is not all there, or -1 if
- * it is refused. */
+ * it is refused. Frees a buffer with nothing in it. */
 static int
 head_next(struct conn *c, struct head *h)
 {
@@ -4865,6 +4863,8 @@ head_next(struct conn *c, struct head *h)
 	if (c->used == c->at || c->ending) {
 		c->at = c->used = 0;
 		c->begun = false;
+		free(c->in);
+		c->in = NULL;
 		return 0;
 	}
 	if (!c->begun)
@@ -4873,24 +4873,26 @@ head_next(struct conn *c, struct head *h)
 	return http_parse(c->in + c->at, c->used - c->at, h);
 }
 
-/* There is news of a connection: does for it what can be done without waiting.
- * The rest is a thread's, perhaps only what the socket did not take. A wrong
- * secret's answer waits for its deadline. */
+/* There is news of a connection, or its request must be answered now: does for
+ * it what can be done without waiting. The rest is a thread's, perhaps only
+ * what the socket did not take. A wrong secret's answer waits for a deadline. */
 static void
 conn_drive(struct conn *c)
 {
-	bool stays = conn_read(c);
-	struct request *r = NULL;
+	bool stays = c->r != NULL || conn_read(c);
 	unsigned turns = 0;
+	struct request *r;
 	struct head h;
-	int size;
+	int size = 0;
 
 	c->active = loop.now;
 	list_remove(&polled.list, c);
 	list_add(&polled.list, c);
-	while ((size = head_next(c, &h)) != 0 &&
-	    (c->r = r = request_new(c, &h, size)) != NULL) {
-		if (r->status == 401 && (*r->user != '\0' || r->bearer)) {
+	while (c->r != NULL || ((size = head_next(c, &h)) != 0 &&
+	    (c->r = request_new(c, &h, size)) != NULL)) {
+		r = c->r;
+		if (r->status == 401 && (*r->user != '\0' || r->bearer) &&
+		    c->deadline > loop.now) {
 			conn_within(c, DENY_MS);
 			return;
 		}
@@ -4906,10 +4908,6 @@ conn_drive(struct conn *c)
 	}
 	if (!stays || size != 0 || (c->ending && !conn_read(c)))
 		conn_close(c, "the client has left");
-	else if (c->used == 0) {
-		free(c->in);
-		c->in = NULL;
-	}
 }
 
 /* A deadline has passed: of a head, an idle or an ending connection, a 401 that
@@ -4924,11 +4922,8 @@ conn_late(struct conn *c)
 	if (r == NULL || r->out.len > 0)
 		conn_close(c, r != NULL ? "no thread had time for the rest" :
 		    "the head came too slowly");
-	else if (reply_send(r, false)) {
-		request_free(r);
+	else
 		conn_drive(c);
-	} else
-		pool_give(c);
 }
 
 /* ---- accepting ---- */
@@ -5037,10 +5032,9 @@ loop_start(void)
 	polled.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
 	if (half < 24 || pipe(loop.wake) == -1)
 		die(1, "48 open files at least: see ulimit -n");
-	for (i = 0; i < 2; i++) {
-		(void)fcntl(loop.wake[i], F_SETFL, O_NONBLOCK);
+	for (i = 0; i < 2; i++)
 		(void)fcntl(loop.wake[i], F_SETFD, FD_CLOEXEC);
-	}
+	(void)fcntl(loop.wake[1], F_SETFL, O_NONBLOCK);
 	polled.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
 	polled.base = 1;
 	for (i = 0; i < SIGNALS; i++)
@@ -5108,13 +5102,15 @@ store_open(void)
 /* ---- listeners ---- */
 
 /* A socket that is bound to HOST:PORT, [V6]:PORT, :PORT or unix:PATH, or else
- * connected to it; or -1. */
+ * connected to it; or -1. A socket file that nobody listens on any more is in
+ * the way; any other file refuses connections, too, and stays. */
 static int
 address_open(const char *text, bool listens)
 {
 	union address a = { .path = { 0 } };
 	const char *colon = strrchr(text, ':');
 	int64_t port = colon != NULL ? whole_number(colon + 1) : -1;
+	struct stat st;
 	socklen_t len;
 	char host[64];
 	int fd, one = 1;
@@ -5130,6 +5126,10 @@ address_open(const char *text, bool listens)
 		a.path.sun_family = AF_UNIX;
 		memcpy(a.path.sun_path, text + 5, strlen(text + 5));
 		len = sizeof(a.path);
+		if (listens && address_open(text, false) == -1 &&
+		    errno == ECONNREFUSED && lstat(text + 5, &st) == 0 &&
+		    S_ISSOCK(st.st_mode))
+			(void)unlink(text + 5);
 	} else if (host[0] == '[' && cut_suffix(host, "]") &&
 	    inet_pton(AF_INET6, host + 1, &a.six.sin6_addr) == 1) {
 		a.six.sin6_family = AF_INET6;
@@ -5167,13 +5167,11 @@ listener_add(int fd, const char *text)
 	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
 		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
 		    errno == EADDRINUSE ? "; choose another with -l" : "");
-	l->path = a.any.sa_family == AF_UNIX;
-	l->local = a.any.sa_family == AF_INET ?
-	    ntohl(a.four.sin_addr.s_addr) >> 24 == 127 :
-	    !l->path && IN6_IS_ADDR_LOOPBACK(&a.six.sin6_addr);
-	(void)snprintf(l->name, sizeof(l->name), l->path ? "unix:%.107s" :
-	    "http://", a.path.sun_path);
+	(void)snprintf(l->name, sizeof(l->name), a.any.sa_family == AF_UNIX ?
+	    "unix:%.107s" : "http://", a.path.sun_path);
 	address_text(&a, l->name + 7, sizeof(l->name) - 7);
+	l->local = glob("http://127.*", l->name) ||
+	    glob("http://[::1]:*", l->name);
 	/* What it accepts inherits these (Linux). The second one keeps slow
 	 * readers from filling the kernel's memory, which all share. */
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 },
@@ -5182,7 +5180,7 @@ listener_add(int fd, const char *text)
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT,
 	    &(int){ UNSENT_MAX }, sizeof(int));
 #endif
-	if (!l->path && !l->local && users->n == 0 && !conf.open)
+	if (glob("http:*", l->name) && !l->local && users->n == 0 && !conf.open)
 		die(2, "%s is open to other machines. Set TF_HTTP_USERNAME and "
 		    "TF_HTTP_PASSWORD, or name users with -u FILE, or let "
 		    "everybody read and write with -n", l->name);
@@ -5194,8 +5192,6 @@ static void
 listeners_open(void)
 {
 	const char *pid = getenv("LISTEN_PID"), *n = getenv("LISTEN_FDS");
-	const char *text;
-	struct stat st;
 	int given = pid != NULL && n != NULL && conf.command == NULL &&
 	    atol(pid) == (long)getpid() ? atoi(n) : 0, i;
 
@@ -5205,16 +5201,9 @@ listeners_open(void)
 	(void)umask(inherited.mask);
 	for (i = 0; i < given; i++)
 		listener_add(3 + i, "a socket of LISTEN_FDS");
-	for (i = 0; given == 0 && i < (int)conf.listeners; i++) {
-		/* A socket file that nobody listens on any more is in the way;
-		 * any other file refuses connections, too, and stays. */
-		text = conf.listen[i];
-		if (strncmp(text, "unix:", 5) == 0 &&
-		    address_open(text, false) == -1 && errno == ECONNREFUSED &&
-		    lstat(text + 5, &st) == 0 && S_ISSOCK(st.st_mode))
-			(void)unlink(text + 5);
-		listener_add(address_open(text, true), text);
-	}
+	for (i = 0; given == 0 && i < (int)conf.listeners; i++)
+		listener_add(address_open(conf.listen[i], true),
+		    conf.listen[i]);
 	(void)umask(077);
 }
 
