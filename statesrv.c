@@ -244,8 +244,8 @@
 
 static struct config {
 	const char *dir;		/* -d */
-	const char *listen[LISTENERS_MAX];	/* -l, as given */
-	size_t listeners;
+	const char *listen[LISTENERS_MAX];	/* -l, or the default */
+	size_t listeners;		/* so many -l were given */
 	const char *users;		/* -u */
 	unsigned keep;			/* -k: versions */
 	unsigned break_hours;		/* -b: 0 is never */
@@ -261,6 +261,7 @@ static struct config {
 	const char *program;		/* argv[0] */
 } conf = {
 	.dir = "./states",
+	.listen = { "127.0.0.1:8080" },
 	.keep = 30,
 	.body_max = (int64_t)256 << 20,
 };
@@ -2590,14 +2591,9 @@ users_start(void)
  * Functions, here and for commits, return the request's status: 0 is none yet,
  * and -1 means that the request was cut.
  */
-struct listener {
-	bool local;			/* loopback */
-	char name[128];			/* http://127.0.0.1:8080, unix:PATH */
-};
-
 struct conn {
 	int fd;
-	const struct listener *from;
+	bool local;			/* it came to a loopback address */
 	struct request *r;		/* or NULL: between two; in the loop's
 					 * list it waits for its deadline */
 	struct conn *next, *prev;	/* in the list that it is in, if any */
@@ -4280,7 +4276,7 @@ admit(struct request *r, const struct head *h)
 	const char *wrong = name_route(strsep(&query, "?"), r);
 	bool unlock;
 
-	if (r->conn->from->local && users->n == 0 && !conf.open &&
+	if (r->conn->local && users->n == 0 && !conf.open &&
 	    !host_is_local(h->host))
 		return refuse(r, 403, "the Host %s is not this machine: set "
 		    "users (-u, or TF_HTTP_USERNAME and TF_HTTP_PASSWORD), or "
@@ -4336,7 +4332,10 @@ static struct {
 	bool full;			/* no more could be started */
 } pool = { .work = PTHREAD_COND_INITIALIZER };
 
-static struct listener listeners[LISTENERS_MAX];
+static struct listener {
+	bool local;			/* loopback */
+	char name[128];			/* http://127.0.0.1:8080, unix:PATH */
+} listeners[LISTENERS_MAX];
 
 union address {
 	struct sockaddr any;
@@ -4967,7 +4966,7 @@ conn_accept(unsigned slot)
 			break;
 		}
 		c->fd = fd;
-		c->from = &listeners[slot - 1];
+		c->local = listeners[slot - 1].local;
 		address_text(&peer, c->peer, sizeof(c->peer));
 		stats.connections++;
 		conn_within(c, IDLE_MS);
@@ -4992,14 +4991,13 @@ conn_accept(unsigned slot)
 /* The signals that we handle; each becomes a byte in the wake pipe. All are
  * set, for process 1 of a container has no defaults. */
 static const int signals[] = {
-	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE
+	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE, 0
 };
-#define SIGNALS (sizeof(signals) / sizeof(*signals))
 
 /* What we change and the wrapper's command gets back as it was. */
 static struct {
 	mode_t mask;
-	void (*action[SIGNALS])(int);
+	void (*action[NSIG])(int);	/* of a signal */
 } inherited;
 
 static void
@@ -5020,7 +5018,7 @@ loop_start(void)
 {
 	struct rlimit files;
 	rlim_t half;
-	size_t i;
+	const int *s;
 
 	(void)getrlimit(RLIMIT_NOFILE, &files);
 	half = files.rlim_cur / 2;
@@ -5032,15 +5030,15 @@ loop_start(void)
 	polled.max = (unsigned)(half < SLOTS_MAX ? half : SLOTS_MAX);
 	if (half < 24 || pipe(loop.wake) == -1)
 		die(1, "48 open files at least: see ulimit -n");
-	for (i = 0; i < 2; i++)
-		(void)fcntl(loop.wake[i], F_SETFD, FD_CLOEXEC);
+	(void)fcntl(loop.wake[0], F_SETFD, FD_CLOEXEC);
+	(void)fcntl(loop.wake[1], F_SETFD, FD_CLOEXEC);
 	(void)fcntl(loop.wake[1], F_SETFL, O_NONBLOCK);
 	polled.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
 	polled.base = 1;
-	for (i = 0; i < SIGNALS; i++)
-		inherited.action[i] = signal(signals[i],
-		    signals[i] == SIGPIPE ? SIG_IGN : on_signal);
-	if (conf.users == NULL && inherited.action[0] == SIG_IGN)
+	for (s = signals; *s != 0; s++)
+		inherited.action[*s] = signal(*s, *s == SIGPIPE ? SIG_IGN :
+		    on_signal);
+	if (conf.users == NULL && inherited.action[SIGHUP] == SIG_IGN)
 		(void)signal(SIGHUP, SIG_IGN);	/* nohup */
 }
 
@@ -5201,7 +5199,7 @@ listeners_open(void)
 	(void)umask(inherited.mask);
 	for (i = 0; i < given; i++)
 		listener_add(3 + i, "a socket of LISTEN_FDS");
-	for (i = 0; given == 0 && i < (int)conf.listeners; i++)
+	for (i = 0; given == 0 && (i == 0 || i < (int)conf.listeners); i++)
 		listener_add(address_open(conf.listen[i], true),
 		    conf.listen[i]);
 	(void)umask(077);
@@ -5267,15 +5265,15 @@ sandbox(void)
 static void
 command_exec(void)
 {
+	const int *s;
 	int status;
-	size_t i;
 
 #ifdef __linux__
 	(void)prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
 #endif
 	(void)umask(inherited.mask);
-	for (i = 0; i < SIGNALS; i++)
-		(void)signal(signals[i], inherited.action[i]);
+	for (s = signals; *s != 0; s++)
+		(void)signal(*s, inherited.action[*s]);
 	(void)execvp(conf.command[0], conf.command);
 	status = errno == ENOENT ? 127 : 126;
 	complain("cannot run %s: %s", conf.command[0], strerror(errno));
@@ -5510,6 +5508,10 @@ number(int option, unsigned min, unsigned max)
 static void
 option(int c)
 {
+	/* To getopt, --help is the option "-" with the argument "help". */
+	if (c == '-')
+		c = strcmp(optarg, "help") == 0 ? 'h' :
+		    strcmp(optarg, "version") == 0 ? 'V' : '-';
 	switch (c) {
 	case 'b': conf.break_hours = number(c, 1, 1000000); break;
 	case 'c': conf.check = true; break;
@@ -5529,6 +5531,8 @@ option(int c)
 	case 'V': (void)puts("statesrv " VERSION); exit(0);
 	case 'x': conf.fronted = true; break;
 	default:
+		if (c == '-')
+			complain("invalid option: --%s", optarg);
 		(void)fprintf(c == 'h' ? stdout : stderr, usage_text, conf.dir,
 		    conf.keep, (long long)(conf.body_max >> 20));
 		exit(c == 'h' ? 0 : 2);
@@ -5541,24 +5545,13 @@ options(int argc, char **argv)
 	const char *wrong;
 	int c;
 
-	/* To getopt, --help is the option "-" with the argument "help". */
-	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vVx-:")) != -1) {
-		if (c == '-') {
-			c = strcmp(optarg, "help") == 0 ? 'h' :
-			    strcmp(optarg, "version") == 0 ? 'V' : '?';
-			if (c == '?')
-				complain("invalid option: --%s", optarg);
-		}
+	while ((c = getopt(argc, argv, "+b:cd:hk:l:m:nsu:vVx-:")) != -1)
 		option(c);
-	}
-	if (optind < argc && (conf.listeners > 0 || conf.users != NULL ||
-	    conf.check))
-		die(2, "-c, -l and -u do not go with a COMMAND");
-	if (conf.listeners == 0)
-		conf.listen[conf.listeners++] = optind < argc ? "127.0.0.1:0" :
-		    "127.0.0.1:8080";
 	if (optind == argc)
 		return;
+	if (conf.listeners > 0 || conf.users != NULL || conf.check)
+		die(2, "-c, -l and -u do not go with a COMMAND");
+	conf.listen[0] = "127.0.0.1:0";
 	conf.command_name = argv[optind];
 	conf.command = argv + optind + 1;
 	if (strcmp(conf.command_name, "terraform") == 0 ||
