@@ -4470,14 +4470,13 @@ request_count(struct request *r)
 static int64_t
 log_flush(int64_t wait)
 {
-	static int64_t flushed;
+	static int64_t next;		/* not before, if they are few */
 	struct buf *b = &stats.log;
 	size_t n, max;
-	int64_t most;
 	ssize_t sent = 1;
 
 	(void)pthread_mutex_lock(&output);
-	if (b->len > 0 && (wait < 0 || loop.now - flushed >= LOG_MS ||
+	if (b->len > 0 && (wait < 0 || loop.now >= next ||
 	    b->len > PIPE_BUF / 8 * 7)) {
 		while (b->len > 0 && sent > 0 && (wait_until(STDOUT_FILENO,
 		    POLLOUT, 0) & POLLOUT) != 0) {
@@ -4491,11 +4490,10 @@ log_flush(int64_t wait)
 			memmove(b->data, b->data + n, b->len);
 		}
 		b->failed = false;
-		flushed = loop.now;
+		/* If nobody reads, there is no hurry. */
+		next = loop.now + (b->len > 0 ? 10 * LOG_MS : LOG_MS);
 	}
-	/* If nobody reads, there is no hurry. */
-	most = flushed == loop.now ? 10 * LOG_MS : LOG_MS;
-	wait = b->len > 0 && wait > most ? most : wait;
+	wait = b->len > 0 && wait > next - loop.now ? next - loop.now : wait;
 	(void)pthread_mutex_unlock(&output);
 	return wait;
 }
