@@ -4470,7 +4470,7 @@ request_count(struct request *r)
 static int64_t
 log_flush(int64_t wait)
 {
-	static int64_t next;		/* not before, if they are few */
+	static int64_t next;		/* ms: few lines wait until then */
 	struct buf *b = &stats.log;
 	size_t n, max;
 	ssize_t sent = 1;
