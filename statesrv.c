@@ -1713,8 +1713,10 @@ name_route(const char *target, struct request *r)
  * key, for ?env=prod and ?env=dev would be one state. An unlock may have any,
  * so that a run that has begun can end. */
 static const char *
-name_query(char *query, struct request *r, bool unlock)
+name_query(char *query, struct request *r)
 {
+	bool unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
+	    (r->kind == K_LOCK || r->go || r->has_md5 || r->length != 0));
 	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock, id;
 	char *value, *key;
 
@@ -2404,7 +2406,7 @@ user_right(struct request *r, const char *name)
 }
 
 /* Takes user and secret from Authorization: Basic or Bearer (RFC 7617,
- * 6750). False if it shows none. */
+ * 6750). False if it shows none, or v is NULL. */
 static bool
 user_shows(struct request *r, char *v)
 {
@@ -4202,14 +4204,12 @@ action_of(const struct request *r)
 static void
 action_allow(struct buf *b, enum kind kind)
 {
-	const struct action *a;
-	unsigned m;
+	struct request ask = { .kind = kind };
 
 	buf_str(b, "\r\nAllow: OPTIONS");
-	for (m = 0; m < M_OPTIONS; m++)
-		for (a = actions; a->kind != K_STAR; a++)
-			if (a->kind == kind && (a->methods & ON(m)) != 0)
-				buf_fmt(b, ", %s", method_names[m]);
+	for (; ask.method < M_OPTIONS; ask.method++)
+		if ((action_of(&ask)->methods & ON(ask.method)) != 0)
+			buf_fmt(b, ", %s", method_names[ask.method]);
 }
 
 /* Is a Host localhost, a name below it, or an address? An attacker can let his
@@ -4257,7 +4257,6 @@ admit_action(struct request *r, const struct head *h)
 	if (r->length > r->room)
 		return refuse(r, r->too_large, "the body is larger than %lld "
 		    "bytes", (long long)r->room);
-	r->has_md5 = f[F_MD5] != NULL;
 	if (r->has_md5 && base64_decode(f[F_MD5], r->md5, 16) != 16)
 		return refuse(r, 400, "Content-MD5 is no base64 of 16 bytes");
 	return 0;
@@ -4274,7 +4273,6 @@ admit(struct request *r, const struct head *h)
 {
 	char *const *f = h->field, *query = h->target;
 	const char *wrong = name_route(strsep(&query, "?"), r);
-	bool unlock;
 
 	if (r->conn->local && users->n == 0 && !conf.open &&
 	    !host_is_local(h->host))
@@ -4283,21 +4281,16 @@ admit(struct request *r, const struct head *h)
 		    "-n, which lets any web page read the states", r->host);
 	if (f[F_ORIGIN] != NULL && action_of(r)->right >= R_PLAN)
 		return refuse(r, 403, "no web page may change a state");
-	if (users->n > 0 && r->kind != K_HEALTHY && r->kind != K_READY) {
-		if (f[F_AUTHORIZATION] == NULL)
-			return refuse(r, 401, "credentials are needed");
-		if (!user_shows(r, f[F_AUTHORIZATION]) ||
-		    user_right(r, NULL) == R_NONE)
-			return refuse(r, 401, "wrong credentials");
-	}
+	if (users->n > 0 && r->kind != K_HEALTHY && r->kind != K_READY &&
+	    (!user_shows(r, f[F_AUTHORIZATION]) ||
+	    user_right(r, NULL) == R_NONE))
+		return refuse(r, 401, f[F_AUTHORIZATION] == NULL ?
+		    "credentials are needed" : "wrong credentials");
 	if (wrong != NULL)
 		return refuse(r, 400, "%s", wrong);
 	if (r->kind == K_STAR && r->method != M_OPTIONS)
 		return refuse(r, 404, "there is no such page");
-	unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
-	    (r->kind == K_LOCK || r->go || f[F_MD5] != NULL ||
-	    f[F_CODING] != NULL || h->length > 0));
-	if ((wrong = name_query(query, r, unlock)) != NULL)
+	if ((wrong = name_query(query, r)) != NULL)
 		return refuse(r, 400, "%s", wrong);
 	if ((action_of(r)->methods & ON(r->method)) == 0)
 		return refuse(r, 405, "%s does not go with this URL",
@@ -4664,6 +4657,7 @@ request_new(struct conn *c, const struct head *h, int n)
 	    (h->connection == 0 && h->minor == 1));
 	forms = http_lists(h->field[F_ACCEPT], "text/html", "application/json");
 	r->form = (forms & 1) != 0 ? HTML : forms != 0 ? JSON : TEXT;
+	r->has_md5 = h->field[F_MD5] != NULL;
 	r->go = agent != NULL && strncmp(agent, "Go-http-client", 14) == 0;
 	(void)snprintf(r->host, sizeof(r->host), "%s", h->host);
 	/* The last address that a front tells counts, if it is one. */
