@@ -3829,11 +3829,10 @@ page_root(struct request *r)
 	struct row row;
 	size_t i;
 
-	if ((walk_names(&w, ".") == -1 || (*r->query != '\0' &&
-	    walk_names(&w, ".history") == -1)) && r->status == 0)
-		return refuse_errno(r, "list the states");
-	if (r->status != 0)
-		return r->status;
+	if (walk_names(&w, ".") == -1 || (*r->query != '\0' &&
+	    walk_names(&w, ".history") == -1) || r->status != 0)
+		return r->status != 0 ? r->status :
+		    refuse_errno(r, "list the states");
 	names_sort(names);
 	page_begin(r);
 	b->failed |= names->failed;
@@ -4286,11 +4285,9 @@ admit(struct request *r, const struct head *h)
 	    user_right(r, NULL) == R_NONE))
 		return refuse(r, 401, f[F_AUTHORIZATION] == NULL ?
 		    "credentials are needed" : "wrong credentials");
-	if (wrong != NULL)
-		return refuse(r, 400, "%s", wrong);
-	if (r->kind == K_STAR && r->method != M_OPTIONS)
+	if (wrong == NULL && r->kind == K_STAR && r->method != M_OPTIONS)
 		return refuse(r, 404, "there is no such page");
-	if ((wrong = name_query(query, r)) != NULL)
+	if (wrong != NULL || (wrong = name_query(query, r)) != NULL)
 		return refuse(r, 400, "%s", wrong);
 	if ((action_of(r)->methods & ON(r->method)) == 0)
 		return refuse(r, 405, "%s does not go with this URL",
