@@ -3752,7 +3752,7 @@ test_recipes_start_a_container_and_a_server_at_login() {
 }
 
 # Each message in the README's section "When terraform says" is one that
-# terraform really says, but for that of S3's backend. With ?env=prod, which
+# terraform really says. With ?env=prod, which
 # would be the same state as ?env=dev, nothing is locked or stored.
 test_terraform_says_what_the_readme_says() {
 	local message user address words
