@@ -320,6 +320,7 @@ struct head {
 	int64_t length;			/* Content-Length, or -1 */
 	unsigned fields;		/* so many there are */
 	unsigned connection;		/* 1: close, 2: keep-alive */
+	unsigned accept;		/* 1: HTML, 2: JSON */
 };
 
 struct hash {				/* MD5 or SHA-256 */
@@ -1436,6 +1437,9 @@ http_field(struct head *h, char *line)
 	h->field[f] = trim(line + n + 1);
 	if (f == F_CONNECTION)		/* in whichever line it stands */
 		h->connection |= http_lists(h->field[f], "close", "keep-alive");
+	if (f == F_ACCEPT)
+		h->accept |= http_lists(h->field[f], "text/html",
+		    "application/json");
 	return NULL;
 }
 
@@ -1717,7 +1721,7 @@ static const char *
 name_query(char *query, struct request *r)
 {
 	bool unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
-	    (r->kind == K_LOCK || r->go || r->has_md5 || r->length != 0));
+	    (r->kind == K_LOCK || r->go || r->has_md5));
 	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock, id;
 	char *value, *key;
 
@@ -2606,6 +2610,7 @@ struct conn {
 	size_t at, used;		/* of in */
 	bool begun;			/* a head: its deadline is set */
 	int64_t since, active, deadline;	/* ms: see conn_moved */
+	const char *why;		/* the loop has ended its thread's wait */
 	char peer[56];			/* ADDRESS:PORT; "": a unix socket */
 };
 
@@ -2800,7 +2805,8 @@ body_more(struct request *r)
 			    "the body came too slowly" :
 			    "the client has left in the middle of the body");
 	if (n == 0)
-		return refuse(r, 400, "the body is not complete");
+		return c->why != NULL ? cut(r, c->why) :
+		    refuse(r, 400, "the body is not complete");
 	conn_moved(c, (size_t)n);
 	return 0;
 }
@@ -4256,6 +4262,8 @@ admit_action(struct request *r, const struct head *h)
 		    refuse(r, 403, "%s may not %s %s: the permission is %s",
 		    r->user, method_names[r->method], r->name,
 		    right_names[r->right]);
+	if (wants == R_NONE && r->length != 0)	/* a thread for a stranger */
+		return refuse(r, 400, "no body goes with this request");
 	r->expects = f[F_EXPECT] != NULL && h->minor == 1;
 	/* A state without a length may have a body all the same. */
 	r->length = h->length == -1 && !chunked && !state ? 0 : h->length;
@@ -4354,6 +4362,7 @@ static struct {
 	int wake[2];			/* a pipe: a signal's number; 0: look
 					 * into pool.back */
 	int64_t now;			/* ms, monotonic, of this turn */
+	int64_t news;			/* of the last turn with some */
 	int64_t pause;			/* until then nothing is accepted */
 	int64_t end;			/* not 0: nothing new is begun, and at
 					 * this time the process ends */
@@ -4569,6 +4578,7 @@ reply_piece(struct request *r)
 	size_t n = r->out.len - r->gone;
 	struct iovec v[2] = { { r->out.data + r->gone, n }, r->cached };
 	struct msghdr m = { .msg_iov = v, .msg_iovlen = 2 };
+	char piece[16384];
 	ssize_t sent;
 
 	if (n > 0) {
@@ -4586,17 +4596,21 @@ reply_piece(struct request *r)
 	}
 	n = r->left < SEND_MAX ? (size_t)r->left : SEND_MAX;
 #ifdef __linux__
-	sent = sendfile(r->conn->fd, r->file, &r->off, n);
-#else
-	char piece[16384];
-
-	sent = read_at(r->file, piece, n < sizeof(piece) ? n : sizeof(piece),
-	    r->off);
-	if (sent > 0 &&
-	    (sent = send(r->conn->fd, piece, (size_t)sent, 0)) > 0)
-		r->off += sent;
+	if (!conf.verbose) {
+		sent = sendfile(r->conn->fd, r->file, &r->off, n);
+		r->left -= sent > 0 ? sent : 0;
+		return sent;
+	}
 #endif
-	r->left -= sent > 0 ? sent : 0;
+	n = n < sizeof(piece) ? n : sizeof(piece);
+	sent = read_at(r->file, piece, n, r->off);
+	if (sent > 0)
+		sent = send(r->conn->fd, piece, (size_t)sent, 0);
+	if (sent > 0) {
+		trace("<", piece, (size_t)sent);
+		r->off += sent;
+		r->left -= sent;
+	}
 	return sent;
 }
 
@@ -4619,8 +4633,12 @@ reply_send(struct request *r, bool may_wait)
 		else if (sent == 0 || errno == EIO)
 			(void)cut(r, "the file cannot be read to its end");
 		else if (!conn_wait(c, POLLOUT))
-			(void)cut(r, "the client did not take the answer");
+			(void)cut(r, c->why != NULL ? c->why :
+			    "the client did not take the answer");
 	}
+	/* What was not sent is not counted. */
+	r->sent -= r->left + (int64_t)(r->out.len - r->gone);
+	r->sent = r->sent > 0 ? r->sent : 0;
 	request_count(r);
 	c->r = NULL;
 	/* RFC 9112, 9.6: closing while bytes are unread, or with much unsent,
@@ -4644,7 +4662,6 @@ request_new(struct conn *c, const struct head *h, int n)
 	const char *agent = h->field[F_AGENT], *last = "";
 	char *front = h->field[F_FORWARDED], *item;
 	struct request *r = calloc(1, sizeof(*r));
-	unsigned forms;
 
 	if (r == NULL)
 		return NULL;
@@ -4657,19 +4674,18 @@ request_new(struct conn *c, const struct head *h, int n)
 	/* Until the body is admitted: it is there, and stays unread. */
 	r->length = n < 0 || h->field[F_CODING] != NULL || h->length > 0 ?
 	    -1 : 0;
+	trace(">", c->in + c->at, n < 0 ? c->used - c->at : (size_t)n);
 	if (n < 0) {
 		r->tls = c->used > c->at && c->in[c->at] == 0x16;
 		(void)refuse(r, atoi(h->why), "%s", h->why + 4);
 		return r;
 	}
-	trace(">", c->in + c->at, (size_t)n);
 	c->at += (size_t)n;
 	c->begun = false;
 	r->got = n;
 	r->keep = loop.end == 0 && (h->connection == 2 ||
 	    (h->connection == 0 && h->minor == 1));
-	forms = http_lists(h->field[F_ACCEPT], "text/html", "application/json");
-	r->form = (forms & 1) != 0 ? HTML : forms != 0 ? JSON : TEXT;
+	r->form = (h->accept & 1) != 0 ? HTML : h->accept != 0 ? JSON : TEXT;
 	r->has_md5 = h->field[F_MD5] != NULL;
 	r->go = agent != NULL && strncmp(agent, "Go-http-client", 14) == 0;
 	(void)snprintf(r->host, sizeof(r->host), "%s", h->host);
@@ -4790,22 +4806,27 @@ pool_give(struct conn *c)
 /*
  * If a request waits and all threads are taken, the client that its thread has
  * waited for longest loses its connection, after STALL_MS of silence. (A thread
- * that waits for a disk or a guard is left alone.) A request that has waited
- * QUEUE_MS for a thread comes back to the loop: see conn_late. Returns whether
- * a request waits.
+ * that waits for a disk or a guard is left alone.) So do all, shortly before
+ * the server ends. A request that has waited QUEUE_MS for a thread comes back
+ * to the loop: see conn_late. Returns whether a request waits.
  */
 static bool
 pool_relieve(void)
 {
+	bool ends = loop.end != 0 && loop.now > loop.end - STOP_MS / 20;
+	bool waiting, stalls;
 	struct conn *c;
-	bool waiting;
 
 	(void)pthread_mutex_lock(&list_mutex);
 	waiting = pool.queue.n > pool.idle;
-	c = conn_waiting.first;
-	if (waiting && pool.full && c != NULL &&
-	    c->active < loop.now - STALL_MS)
+	for (c = conn_waiting.first; c != NULL; c = c->next) {
+		stalls = waiting && pool.full && c == conn_waiting.first &&
+		    c->active < loop.now - STALL_MS;
+		if (!ends && !stalls)
+			break;
+		c->why = ends ? "the server stops" : "others need its thread";
 		(void)shutdown(c->fd, SHUT_RDWR);
+	}
 	c = pool.queue.first;
 	if (c != NULL && c->deadline <= loop.now) {
 		list_remove(&pool.queue, c);
@@ -4889,7 +4910,7 @@ conn_drive(struct conn *c)
 	struct head h;
 	int size = 0;
 
-	c->active = loop.now;
+	c->active = loop.news = loop.now;
 	list_remove(&polled.list, c);
 	list_add(&polled.list, c);
 	while (c->r != NULL || ((size = head_next(c, &h)) != 0 &&
@@ -4905,7 +4926,11 @@ conn_drive(struct conn *c)
 			(void)action_of(r)->quick(r);
 		if (turns++ == TURN_MAX || r->status == 0 ||
 		    !reply_send(r, false)) {
-			pool_give(c);
+			if (users->n > 0 && r->status != 0 && (r->status ==
+			    401 || action_of(r)->right == R_NONE))
+				conn_close(c, "a stranger gets no thread");
+			else
+				pool_give(c);
 			return;
 		}
 		request_free(r);
@@ -5348,7 +5373,8 @@ command_farewell(void)
 static void
 loop_signal(int sig)
 {
-	static int64_t passed = -1000;
+	static int64_t passed;
+	static int last;
 	int status;
 
 	if (sig == SIGCHLD) {
@@ -5359,8 +5385,9 @@ loop_signal(int sig)
 		loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 		    128 + WTERMSIG(status);
 	} else if (loop.child > 0) {
-		if (loop.now - passed < 1000)
+		if (sig == last && loop.now - passed < 1000)
 			return;
+		last = sig;
 		passed = loop.now;
 		(void)kill(loop.shares_terminal ? loop.child : -loop.child,
 		    sig);
@@ -5372,7 +5399,7 @@ loop_signal(int sig)
 	}
 	if (loop.end != 0) {
 		(void)log_flush(-1);
-		_exit(1);
+		_exit(conf.command != NULL ? loop.status : 1);
 	}
 	loop.end = loop.now + STOP_MS;
 	while (polled.base > 1)
@@ -5412,8 +5439,8 @@ loop_turn(void)
 	static struct conn *at[1 + LISTENERS_MAX + SLOTS_MAX];
 	static int64_t next_all;
 	int64_t busy = loop.now - 4 * HOT_MS;
-	bool waiting = pool_relieve(), idle = polled.list.n <= FLAT ||
-	    polled.list.last->active < busy;
+	bool waiting = pool_relieve();
+	bool idle = polled.list.n <= FLAT || loop.news < busy;
 	bool all = idle || loop.now >= next_all;
 	int64_t wait = idle ? INT_MAX : all ? 0 : HOT_MS;
 	unsigned n = polled.base, i;
@@ -5641,6 +5668,8 @@ main(int argc, char **argv)
 	/* A thread that still frees or prunes is not waited for. */
 	while (loop.end == 0 || (stats.connections > 0 && loop.now < loop.end))
 		loop_turn();
+	while (polled.list.first != NULL)
+		conn_close(polled.list.first, "the server stops");
 	(void)log_flush(-1);
 	if (conf.command != NULL)
 		command_farewell();
