@@ -1626,13 +1626,14 @@ name_wrong(const char *name)
 		n = strcspn(p, "/");
 		if (n == 0 || n > SEGMENT_MAX || ++segments > SEGMENTS_MAX ||
 		    strlen(name) > NAME_LEN_MAX)
-			return "a state name has 1 to 32 segments of 1 to 200 "
-			    "bytes, and 1000 bytes in all";
+			return "a state name has 1 to 32 parts of 1 to 200 "
+			    "bytes between single slashes, and 1000 bytes in "
+			    "all";
 		(void)snprintf(part, sizeof(part), "%.*s", (int)n, p);
 		if (*p == '.' || *p == '-' || cut_suffix(part, ".lock") ||
 		    cut_suffix(part, ".log") || cut_suffix(part, ".tfstate"))
-			return "no segment of a state name begins with . or -, "
-			    "or ends in .lock, .log or .tfstate";
+			return "no part of a state name begins with . or -, or "
+			    "ends in .lock, .log or .tfstate";
 	}
 	return strcmp(part, "lock") == 0 ||
 	    strncmp(name, "terraform_state/", 16) == 0 ||
@@ -3642,7 +3643,8 @@ row_lock(struct request *r, const struct row *row)
 	if (*l->id != '\0') {		/* else nobody, or it cannot be read */
 		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
 		if (r->form != JSON)
-			buf_fmt(&b, "%s%s%s since %s%s%s; to release it: ",
+			buf_fmt(&b, "%s%s%s since %s%s%s; if nothing runs any "
+			    "more, release it: ",
 			    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
 			    "locked", *what != '\0' ? ", " : "", what, since,
 			    *l->info != '\0' ? ": " : "", l->info);
@@ -3798,7 +3800,7 @@ walk_dir(struct walk *w, int parent, const char *entry, size_t len,
 		}
 	}
 	/* Other files, and directories that we may not read, are not ours. */
-	if (errno != 0 && (depth == 0 || (errno != EACCES && errno != ENOENT &&
+	if (errno != 0 && errno != ENOENT && (depth == 0 || (errno != EACCES &&
 	    errno != ENOTDIR && errno != ELOOP)))
 		w->error = errno;
 	if (d != NULL)
@@ -3865,15 +3867,20 @@ page_root(struct request *r)
 }
 
 /* Finds out who wrote a version, and in which operation: from the last line in
- * the last TAIL_MAX bytes of the log with a write of that serial and size. */
+ * the last TAIL_MAX bytes of the log with a write of that serial and size, from
+ * before it was replaced. */
 static void
 row_find_writer(struct row *row)
 {
-	struct { char event[8], serial[24], size[24], who[128], op[64]; } w;
+	struct {
+		char time[32], event[8], serial[24], size[24], who[128], op[64];
+	} w;
 	struct member k[] = {
+		{ "time", w.time, sizeof(w.time), 0, 0, 0 },
 		{ "event", w.event, sizeof(w.event), 0, 0, 0 },
 		{ "serial", w.serial, sizeof(w.serial), 0, 0, 0 },
 		{ "size", w.size, sizeof(w.size), 0, 0, 0 },
+		{ "user", w.who, sizeof(w.who), 0, 0, 0 },	/* or, later: */
 		{ "who", w.who, sizeof(w.who), 0, 0, 0 },
 		{ "operation", w.op, sizeof(w.op), 0, 0, 0 },
 	};
@@ -3888,7 +3895,8 @@ row_find_writer(struct row *row)
 	    NULL; line = lf + 1) {
 		memset(&w, 0, sizeof(w));
 		j = json_text(line, (size_t)(lf - line));
-		if (json_object(&j, k, 5) && strcmp(w.event, "write") == 0 &&
+		if (json_object(&j, k, 7) && strcmp(w.event, "write") == 0 &&
+		    (*row->until == '\0' || strcmp(w.time, row->until) < 0) &&
 		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
 		    strcmp(w.serial, row->meta.serial) == 0) {
 			memcpy(row->who, w.who, sizeof(w.who));
@@ -3930,7 +3938,7 @@ page_state(struct request *r)
 	row_put(r, &(struct row){ .name = "", .id = "" });
 	for (i = ids->n; page_wanted(r); i--) {
 		row_find_writer(&row);
-		if (*row.size != '\0')
+		if (*row.size != '\0' || (r->form == JSON && row.lock.held))
 			row_put(r, &row);
 		if (i == 0)
 			break;
@@ -3939,9 +3947,10 @@ page_state(struct request *r)
 	put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n<p>");
 	if (r->form != JSON && ids->n > 0)
 		buf_fmt(b, "To go back to a version, or bring a deleted state "
-		    "back, and then look at terraform plan:\n%scurl -f -o "
+		    "back, and then look at terraform plan%s:\n%scurl -f -o "
 		    "old.tfstate '%s://%s/-/versions/%s/%s'\ncurl -f "
 		    "--data-binary @old.tfstate '%s://%s/%s'\n",
+		    conf.strict ? " (-s refuses a lower serial)" : "",
 		    r->form == HTML ? "<pre>" : "", scheme, host, url.data,
 		    ids->list[ids->n - 1], scheme, host, url.data);
 	b->failed |= url.failed;
@@ -4674,12 +4683,13 @@ request_new(struct conn *c, const struct head *h, int n)
 	/* Until the body is admitted: it is there, and stays unread. */
 	r->length = n < 0 || h->field[F_CODING] != NULL || h->length > 0 ?
 	    -1 : 0;
-	trace(">", c->in + c->at, n < 0 ? c->used - c->at : (size_t)n);
 	if (n < 0) {
 		r->tls = c->used > c->at && c->in[c->at] == 0x16;
 		(void)refuse(r, atoi(h->why), "%s", h->why + 4);
 		return r;
 	}
+	/* (Not a refused one: a secret may stand anywhere in that.) */
+	trace(">", c->in + c->at, (size_t)n);
 	c->at += (size_t)n;
 	c->begun = false;
 	r->got = n;
@@ -5089,12 +5099,10 @@ store_open(void)
 	    (history = dir_open(".history/", D_MAKE)) == -1 ||
 	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
 	    NULL)) == -1) {
-		if (errno == EACCES && fstat(store.root, &st) == 0 &&
-		    st.st_uid != geteuid())
-			die(1, "cannot write to %s: it belongs to uid %u and "
-			    "this is uid %u: chown %u it", conf.dir,
-			    (unsigned)st.st_uid, (unsigned)geteuid(),
-			    (unsigned)geteuid());
+		if (errno == EACCES)
+			die(1, "cannot write to %s, or to .tmp, .history or "
+			    ".guard in it, as uid %u: chown -R %u it", conf.dir,
+			    (unsigned)geteuid(), (unsigned)geteuid());
 		die(1, "cannot open .tmp, .history or .guard in %s: %s",
 		    conf.dir, strerror(errno));
 	}
@@ -5171,8 +5179,8 @@ address_open(const char *text, bool listens)
 		a.four.sin_port = htons((uint16_t)port);
 		len = sizeof(a.four);
 	} else
-		die(2, "-l %s: want ADDRESS:PORT, [V6]:PORT or unix:PATH, with "
-		    "a port up to 65535; no name is looked up", text);
+		die(2, "-l %s: want HOST:PORT, [IPV6]:PORT or unix:PATH; HOST "
+		    "is localhost or an address, PORT 65535 at most", text);
 	if ((fd = socket(a.any.sa_family, SOCK_STREAM, 0)) == -1)
 		return -1;
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
@@ -5591,9 +5599,9 @@ options(int argc, char **argv)
 	    strcmp(conf.command_name, "terragrunt") == 0)
 		die(2, "the state's name comes first: statesrv NAME %s init",
 		    conf.command_name);
-	if (optind + 1 == argc)
-		die(2, "%s: a state's name is followed by a COMMAND; see -h",
-		    conf.command_name);
+	if (optind + 1 == argc || argv[optind + 1][0] == '-')
+		die(2, "%s: options come first, then a state's name, then a "
+		    "COMMAND; see -h", conf.command_name);
 	if ((wrong = name_wrong(conf.command_name)) != NULL)
 		die(2, "%s: %s", conf.command_name, wrong);
 }

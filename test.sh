@@ -2872,7 +2872,7 @@ test_mistakes_at_the_start_are_told() {
 	chmod 711 "$work" "$work/run" .
 	mkdir theirs
 	through "exec setpriv --reuid=65534 --regid=65534 --clear-groups '$STATESRV'"
-	refuses 1 'theirs.* belongs to uid 0 and this is uid 65534: chown 65534' -d theirs
+	refuses 1 'theirs.* as uid 65534: chown -R 65534' -d theirs
 }
 
 # -h fits a screen, on stdout; -V is one line; the long forms are the same.
