@@ -1824,14 +1824,12 @@ file_open(int dir, const char *name, int how, struct stat *st)
 	    O_CLOEXEC, 0600);
 
 	st = st != NULL ? st : &mine;
-	if (fd == -1) {
-		if (errno == ENOENT || dir == -1)
-			errno = store_there() ? ENOENT : EIDRM;
-	} else if (fstat(fd, st) == 0) {
+	if (fd != -1 && fstat(fd, st) == 0) {
 		if ((how & O_DIRECTORY) != 0 || S_ISREG(st->st_mode))
 			return fd;
 		errno = EISDIR;
-	}
+	} else if (fd == -1 && (errno == ENOENT || dir == -1))
+		errno = store_there() ? ENOENT : EIDRM;
 	close_quietly(fd);
 	return -1;
 }
@@ -1849,25 +1847,25 @@ dir_sync(int dir)
 	return -1;
 }
 
-enum enter { D_OPEN, D_MAKE, D_SYNC };
+enum { D_OPEN = 0, D_MAKE = 1, D_SYNC = 2, D_HISTORY = 4 };
 
-/* Opens the directory that a path's last segment is in. What is missing is made
- * by D_MAKE; D_SYNC syncs each directory from the root down. -1 with errno. */
+/* Opens the directory that a name's files are in, or with D_HISTORY its earlier
+ * versions, .history/NAME/ID.tfstate. What is missing is made by D_MAKE; D_SYNC
+ * syncs each directory from the root down. -1 with errno. */
 static int
-dir_open(const char *path, enum enter how)
+dir_open(const char *name, unsigned how)
 {
-	char part[NAME_MAX + 1];
-	const char *slash;
+	char copy[NAME_LEN_MAX + 80], *rest = copy, *part;
 	int dir = store.root, next;
 
-	while (dir != -1 && (how != D_SYNC || dir_sync(dir) == 0)) {
-		if ((slash = strchr(path, '/')) == NULL)
+	(void)snprintf(copy, sizeof(copy), (how & D_HISTORY) != 0 ?
+	    ".history/%s/" : "%s", name);
+	while (dir != -1 && ((how & D_SYNC) == 0 || dir_sync(dir) == 0)) {
+		part = strsep(&rest, "/");
+		if (rest == NULL)
 			return dir;
-		(void)snprintf(part, sizeof(part), "%.*s",
-		    (int)(slash - path), path);
-		path = slash + 1;
 		next = file_open(dir, part, O_DIRECTORY, NULL);
-		if (next == -1 && errno == ENOENT && how == D_MAKE &&
+		if (next == -1 && errno == ENOENT && (how & D_MAKE) != 0 &&
 		    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST))
 			next = file_open(dir, part, O_DIRECTORY, NULL);
 		close_quietly(dir);
@@ -1875,16 +1873,6 @@ dir_open(const char *path, enum enter how)
 	}
 	close_quietly(dir);
 	return -1;
-}
-
-/* A name's history, a directory of its own: .history/NAME/ID.tfstate */
-static int
-history_open(const char *name, enum enter how)
-{
-	char path[NAME_LEN_MAX + 80];
-
-	(void)snprintf(path, sizeof(path), ".history/%s/", name);
-	return dir_open(path, how);
 }
 
 /* What one of a name's files is called in its directory; valid until the
@@ -1906,7 +1894,7 @@ name_file(const char *name, const char *id, const char *suffix, int how,
     struct stat *st)
 {
 	bool old = *id != '\0';
-	int dir = old ? history_open(name, D_OPEN) : dir_open(name, D_OPEN);
+	int dir = dir_open(name, old ? D_HISTORY : D_OPEN);
 	int fd = dir == -1 ? -1 : file_open(dir, leaf_name(old ? id : name,
 	    suffix), how, st);
 
@@ -1989,10 +1977,9 @@ store_fits(int64_t n)
 	room = fs.f_blocks == 0 ? UINT64_MAX :
 	    (uint64_t)fs.f_bavail * fs.f_frsize;
 	low = room < reserve;
-	if (store.low != low)
+	if (atomic_exchange(&store.low, low) != low)
 		complain("%s: %s", conf.dir, low ? "the disk is nearly full, "
 		    "only locks are written" : "there is room again");
-	store.low = low;
 	errno = ENOSPC;
 	return !low && room - reserve >= (uint64_t)(n > 0 ? n : 0) ? 0 : -1;
 }
@@ -2211,17 +2198,15 @@ lock_read(int fd, struct lock *l)
 	*l = (struct lock){ 0 };
 	if (fd == -1)
 		return errno == ENOENT ? 0 : -1;
-	if ((end = calloc(1, LOCK_INFO_MAX + 1)) != NULL &&
-	    fstat(fd, &st) == 0)
-		n = read_at(fd, end, LOCK_INFO_MAX, 0);
+	l->raw = calloc(1, LOCK_INFO_MAX + 1);
+	if (l->raw != NULL && fstat(fd, &st) == 0)
+		n = read_at(fd, l->raw, LOCK_INFO_MAX, 0);
 	close_quietly(fd);
-	if (n == -1) {
-		free(end);
+	if (n == -1)
 		return -1;
-	}
-	*l = (struct lock){ .since = st.st_mtim, .raw = end,
-	    .held = *end != '\0' };	/* else it is torn */
-	j = json_text(end, (size_t)n);
+	l->since = st.st_mtim;
+	l->held = *l->raw != '\0';	/* else it is torn */
+	j = json_text(l->raw, (size_t)n);
 	if (!l->held || lock_info(&j, l))
 		return 0;
 	/* A freeze: what its first line says becomes its ID, which is all
@@ -2522,16 +2507,14 @@ users_read(void)
 	struct users *u = &user_lists[users == user_lists];
 	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY |
 	    (users->n > 0 ? O_NONBLOCK : 0));
-	const char *wrong = NULL, *at = NULL;
+	const char *wrong, *at = NULL;
 	char *text = u->text, *line;
 	size_t number = 0, len = 0;
 	ssize_t n = 0;
 	struct stat st;
 
-	if (fd == -1 || fstat(fd, &st) == -1)
-		wrong = strerror(errno);
-	else if (users->n > 0 && !S_ISREG(st.st_mode))
-		wrong = "it is not a file";
+	wrong = fd == -1 || fstat(fd, &st) == -1 ? strerror(errno) :
+	    users->n > 0 && !S_ISREG(st.st_mode) ? "it is not a file" : NULL;
 	while (wrong == NULL && (n = read(fd, text + len, USERS_MAX - len)) > 0)
 		len += (size_t)n;
 	text[len] = '\0';
@@ -2841,11 +2824,10 @@ body_chunk(struct request *r)
 	char *line;
 	int64_t size;
 
-	if (r->in_chunks && body_line(r, 2, &line) != 0)	/* CR LF */
+	if ((r->in_chunks && body_line(r, 2, &line) != 0) ||	/* CR LF */
+	    body_line(r, CHUNK_LINE_MAX, &line) != 0)
 		return r->status;
 	r->in_chunks = true;
-	if (body_line(r, CHUNK_LINE_MAX, &line) != 0)
-		return r->status;
 	if (!chunk_size(line, &size))
 		return refuse(r, 400, "a chunk's first line is malformed");
 	if (size > r->room)
@@ -2929,10 +2911,8 @@ log_line(struct buf *b, const struct request *r, const char *event)
 	char when[32];
 
 	time_text(when, time_ms(), false);
-	buf_str(b, "{");
-	buf_pair(b, "time", when, false);
-	buf_pair(b, "event", event, false);
-	buf_pair(b, "method", method_names[r->method], false);
+	buf_fmt(b, "{\"time\":\"%s\",\"event\":\"%s\",\"method\":\"%s\"",
+	    when, event, method_names[r->method]);
 	if (r->status != 0)		/* a repair comes before any answer */
 		buf_num(b, ",\"status\":", r->status, 1);
 	buf_pair(b, "client", r->client, false);
@@ -3011,7 +2991,8 @@ change_prepare(struct request *r)
 	ch->equal = st.st_size == ch->size && same_bytes(fd, ch->tmp.fd);
 	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
-		ch->history = history_open(r->name, keep ? D_MAKE : D_OPEN);
+		ch->history = dir_open(r->name, D_HISTORY | (keep ? D_MAKE :
+		    D_OPEN));
 	if (ch->history == -1 && (keep || errno != ENOENT))
 		return refuse_errno(r, "open the history");
 	if (keep) {
@@ -3038,7 +3019,7 @@ lock_remove(struct request *r)
  * between, the change is prepared again there: so of many who write without a
  * lock nobody starves. */
 static int
-change(struct request *r, enum enter how, int (*publish)(struct request *))
+change(struct request *r, unsigned how, int (*publish)(struct request *))
 {
 	struct change *ch = r->change;
 	struct guard guard;
@@ -3341,9 +3322,9 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 	    *serial != '\0' ? serial : "0");
 	names_add(&ch->ids, id);
 	if (ch->ids.failed || (ch->history == -1 &&
-	    (ch->history = history_open(r->name, D_MAKE)) == -1) ||
+	    (ch->history = dir_open(r->name, D_HISTORY | D_MAKE)) == -1) ||
 	    tmp_rename(t, ch->history, id, STATE) == -1 ||
-	    (sync && (dir = history_open(r->name, D_SYNC)) == -1))
+	    (sync && (dir = dir_open(r->name, D_HISTORY | D_SYNC)) == -1))
 		return refuse_errno(r, "keep a version in the history");
 	close_quietly(dir);
 	return 0;
@@ -3397,12 +3378,11 @@ write_publish(struct request *r)
 			ch->event = "abandoned";
 		return r->status;
 	}
-	if (write_allowed(r) != 0)
+	if (write_allowed(r) != 0 || (conf.strict && !delete &&
+	    write_strict(r) != 0))
 		return r->status;
 	if (delete && ch->old == -1)
 		return refuse(r, 404, "there is no such state");
-	if (conf.strict && !delete && write_strict(r) != 0)
-		return r->status;
 	if (kept)
 		(void)history_keep(r, &ch->kept, ch->old_meta.serial, delete);
 	if (r->status == 0 && (delete ?
@@ -3592,14 +3572,15 @@ row_read(struct row *row, const char *name, const char *id)
 
 	*row = (struct row){ .name = name, .id = id };
 	if (*id == '\0' && lock_look(name, &row->lock) == -1)
-		row->lock = (struct lock){ .held = true,	/* perhaps */
+		row->lock = (struct lock){ .raw = row->lock.raw,
+		    .held = true,	/* perhaps */
 		    .info = "the lock cannot be read" };
 	free(row->lock.raw);
 	if (*id != '\0')
 		time_text(row->until, version_ms(id), false);
 	fd = name_file(name, id, STATE, O_RDONLY, &st);
 	if (fd == -1 && errno == ENOENT) {
-		fd = history_open(name, D_OPEN);
+		fd = dir_open(name, D_HISTORY);
 		row->deleted = fd != -1;
 		close_quietly(fd);
 		return 0;
@@ -3917,7 +3898,7 @@ page_state(struct request *r)
 	const char *host = *r->host != '\0' ? r->host : "HOST";
 	struct buf *b = &r->text, url = { 0 };
 	struct names *ids = &r->change->ids;	/* freed with that */
-	int dir = r->change->history = history_open(r->name, D_OPEN);
+	int dir = r->change->history = dir_open(r->name, D_HISTORY);
 	struct row row;
 	size_t i;
 
