@@ -2086,16 +2086,15 @@ history_list(int dir, struct names *ids)
 	DIR *d = copy == -1 ? NULL : fdopendir(copy);
 	struct dirent *e;
 
-	if (d == NULL) {
-		close_quietly(copy);
-		return -1;
-	}
-	while (errno = 0, (e = readdir(d)) != NULL)
+	while (d != NULL && (errno = 0, e = readdir(d)) != NULL)
 		if (is_version(e->d_name, STATE) &&
 		    cut_suffix(e->d_name, STATE))
 			names_add(ids, e->d_name);
 	error = ids->failed ? ENOMEM : errno;
-	(void)closedir(d);
+	if (d != NULL)
+		(void)closedir(d);
+	else
+		close_quietly(copy);
 	names_sort(ids);
 	errno = error;
 	return error == 0 ? 0 : -1;
