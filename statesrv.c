@@ -38,11 +38,11 @@
  *
  *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
  *	GET of a small state: quick_state, reply_send
- *	POST: pool_give; in a thread: thread_serve, do_write; change with
+ *	POST: pool_give; in a thread: thread_serve, do_write; change_begin,
  *	write_allowed (would it be refused anyway?); state_receive,
- *	state_check; change with change_prepare, guard_take, write_publish;
+ *	state_check; change_begin, change_prepare, guard_take; write_publish;
  *	change_end, reply_send, history_prune
- *	LOCK: do_lock, lock_body; change with lock_publish, lock_write
+ *	LOCK: do_lock, lock_body, change_begin, lock_write, change_end
  *
  * What it does not do: TLS (put a front before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
@@ -2229,12 +2229,14 @@ lock_is(const struct lock *l, const char *id)
 
 /* ---- the guard ---- */
 
-/* The guards that threads have, or wait for, as they came. The first of those
- * with the same byte has it. */
+/* The guards that threads have, or wait for, as they came: each thread one at
+ * a time. The first of those with the same byte has it. */
 static struct guard {
+	bool taken;
 	off_t byte;			/* of .guard */
 	struct guard *next;
 } *guards;
+static __thread struct guard guard;	/* this thread's */
 
 /* Locks or frees one byte of .guard; does not wait. With classic locks any
  * close of .guard would drop them all: it is opened once. */
@@ -2261,27 +2263,30 @@ guard_set(short type, off_t byte)
 #define guard_in_place() \
 	file_is(store.guard, store.root, ".guard", AT_SYMLINK_NOFOLLOW)
 
-/* Puts a guard at the end of the list, if it is not in it, or takes it out.
+/* Puts our guard at the end of the list, if it is not in it, or takes it out.
  * Returns how many before it have the same byte. */
 static unsigned
-guard_queue(struct guard *g, bool leave)
+guard_queue(bool leave)
 {
 	struct guard **p;
 	unsigned n = 0;
 
 	(void)pthread_mutex_lock(&list_mutex);
-	for (p = &guards; *p != NULL && *p != g; p = &(*p)->next)
-		n += (*p)->byte == g->byte;
-	*p = leave ? g->next : g;
+	for (p = &guards; *p != NULL && *p != &guard; p = &(*p)->next)
+		n += (*p)->byte == guard.byte;
+	*p = leave ? guard.next : &guard;
 	(void)pthread_mutex_unlock(&list_mutex);
 	return n;
 }
 
 static void
-guard_drop(struct guard *g)
+guard_drop(void)
 {
-	(void)guard_set(F_UNLCK, g->byte);	/* cannot fail */
-	(void)guard_queue(g, true);
+	if (!guard.taken)
+		return;
+	(void)guard_set(F_UNLCK, guard.byte);	/* cannot fail */
+	(void)guard_queue(true);
+	guard.taken = false;
 }
 
 /*
@@ -2289,10 +2294,10 @@ guard_drop(struct guard *g)
  * -1 with errno: EAGAIN, at once if too many wait for it; EIDRM: .guard was
  * removed or replaced. The byte is 62 bits of a hash, so that no two names
  * meet. It never changes, or an old and a new server would exclude nobody.
- * Ended by guard_drop; after -1 there is nothing to drop.
+ * Ended by guard_drop, which after -1 does nothing.
  */
 static int
-guard_take(struct guard *g, const char *name, int64_t ms)
+guard_take(const char *name, int64_t ms)
 {
 	int64_t end = clock_ms() + ms, step = 1;
 	unsigned char digest[32];
@@ -2301,15 +2306,15 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 	int error;
 
 	sha256(name, strlen(name), digest);
-	*g = (struct guard){ .byte = (off_t)(((uint64_t)load32(digest) << 32 |
-	    load32(digest + 4)) & (((uint64_t)1 << 62) - 1)) };
+	guard = (struct guard){ .byte = (off_t)(((uint64_t)load32(digest) <<
+	    32 | load32(digest + 4)) & (((uint64_t)1 << 62) - 1)) };
 	for (;; step += step < 16 ? step : 0) {
-		before = guard_queue(g, false);
+		before = guard_queue(false);
 		first = first && before == 0;
-		if (before == 0 && guard_set(F_WRLCK, g->byte) == 0) {
-			if (guard_in_place())
+		if (before == 0 && guard_set(F_WRLCK, guard.byte) == 0) {
+			if ((guard.taken = guard_in_place()))
 				return 0;
-			(void)guard_set(F_UNLCK, g->byte);
+			(void)guard_set(F_UNLCK, guard.byte);
 			errno = EIDRM;
 		}
 		error = before > 0 || errno == EACCES ? EAGAIN : errno;
@@ -2318,7 +2323,7 @@ guard_take(struct guard *g, const char *name, int64_t ms)
 			break;
 		(void)wait_until(-1, 0, clock_ms() + step);
 	}
-	(void)guard_queue(g, true);
+	(void)guard_queue(true);
 	if (error == EAGAIN && ms == GUARD_MS && first)	/* one thread */
 		complain("%s: its guard cannot be had: another server on %s, "
 		    "or its disk, hangs", name, conf.dir);
@@ -2333,12 +2338,11 @@ static int
 lock_look(const char *name, struct lock *l)
 {
 	int status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL), l);
-	struct guard g;
 
-	if (l->foreign && guard_take(&g, name, 20) == 0) {
+	if (l->foreign && guard_take(name, 20) == 0) {
 		status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL),
 		    l);
-		guard_drop(&g);
+		guard_drop();
 	}
 	return status;
 }
@@ -3014,21 +3018,20 @@ lock_remove(struct request *r)
 	    refuse_errno(r, "remove the lock");
 }
 
-/* Makes a change: publish does it, under the guard. If another write came in
- * between, the change is prepared again there: so of many who write without a
- * lock nobody starves. */
+/* Begins a change: takes the guard, and reads the lock. If another write came
+ * in between, the change is prepared again: so of many who write without a lock
+ * nobody starves. */
 static int
-change(struct request *r, unsigned how, int (*publish)(struct request *))
+change_begin(struct request *r, unsigned how)
 {
 	struct change *ch = r->change;
-	struct guard guard;
 
 	if (ch->dir == -1 && (ch->dir = dir_open(r->name, how)) == -1 &&
 	    (how == D_MAKE || errno != ENOENT))
 		return refuse_errno(r, "open the state's directory");
 	if (ch->writes && change_prepare(r) != 0)
 		return r->status;
-	if (guard_take(&guard, r->name, GUARD_MS) == -1) {
+	if (guard_take(r->name, GUARD_MS) == -1) {
 		if (errno != EAGAIN)
 			return refuse_errno(r, "guard the name");
 		(void)refuse(r, 503, "cannot guard the name: too many requests "
@@ -3041,22 +3044,18 @@ change(struct request *r, unsigned how, int (*publish)(struct request *))
 	}
 	if (lock_read(file_open(ch->dir, leaf_name(r->name, LOCK), O_RDONLY,
 	    NULL), &ch->lock) == -1)
-		(void)refuse_errno(r, "read the lock");
-	else if (ch->lock.raw != NULL && !ch->lock.held &&
-	    lock_remove(r) == 0)	/* it is torn */
-		log_event(r, "repair");
-	if (r->status == 0 && (!ch->writes || change_prepare(r) == 0))
-		(void)publish(r);
-	guard_drop(&guard);
-	return r->status;
+		return refuse_errno(r, "read the lock");
+	if (ch->lock.raw != NULL && !ch->lock.held && lock_remove(r) == 0)
+		log_event(r, "repair");		/* it was torn */
+	return r->status == 0 && ch->writes ? change_prepare(r) : r->status;
 }
 
 /*
- * Ends a change; other requests pass through. Syncs what was published: its
- * directory, or all from the root down to it, if the name had no state before,
- * or the lock was changed, or a sync has ever failed, or the state is the same
- * as before, or gone already: then an earlier try may have done that, and
- * failed here.
+ * Ends a change; other requests pass through. Drops the guard, then syncs what
+ * was published: its directory, or all from the root down to it, if the name
+ * had no state before, or the lock was changed, or a sync has ever failed, or
+ * the state is the same as before, or gone already: then an earlier try may
+ * have done that, and failed here.
  */
 static void
 change_end(struct request *r)
@@ -3065,6 +3064,7 @@ change_end(struct request *r)
 	int dir = -1;
 	bool deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 
+	guard_drop();
 	if ((r->status == 0 || (ch->writes && r->status == 404)) &&
 	    ch->dir != -1 && (deep ?
 	    (dir = dir_open(r->name, D_SYNC)) : dir_sync(ch->dir)) == -1)
@@ -3190,51 +3190,26 @@ lock_write(struct request *r, bool own)
 	return ok ? 0 : refuse_errno(r, "write the lock");
 }
 
-/* Under the guard: takes the lock, if it is free. With -b a user who may write
- * breaks an old one, but never a freeze: somebody made that by hand. */
+/* Takes the lock, if it is free. With -b a user who may write breaks an old
+ * one, but never a freeze: somebody made that by hand. */
 static int
-lock_publish(struct request *r)
+do_lock(struct request *r)
 {
 	const struct lock *l = &r->change->lock;
-	bool own = lock_is(l, r->id), stale = conf.break_hours > 0 &&
-	    !l->foreign && time_ms() / 1000 - l->since.tv_sec >
-	    (int64_t)conf.break_hours * 3600;
+	bool own, stale;
 
+	if (lock_body(r, false) != 0 ||
+	    lock_allowed(r, &r->change->asked) != 0 ||
+	    change_begin(r, D_MAKE) != 0)
+		return r->status;
+	own = lock_is(l, r->id);
+	stale = conf.break_hours > 0 && !l->foreign && time_ms() / 1000 -
+	    l->since.tv_sec > (int64_t)conf.break_hours * 3600;
 	if (l->held && !own && (!stale || r->right < R_WRITE))
 		return lock_tell(r, 423);
 	if ((!own || lock_allowed(r, l) == 0) && client_gone(r) == 0 &&
 	    lock_write(r, own) == 0)
 		r->change->event = l->held && !own ? "break" : "lock";
-	return r->status;
-}
-
-static int
-do_lock(struct request *r)
-{
-	if (lock_body(r, false) == 0 &&
-	    lock_allowed(r, &r->change->asked) == 0)
-		(void)change(r, D_MAKE, lock_publish);
-	return r->status;
-}
-
-/* Under the guard: releases the lock, if it is the sender's, or if no ID was
- * sent: that is terraform's force-unlock. The sender's own is released even if
- * the client is gone. */
-static int
-unlock_publish(struct request *r)
-{
-	const struct lock *l = &r->change->lock;
-	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
-	bool own = lock_is(l, r->id), made_up = l->foreign &&
-	    strcmp(r->id, l->id) == 0 && r->right == R_WRITE;
-
-	if (!l->held)			/* a repetition, perhaps */
-		return 0;
-	if (r->has_id && !made_up && !own)
-		return lock_tell(r, 409);
-	if (lock_allowed(r, l) == 0 && (own || client_gone(r) == 0) &&
-	    lock_remove(r) == 0)
-		r->change->event = own ? "unlock" : "force-unlock";
 	return r->status;
 }
 
@@ -3402,10 +3377,13 @@ write_publish(struct request *r)
 static int
 do_write(struct request *r)
 {
-	(void)change(r, D_OPEN, write_allowed);
+	if (change_begin(r, D_OPEN) == 0)
+		(void)write_allowed(r);
+	guard_drop();
 	r->change->writes = true;
-	if (r->status == 0 && state_receive(r) == 0)
-		(void)change(r, D_MAKE, write_publish);
+	if (r->status == 0 && state_receive(r) == 0 &&
+	    change_begin(r, D_MAKE) == 0)
+		(void)write_publish(r);
 	return r->status;
 }
 
@@ -3413,21 +3391,37 @@ do_write(struct request *r)
  * UNLOCK and DELETE. With unlock_method DELETE at the state's own address,
  * terraform's unlock looks like a delete. It is an unlock if it has a body or a
  * Content-MD5, or comes from a Go program (OpenTofu 1.8 and 1.9 send neither):
- * no command of terraform deletes a state.
+ * no command of terraform deletes a state. An unlock releases the lock, if it
+ * is the sender's, or if no ID was sent: that is terraform's force-unlock. The
+ * sender's own is released even if the client is gone.
  */
 static int
 do_unlock(struct request *r)
 {
+	const struct lock *l = &r->change->lock;
 	bool wrong = lock_body(r, true) != 0, delete = r->kind == K_STATE &&
 	    r->method == M_DELETE &&
 	    (wrong || (r->body.len == 0 && !r->has_md5 && !r->go));
+	bool own, made_up;
 
 	r->change->writes = delete;	/* one that is wrong is logged, too */
 	if (!wrong && r->right < R_WRITE && (delete || !r->has_id))
 		return refuse(r, 403, "%s may not delete or force-unlock %s",
 		    r->user, r->name);
-	return wrong ? r->status : change(r, D_OPEN, delete ? write_publish :
-	    unlock_publish);
+	if (wrong || change_begin(r, D_OPEN) != 0)
+		return r->status;
+	if (delete)
+		return write_publish(r);
+	own = lock_is(l, r->id);
+	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
+	made_up = l->foreign && strcmp(r->id, l->id) == 0 &&
+	    r->right == R_WRITE;
+	if (l->held && r->has_id && !made_up && !own)
+		return lock_tell(r, 409);
+	if (l->held && lock_allowed(r, l) == 0 &&
+	    (own || client_gone(r) == 0) && lock_remove(r) == 0)
+		r->change->event = own ? "unlock" : "force-unlock";
+	return r->status;		/* 0 too if nothing is locked */
 }
 
 /* ==== pages ==============================================================
