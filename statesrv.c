@@ -2366,8 +2366,8 @@ struct users {
 	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
 };
 
-/* If there are none, everybody may do everything. Only the loop replaces one
- * list by the other; under the mutex, because a listing's thread reads it. */
+/* NULL until they are read. With none, everybody may do everything. Only the
+ * loop replaces them; under the mutex, for a listing's thread reads them. */
 static struct users user_lists[2], *users;
 static pthread_mutex_t users_mutex = PTHREAD_MUTEX_INITIALIZER;
 
@@ -2509,7 +2509,7 @@ users_read(void)
 {
 	struct users *u = &user_lists[users == user_lists];
 	int fd = open(conf.users, O_RDONLY | O_CLOEXEC | O_NOCTTY |
-	    (users->n > 0 ? O_NONBLOCK : 0));
+	    (users != NULL ? O_NONBLOCK : 0));
 	const char *wrong, *at = NULL;
 	char *text = u->text, *line;
 	size_t number = 0, len = 0;
@@ -2517,7 +2517,7 @@ users_read(void)
 	struct stat st;
 
 	wrong = fd == -1 || fstat(fd, &st) == -1 ? strerror(errno) :
-	    users->n > 0 && !S_ISREG(st.st_mode) ? "it is not a file" : NULL;
+	    users != NULL && !S_ISREG(st.st_mode) ? "it is not a file" : NULL;
 	while (wrong == NULL && (n = read(fd, text + len, USERS_MAX - len)) > 0)
 		len += (size_t)n;
 	text[len] = '\0';
@@ -2543,20 +2543,16 @@ users_read(void)
 	return wrong == NULL;
 }
 
-/* Takes the users of -u, or the one in the environment. For the wrapper's
+/* Takes the user that is in the environment, if there is one. For the wrapper's
  * command one is made and put there. */
 static void
-users_start(void)
+users_environment(void)
 {
 	const char *name, *secret, *wrong;
 	unsigned char bytes[16];
 	char text[33];
 
 	users = user_lists;
-	if (conf.users != NULL && !users_read())
-		exit(1);
-	if (conf.users != NULL)
-		return;
 	if (conf.command != NULL) {
 		if (getentropy(bytes, sizeof(bytes)) == -1)
 			die(1, "cannot make a password: %s", strerror(errno));
@@ -5636,7 +5632,10 @@ main(int argc, char **argv)
 #endif
 	inherited.mask = umask(077);
 	loop_start();
-	users_start();
+	if (conf.users == NULL)
+		users_environment();
+	else if (!users_read())
+		exit(1);
 	created = store_open();
 	listeners_open();
 	tidy_and_greet(created);
