@@ -2464,6 +2464,7 @@ user_line(struct users *u, char *line, const char **at)
 	struct user new = { .right = R_WRITE };
 	char *save = NULL, *field[4];
 	const char *wrong;
+	bool all;			/* no pattern, perhaps a comment */
 	size_t i;
 
 	for (i = 0; i < 4; i++)
@@ -2488,16 +2489,17 @@ user_line(struct users *u, char *line, const char **at)
 	while (strcmp(field[2], right_names[new.right]) != 0)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
-	new.pattern = field[3] == NULL || *field[3] == '#' ? "*" : field[3];
-	do {
+	all = field[3] == NULL || *field[3] == '#';
+	new.pattern = all ? "*" : field[3];
+	for (; new.pattern != NULL && *new.pattern != '#';
+	    new.pattern = all ? NULL : strtok_r(NULL, " \t\r", &save)) {
 		*at = new.pattern;
 		if ((wrong = pattern_wrong(new.pattern)) != NULL)
 			return wrong;
 		if (u->n == USERS_MAX / 64)
 			return "there are too many users and patterns";
 		u->list[u->n++] = new;
-		new.pattern = strtok_r(NULL, " \t\r", &save);
-	} while (new.pattern != NULL && *new.pattern != '#');
+	}
 	return NULL;
 }
 
