@@ -1849,17 +1849,17 @@ dir_sync(int dir)
 
 enum { D_OPEN = 0, D_MAKE = 1, D_SYNC = 2, D_HISTORY = 4 };
 
-/* Opens the directory that a name's files are in, or with D_HISTORY its earlier
- * versions, .history/NAME/ID.tfstate. What is missing is made by D_MAKE; D_SYNC
- * syncs each directory from the root down. -1 with errno. */
+/* Opens the directory that a path's last segment is in; with D_HISTORY, that of
+ * a name's earlier versions: .history/NAME/ID.tfstate. What is missing is made
+ * by D_MAKE; D_SYNC syncs each directory from the root down. -1 with errno. */
 static int
-dir_open(const char *name, unsigned how)
+dir_open(const char *path, unsigned how)
 {
 	char copy[NAME_LEN_MAX + 80], *rest = copy, *part;
 	int dir = store.root, next;
 
 	(void)snprintf(copy, sizeof(copy), (how & D_HISTORY) != 0 ?
-	    ".history/%s/" : "%s", name);
+	    ".history/%s/" : "%s", path);
 	while (dir != -1 && ((how & D_SYNC) == 0 || dir_sync(dir) == 0)) {
 		part = strsep(&rest, "/");
 		if (rest == NULL)
@@ -2339,11 +2339,10 @@ lock_look(const char *name, struct lock *l)
 {
 	int status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL), l);
 
-	if (l->foreign && guard_take(name, 20) == 0) {
+	if (l->foreign && guard_take(name, 20) == 0)
 		status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL),
 		    l);
-		guard_drop();
-	}
+	guard_drop();
 	return status;
 }
 
