@@ -1587,11 +1587,14 @@ chunk_size(const char *line, int64_t *size)
 static bool
 is_version(const char *s, const char *end)
 {
-	int n = 0;			/* its length; SERIAL_MAX is 20 */
+	const char *shape = "00000000T000000.000Z-";
+	size_t n;
 
-	(void)sscanf(s, "%*8[0-9]T%*6[0-9].%*3[0-9]Z-%*20[0-9]%n", &n);
-	return n > 0 && s[8] == 'T' && s[15] == '.' && s[19] == 'Z' &&
-	    strcmp(s + n, end) == 0;
+	for (; *shape != '\0'; shape++, s++)
+		if (*shape != (isdigit((unsigned char)*s) ? '0' : *s))
+			return false;
+	n = strspn(s, "0123456789");
+	return n > 0 && n <= SERIAL_MAX && strcmp(s + n, end) == 0;
 }
 
 /*
@@ -1851,7 +1854,7 @@ enum { D_OPEN = 0, D_MAKE = 1, D_SYNC = 2, D_HISTORY = 4 };
 
 /* Opens the directory that a path's last segment is in; with D_HISTORY, that of
  * a name's earlier versions: .history/NAME/ID.tfstate. What is missing is made
- * by D_MAKE; D_SYNC syncs each directory from the root down. -1 with errno. */
+ * by D_MAKE; D_SYNC syncs each directory above it. -1 with errno. */
 static int
 dir_open(const char *path, unsigned how)
 {
@@ -1860,10 +1863,12 @@ dir_open(const char *path, unsigned how)
 
 	(void)snprintf(copy, sizeof(copy), (how & D_HISTORY) != 0 ?
 	    ".history/%s/" : "%s", path);
-	while (dir != -1 && ((how & D_SYNC) == 0 || dir_sync(dir) == 0)) {
+	while (dir != -1) {
 		part = strsep(&rest, "/");
 		if (rest == NULL)
 			return dir;
+		if ((how & D_SYNC) != 0 && dir_sync(dir) == -1)
+			break;
 		next = file_open(dir, part, O_DIRECTORY, NULL);
 		if (next == -1 && errno == ENOENT && (how & D_MAKE) != 0 &&
 		    (mkdirat(dir, part, 0700) == 0 || errno == EEXIST))
@@ -2015,11 +2020,13 @@ tmp_create(struct tmp *t, int dir)
 {
 	tmp_name(t, dir);
 	t->fd = file_open(dir, t->name, O_RDWR | O_CREAT | O_EXCL, NULL);
+	if (t->fd == -1 && errno == ENOENT) {	/* .tmp was removed */
+		(void)mkdirat(store.root, ".tmp", 0700);
+		t->fd = file_open(dir, t->name, O_RDWR | O_CREAT | O_EXCL,
+		    NULL);
+	}
 	if (t->fd != -1)
 		return 0;
-	if (errno == ENOENT && dir == store.root &&
-	    mkdirat(dir, ".tmp", 0700) == 0)	/* it was removed */
-		return tmp_create(t, dir);
 	tmp_remove(t);			/* it may have been made */
 	return -1;
 }
@@ -2260,8 +2267,8 @@ guard_set(short type, off_t byte)
 #define guard_server_byte(token) ((off_t)((uint64_t)1 << 62 | (token) >> 3))
 
 /* Is the locked file still the one that other servers lock? */
-#define guard_in_place() \
-	file_is(store.guard, store.root, ".guard", AT_SYMLINK_NOFOLLOW)
+#define guard_in_place() (store_there() && \
+	file_is(store.guard, store.root, ".guard", AT_SYMLINK_NOFOLLOW))
 
 /* Puts our guard at the end of the list, if it is not in it, or takes it out.
  * Returns how many before it have the same byte. */
@@ -2482,9 +2489,9 @@ user_line(struct users *u, char *line, const char **at)
 	else if (strlen(field[1]) != 71 || strspn(field[1] + 7, digits) != 64)
 		return "after sha256: come 64 hexadecimal digits";
 	else
-		for (i = 0; i < 32; i++)
-			(void)sscanf(field[1] + 7 + 2 * i, "%2hhx",
-			    &new.secret[i]);
+		for (i = 0; i < 64; i++)
+			new.secret[i / 2] = (unsigned char)(new.secret[i / 2] <<
+			    4 | hex_value(field[1][7 + i]));
 	while (strcmp(field[2], right_names[new.right]) != 0)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
@@ -3017,17 +3024,27 @@ lock_remove(struct request *r)
 
 /* Begins a change: takes the guard, and reads the lock. If another write came
  * in between, the change is prepared again: so of many who write without a lock
- * nobody starves. */
+ * nobody starves. With D_SYNC the directories above are synced first, so that
+ * nobody finds a state or a lock in one that is not on the disk. Where a state
+ * is already, they are, but for one that is the same as the new, or after a
+ * failed sync: then an earlier try may have ended there. */
 static int
 change_begin(struct request *r, unsigned how)
 {
 	struct change *ch = r->change;
+	int dir = -1;
 
-	if (ch->dir == -1 && (ch->dir = dir_open(r->name, how)) == -1 &&
-	    (how == D_MAKE || errno != ENOENT))
+	if (ch->dir == -1 &&
+	    (ch->dir = dir_open(r->name, how & D_MAKE)) == -1 &&
+	    ((how & D_MAKE) != 0 || errno != ENOENT))
 		return refuse_errno(r, "open the state's directory");
 	if (ch->writes && change_prepare(r) != 0)
 		return r->status;
+	if ((how & D_SYNC) != 0 && ch->dir != -1 && (!ch->writes ||
+	    ch->old == -1 || ch->equal || store.unsynced) &&
+	    (dir = dir_open(r->name, D_SYNC)) == -1)
+		return refuse_errno(r, "sync the directories above");
+	close_quietly(dir);
 	if (guard_take(r->name, GUARD_MS) == -1) {
 		if (errno != EAGAIN)
 			return refuse_errno(r, "guard the name");
@@ -3035,7 +3052,7 @@ change_begin(struct request *r, unsigned how)
 		    "wait for it, or one takes too long");
 		/* A LOCK can be told all the same that another holds the lock:
 		 * a client with -lock-timeout then tries again. */
-		return how == D_MAKE && !ch->writes &&
+		return (how & D_MAKE) != 0 && !ch->writes &&
 		    lock_look(r->name, &ch->lock) == 0 && ch->lock.held &&
 		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : r->status;
 	}
@@ -3047,26 +3064,18 @@ change_begin(struct request *r, unsigned how)
 	return r->status == 0 && ch->writes ? change_prepare(r) : r->status;
 }
 
-/*
- * Ends a change; other requests pass through. Drops the guard, then syncs what
- * was published: its directory, or all from the root down to it, if the name
- * had no state before, or the lock was changed, or a sync has ever failed, or
- * the state is the same as before, or gone already: then an earlier try may
- * have done that, and failed here.
- */
+/* Ends a change; other requests pass through. Drops the guard, and syncs what
+ * was published; also what is gone already, for an earlier try may have deleted
+ * it, and failed here. */
 static void
 change_end(struct request *r)
 {
 	struct change *ch = r->change;
-	int dir = -1;
-	bool deep = !ch->writes || ch->old == -1 || ch->equal || store.unsynced;
 
 	guard_drop();
 	if ((r->status == 0 || (ch->writes && r->status == 404)) &&
-	    ch->dir != -1 && (deep ?
-	    (dir = dir_open(r->name, D_SYNC)) : dir_sync(ch->dir)) == -1)
+	    ch->dir != -1 && dir_sync(ch->dir) == -1)
 		(void)refuse_errno(r, "sync the directory");
-	close_quietly(dir);
 	tmp_remove(&ch->tmp);
 	tmp_remove(&ch->kept);
 	if (r->status == 0)
@@ -3197,7 +3206,7 @@ do_lock(struct request *r)
 
 	if (lock_body(r, false) != 0 ||
 	    lock_allowed(r, &r->change->asked) != 0 ||
-	    change_begin(r, D_MAKE) != 0)
+	    change_begin(r, D_MAKE | D_SYNC) != 0)
 		return r->status;
 	own = lock_is(l, r->id);
 	stale = conf.break_hours > 0 && !l->foreign && time_ms() / 1000 -
@@ -3295,7 +3304,8 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 	if (ch->ids.failed || (ch->history == -1 &&
 	    (ch->history = dir_open(r->name, D_HISTORY | D_MAKE)) == -1) ||
 	    tmp_rename(t, ch->history, id, STATE) == -1 ||
-	    (sync && (dir = dir_open(r->name, D_HISTORY | D_SYNC)) == -1))
+	    (sync && (dir_sync(ch->history) == -1 ||
+	    (dir = dir_open(r->name, D_HISTORY | D_SYNC)) == -1)))
 		return refuse_errno(r, "keep a version in the history");
 	close_quietly(dir);
 	return 0;
@@ -3355,15 +3365,18 @@ write_publish(struct request *r)
 	if (delete && ch->old == -1)
 		return refuse(r, 404, "there is no such state");
 	if (kept)
-		(void)history_keep(r, &ch->kept, ch->old_meta.serial, delete);
+		(void)history_keep(r, &ch->kept, ch->old_meta.serial, delete ||
+		    ch->kept.fd != -1);		/* a copy */
 	if (r->status == 0 && (delete ?
 	    unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
 	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == -1)
 		(void)refuse_errno(r, "change the state");
-	/* If it failed, the version goes again: a repetition would add one. */
+	/* If it failed, the version goes again: a repetition would add one. But
+	 * NFS may call failed what it has done: then the version stays. */
 	if (r->status == 0)
 		ch->event = delete ? "delete" : "write";
-	else if (kept && ch->kept.name[0] == '\0')
+	else if (kept && ch->kept.name[0] == '\0' && file_is(ch->old, ch->dir,
+	    leaf_name(r->name, STATE), AT_SYMLINK_NOFOLLOW))
 		(void)unlinkat(ch->history,
 		    leaf_name(ch->ids.list[ch->ids.n - 1], STATE), 0);
 	return r->status;
@@ -3379,7 +3392,7 @@ do_write(struct request *r)
 	guard_drop();
 	r->change->writes = true;
 	if (r->status == 0 && state_receive(r) == 0 &&
-	    change_begin(r, D_MAKE) == 0)
+	    change_begin(r, D_MAKE | D_SYNC) == 0)
 		(void)write_publish(r);
 	return r->status;
 }
@@ -3405,7 +3418,7 @@ do_unlock(struct request *r)
 	if (!wrong && r->right < R_WRITE && (delete || !r->has_id))
 		return refuse(r, 403, "%s may not delete or force-unlock %s",
 		    r->user, r->name);
-	if (wrong || change_begin(r, D_OPEN) != 0)
+	if (wrong || change_begin(r, D_SYNC) != 0)
 		return r->status;
 	if (delete)
 		return write_publish(r);
@@ -4109,7 +4122,7 @@ ready_look(void *unused)
 {
 	struct tmp t = { .fd = -1 };
 
-	ready.error = !store_there() || !guard_in_place() ? EIDRM :
+	ready.error = !guard_in_place() ? EIDRM :
 	    store_fits(0) == 0 && tmp_create(&t, store.root) == 0 &&
 	    fsync(t.fd) == 0 ? 0 : errno;
 	tmp_remove(&t);
@@ -5080,7 +5093,8 @@ store_open(void)
 	close_quietly(tmp);
 	close_quietly(history);
 	/* A new directory's own name must be on the disk as well. */
-	if ((dir = dir_open(created ? "../" : "", D_SYNC)) == -1)
+	if ((dir = dir_open(created ? "../" : "", D_SYNC)) == -1 ||
+	    dir_sync(dir) == -1)
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(dir);
 	if (getentropy(&store.token, sizeof(store.token)) == -1 ||

@@ -3966,8 +3966,8 @@ steps() {
 }
 
 # Promises 1, 3 and 6: the data, then its name, then the directory, and only then 200; the guard
-# spans the look at the lock and the publishing, and no sync of a state. A new name syncs every
-# directory down to it. In a line with a FILE, the first sync of it fails: what that made doubtful
+# spans the look at the lock and the publishing, and no sync of a state. The directories above a
+# new name are synced before it is there. In a line with a FILE, the first sync of it fails: what that made doubtful
 # is synced before a later 200, and a lock that could not be synced stays.
 test_nothing_is_answered_before_it_is_on_disk() {
 	local status file method path body steps
@@ -4001,12 +4001,13 @@ test_nothing_is_answered_before_it_is_on_disk() {
 	200||UNLOCK|/s|@mine|guard look drop sync\(.\) 200
 	200||DELETE|/s||(link )?guard look rename .*sync\(history\) .*sync\(.\) 200
 	404||DELETE|/s||guard look drop sync\(.\) refusal
-	200||POST|/a/b|@one|write sync mkdir .*guard look rename drop .*sync\(.\) sync\(a\) 200
-	200||POST|/a/b|@two|write sync .*guard look .*rename drop sync\(a\) 200
-	200||POST|/a/c|@two|write sync .*guard look rename drop sync\(.\) sync\(a\) 200
+	200||POST|/a/b|@one|write sync mkdir .*sync\(.\) guard look rename drop sync\(a\) 200
+	200||POST|/a/b|@two|write sync [a-z ]*guard look .*rename drop sync\(a\) 200
+	200||POST|/a/c|@two|write sync .*sync\(.\) guard look rename drop sync\(a\) 200
+	200||LOCK|/b/c/d|@mine|mkdir sync\(.\) sync\(b\) guard look create write sync drop sync\(b.c\) 200
 	5..|states|POST|/new/a|@one|.*
-	200||POST|/old/s|@one|.*rename drop sync\(.\) sync\(old\) 200
-	200||POST|/new/a|@one|.*rename drop sync\(.\) sync\(new\) 200
+	200||POST|/old/s|@one|.*sync\(.\) guard look .*rename drop sync\(old\) 200
+	200||POST|/new/a|@one|.*sync\(.\) guard look rename drop sync\(new\) 200
 	5..|states/s.lock|LOCK|/s|@mine|.*
 	423||LOCK|/s|@other|.*refusal
 	200||LOCK|/s|@mine|guard look write sync (rename )?(sync\(.\) )?drop (sync\(.\) )?200
@@ -4363,9 +4364,15 @@ test_a_directory_removed_under_the_server_is_no_404() {
 		expect 200 POST /team/s "$(state 1)"
 		expect 200 POST /s "$(state 1)"
 		if [ $dir = plain ]; then
+			expect 200 LOCK /s "$(info L)"
 			mv plain/states elsewhere
-			expect 200 GET /team/s
+			rows <<-'END'
+			200	-	GET	/team/s	-
+			5..	-	POST	/s?ID=L	state:9	^cannot .*replaced
+			5..	-	UNLOCK	/s	info:L	^cannot .*replaced
+			END
 			mv elsewhere plain/states
+			expect 200 UNLOCK /s "$(info L)"
 			expect 200 POST /s "$(state 2)"
 		fi
 		rm -rf $dir/states
@@ -4411,8 +4418,14 @@ test_names_may_lie_on_other_file_systems() {
 		200	-	GET	/	-	^team/s 
 		200	-	DELETE	/team/s	-
 		404	-	GET	/team/s	-
+		200	-	POST	/team/s	state:4
 		END
-		until_true kept team/s '1 2 3'
+		spy -e trace=fsync -P "$PWD/states/.history/team/s"
+		expect 200 POST /team/s "$(state 5)"
+		unspy
+		[ $at = .tmp ] || has trace 'fsync.* = 0'	# the sweep of a start would take it
+		expect 200 DELETE /team/s
+		until_true kept team/s '1 2 3 4 5'
 		cmp big states/.history/team/s/*-2.tfstate
 		want "what is there" s.log "$(ls -A states/team)"
 		want "strays" '' "$(strays)"
@@ -4635,6 +4648,7 @@ test_a_write_does_not_wait_for_those_that_make_directories() {
 	slow fsync 15 -P "$PWD/states"
 	later new POST /new/s "$(state 1)"
 	until_true grep -q fsync trace
+	[ ! -e states/new/s.tfstate ] || fail 'another could build on it'
 	expect 200 POST /team/s "$(state 3)"
 	hasnt trace ' = 0'		# it has not waited for the other
 	unspy
