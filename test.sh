@@ -552,6 +552,7 @@ application/json	application/json; charset=utf-8
 text/html	text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8
 text/html	text/html, application/json;q=0
 END
+	rows -i -H 'Accept: application/json' -H 'Accept: */*' <<<$'200 - GET / -\tapplication/json'
 }
 
 # RFC 9110 15.5.6 and 9.3.7: a known method in the wrong place is told what
@@ -921,6 +922,10 @@ test_a_thousand_idle_connections_cost_nothing() {
 	grew 4096 "$kib"
 	calm 3 5
 	expect 200 PUT /x "$(state 2)"
+	spy -e trace=poll,ppoll		# requests in threads do not have all of them polled
+	curl -sS -o /dev/null "$URL/x/lock?ID=[1-200]"
+	unspy
+	[ "$(grep -c ', 10[0-9][0-9], ' trace)" -lt 100 ] || fail 'all are polled for each request'
 	let_go
 	until_true eval '[ "$(descriptors)" = "$before" ]'
 	grew 1024 "$kib"
@@ -1014,7 +1019,23 @@ test_silent_clients_do_not_use_up_the_threads() {
 	let_go
 	mv slow answers
 	want 'the slow upload' '200 404' "$(statuses)"
-	until_true grep -q -- 'method=PUT name=y .*status=- .*why=' server.log
+	until_true grep -q 'method=PUT name=y .*status=- .*why="others need its thread"' server.log
+	hasnt server.log 'name=big .*status=- bytes=8388608'
+}
+
+# Who has no credentials holds no thread, though he may ask for health: not by a body that
+# he sends in no hurry.
+test_strangers_hold_no_thread() {
+	hasty -DTHREADS_MAX=4 -DSTALL_MS=60000 -DBODY_MS=60000 -DHEAD_MS=60000
+	local bytes host='HTTP/1.1\r\nHost: localhost\r\n'
+	team_users
+	serve -u users
+	for bytes in "GET /-/healthy ${host}Content-Length: 60000\r\n\r\n{" \
+		"GET /-/ready ${host}Transfer-Encoding: chunked\r\n\r\n9\r\n{" \
+		"OPTIONS /-/healthy ${host}Content-Length: 9\r\n\r\n{"; do
+		hold 8 "$bytes"
+		rows <<<$'200 ann:s3cret LOCK /demo info:me\n200 ann:s3cret UNLOCK /demo info:me'
+	done
 }
 
 # One client that asks without end, and one that never reads either, leave
@@ -1743,6 +1764,7 @@ test_a_query_other_than_the_id_is_refused() {
 		400 - PUT /demo/lock?env=prod info:me	path
 		400 - DELETE /demo?env=prod&ID=me -	path
 	EOF
+	rows -H 'Transfer-Encoding: chunked' -d '' <<<$'400 - DELETE /demo?env=prod -\tpath'
 	every $'400 - GET @@?x=1 -\tpath' /demo/lock /terraform_state/demo /terraform_lock/demo
 	every '400 - POST /demo?@@ state:2' x id=me XID=me x=ID=me ID%3Dme 'ID=me&x=1' 'x=1&ID=me'
 	rows <<-'EOF'
@@ -2284,6 +2306,18 @@ test_the_page_of_a_state() {
 	json answer '.[0]|[.size,.written[:2],.who,.lock.id,.lock.info]' \
 		'[180,"20","ann@laptop","it'"'"'s","why not"]'
 	id=$(versions team/prod | head -1 | xargs basename -s .tfstate)
+	# by what was logged before it was replaced, not by a later write that looks the same
+	rows <<-'EOF'
+		200 - POST /team/prod?ID=it's state:4
+		200 - UNLOCK /team/prod {"ID":"it's"}
+		200 - LOCK /team/prod {"ID":"b","Who":"bob@ci"}
+		200 - POST /team/prod?ID=b state:3
+		200 - LOCK /fresh {"ID":"first"}
+	EOF
+	rows -H 'Accept: application/json' <<<"200 - GET $page -"
+	json answer 'map([.serial,.who])[:3]' '[[3,"bob@ci"],[4,"ann@laptop"],[3,"ann@laptop"]]'
+	rows -H 'Accept: application/json' <<<'200 - GET /-/versions/fresh -'
+	json answer 'map([.id,.size,.lock.id])' '[[null,null,"first"]]'
 	rows <<-EOF
 		200 - GET $page/$id -	opensesame
 		200 - GET /-/versions/team%2Fprod/$id.tfstate -	opensesame
@@ -2443,6 +2477,7 @@ test_no_secret_reaches_a_log() {
 			400 ann:s3cret LOCK /demo {"opensesame":1}
 			403 bob:b0b POST /demo @sent
 			401 ann:wrong-guess GET /demo -
+			200 ann:s3cret GET /-/log/demo -
 		EOF
 		rows -H 'authorization:Bearer s3cret' <<<'200 - GET /demo -'
 		rows -H 'Authorization: Weird s3cret s3cret' \
@@ -2455,7 +2490,8 @@ test_no_secret_reaches_a_log() {
 	done
 	grumbles
 	[ -s first ] || fail "-v did not say what it will show"
-	for option in 'POST /demo HTTP/1.1' opensesame 'HTTP/1.1 200' '[Aa]uthorization:'; do
+	for option in 'POST /demo HTTP/1.1' opensesame 'HTTP/1.1 200' '[Aa]uthorization:' \
+		'^< .*"event":"write"'; do
 		has server.err "$option"
 	done
 }
@@ -2862,6 +2898,7 @@ test_mistakes_at_the_start_are_told() {
 		-l unix:|unix
 	EOF
 	refuses 2 COMMAND -d states demo
+	refuses 2 'options come first' demo -d states true
 	echo >file
 	serve_as other -d states
 	refuses 1 "127.0.0.1:$PORT.*[Aa]ddress.*in use" -d s2 -l "127.0.0.1:$PORT"
@@ -3525,6 +3562,14 @@ test_a_signal_reaches_the_wrapped_command_once() {
 			want "$signal to $to$PID" "5 $signal" "$STATUS $(cat count)"
 		done
 	done
+	rm -f ready count over
+	setsid "$STATESRV" -d states demo bash job >out 2>err.txt &
+	PID=$!
+	until_true test -e ready
+	kill -HUP "$PID"
+	until_true test -s count
+	halt TERM
+	want 'HUP, and TERM at once' '5 HUP TERM' "$STATUS $(xargs <count)"
 	rm -f ready count over
 	{
 		until_true test -e ready
@@ -4936,6 +4981,18 @@ test_sigterm_lets_uploads_finish() {
 	STATUS=0
 	wait "$PID" || STATUS=$?
 	want "exit status" 0 "$STATUS"
+	no_uploads_left || fail "left: $(ls states/.tmp)"
+}
+
+# What is cut at the end, after ten seconds, is told in the log, as any cut is.
+test_what_the_end_cuts_is_logged() {
+	serve
+	hold 1 'PUT /y HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{'
+	hold 1 'GET /x HTT'
+	until_true files states/.tmp -ge 1
+	halt
+	want 'exit status' 0 "$STATUS"
+	want 'lines' 2 "$(grep -c 'status=- .*why="the server stops"' server.log)"
 	no_uploads_left || fail "left: $(ls states/.tmp)"
 }
 
