@@ -2510,6 +2510,7 @@ team_users() {
 		two tw0 read
 		two tw0 write t?am/*
 		two new plan solo
+		max m4x write # all, whatever
 	EOF
 	chmod 600 users
 }
@@ -4367,6 +4368,44 @@ test_a_broken_disk_is_read_and_not_written() {
 	END
 	until_true says 503 GET /-/ready
 	want "files" 's.lock s.log s.tfstate' "$(cd states && echo *)"
+}
+
+# Promise 7: a file server may say of what it has done that it failed (NFS). The version, then the
+# only copy, stays in the history; and repeating is no harm.
+test_a_deed_that_is_told_as_failed_loses_nothing() {
+	grumbles
+	need "${CC:-cc}"
+	"${CC:-cc}" -O1 -shared -fPIC -o liar.so -x c - <<'C'
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <string.h>
+
+static int lie(const char *path, int n)
+{
+	return n == 0 && strcmp(path, "s.tfstate") == 0 ? errno = ETIMEDOUT, -1 : n;
+}
+
+int renameat(int from, const char *old, int to, const char *new)
+{
+	int (*real)(int, const char *, int, const char *) = dlsym(RTLD_NEXT, "renameat");
+
+	return lie(new, real(from, old, to, new));
+}
+
+int unlinkat(int dir, const char *path, int flags)
+{
+	int (*real)(int, const char *, int) = dlsym(RTLD_NEXT, "unlinkat");
+
+	return lie(path, real(dir, path, flags));
+}
+C
+	serve
+	rows <<<'200 - POST /s state:1'
+	halt
+	LD_PRELOAD=$PWD/liar.so ASAN_OPTIONS=verify_asan_link_order=0 serve
+	rows <<<$'5.. - POST /s state:2\n200 - GET /s -\t"serial": 2\n5.. - DELETE /s -\n404 - GET /s -'
+	kept s '1 2' || fail "$(versions s)"
 }
 
 # Promise 1: XFS shuts itself down when it cannot write its metadata. The fsync of a directory
