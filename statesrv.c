@@ -9,7 +9,7 @@
  *
  *	states/demo.tfstate	the state, byte for byte as the client sent it
  *	states/demo.lock	present = locked; the lock info, byte for byte
- *	states/demo.log		what happened to it, a JSON line an event
+ *	states/demo.log		what happened to it, one JSON line per event
  *	states/team/prod.tfstate	a name with slashes is a path
  *	states/.history/demo/	earlier versions
  *	states/.tmp/		uploads in flight, swept at start
@@ -31,18 +31,22 @@
  * How it works: a request is either in the loop or in one thread. The loop
  * polls, reads heads, and answers what needs no waiting. Everything else is
  * given with its connection to one thread of a pool, which does it from the
- * first line to the last. So every wait has an end, every piece of work has
- * somebody who wants it, and no mutex is held while a disk is waited for,
- * except for the log's if stdout or stderr is a file. (A name's guard is held,
- * too, but only that name waits for it.) To follow one request, read:
+ * first line to the last. Every wait for a client, a guard or a thread has an
+ * end. A wait for a disk may have none: it holds its thread and the guard of
+ * its name, but no mutex, except for the log's if stdout or stderr is a file.
+ * To follow one request, read:
  *
- *	loop_turn, conn_drive, head_next, request_new, admit: in the loop
- *	GET of a small state: quick_state, reply_send
- *	POST: pool_give; in a thread: thread_serve, do_write; change_begin,
- *	write_allowed (would it be refused anyway?); state_receive,
- *	state_check; change_begin, change_prepare, guard_take; write_publish;
- *	change_end, reply_send, history_prune
- *	LOCK: do_lock, lock_body, change_begin, lock_write, change_end
+ *	in the loop: loop_turn, conn_accept, conn_drive, head_next,
+ *		request_new, admit
+ *	GET of a small state, in the loop: quick_state, reply_send
+ *	POST, in a thread: pool_give, thread_serve, do_write, and there
+ *		change_begin, write_allowed: is it refused anyway?
+ *		state_receive, state_check
+ *		change_begin: change_prepare, guard_take, lock_read
+ *		write_publish: client_gone, write_allowed, history_keep
+ *		change_end, reply_send, history_prune
+ *	LOCK, in a thread: do_lock, lock_body, change_begin, lock_write,
+ *		change_end, reply_send
  *
  * What it does not do: TLS (put a front before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
@@ -134,7 +138,7 @@
 #include <sys/syscall.h>
 #include <sys/vfs.h>
 #include <malloc.h>
-#else					/* a BSD's inherits O_NONBLOCK */
+#else		/* what a BSD accepts inherits the listener's O_NONBLOCK */
 #define accept4(fd, peer, len, how) accept(fd, peer, len)
 #endif
 #ifdef __APPLE__
@@ -201,14 +205,14 @@
 				 * clang does not optimize; only touched
 				 * pages cost memory */
 #endif
-#define THREAD_IDLE_MS 1000	/* milliseconds; then an idle one leaves */
+#define THREAD_IDLE 1		/* seconds; then an idle one leaves */
 #ifndef PAGES_MAX
 #define PAGES_MAX 8		/* threads that make pages */
 #endif
 #define WAITERS_MAX 16		/* threads that wait for one name */
 #define UNSENT_MAX 131072	/* bytes of an answer that wait in the kernel */
 #define SEND_MAX 1048576	/* bytes in one sendfile */
-#define FLAT 64			/* up to so many connections all are polled */
+#define FLAT 64			/* of up to so many, all are always polled */
 #define TURN_MAX 32		/* answers to one client in one turn */
 #define HOT_MS 5		/* between polls of the idle ones, at least */
 #define LOG_MS 10		/* log lines are collected for so long */
@@ -1104,8 +1108,8 @@ json_keep(struct json *j, unsigned c)
 }
 
 /* Takes the bytes of a string that need no decoding: most of a state is such.
- * Were there any? Eight are looked at together: in the sum each other byte sets
- * its high bit. */
+ * Were there any? Eight are looked at together: what is not plain, or is above
+ * the first such, sets the high bit of its byte. */
 static bool
 json_plain(struct json *j)
 {
@@ -2127,8 +2131,7 @@ version_ms(const char *id)
  * terraform writes every 20 seconds of a long run, and these must not push out
  * what was there before it. Their mtime is later than the lock's: one file
  * system, one clock. If an ID or an mtime is later than now, clocks have
- * moved: then simply the oldest go. Round 0 looks for the newest, round 1
- * removes those before it, round 2 the oldest.
+ * moved: then simply the oldest go.
  */
 static void
 history_prune(int dir, const struct names *ids, const struct lock *lock)
@@ -2137,21 +2140,22 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 	size_t newest = 0, i;
 	int64_t now = time_ms();
 	bool moved = n > 0 && version_ms(ids->list[n - 1]) > now;
-	int round = lock->held && !moved ? 0 : 2;
+	enum { FIND_NEWEST, OF_THE_RUN, ALL } round =
+	    lock->held && !moved ? FIND_NEWEST : ALL;
 	const char *leaf;
 	struct stat st;
 
-	for (; round < 3; round++)
+	for (; round <= ALL; round++)
 		for (i = 0; i < n && excess > 0; i++) {
 			leaf = leaf_name(ids->list[i], STATE);
-			if (*ids->list[i] == '\0' || (round < 2 &&
+			if (*ids->list[i] == '\0' || (round < ALL &&
 			    (fstatat(dir, leaf, &st, AT_SYMLINK_NOFOLLOW) ==
 			    -1 || time_us(st.st_mtim) <= time_us(lock->since))))
 				continue;
-			if (round == 0) {
+			if (round == FIND_NEWEST) {
 				moved |= st.st_mtim.tv_sec > now / 1000;
 				newest = moved ? 0 : i;
-			} else if (round == 2 || i < newest) {
+			} else if (round == ALL || i < newest) {
 				(void)unlinkat(dir, leaf, 0);
 				*ids->list[i] = '\0';
 				excess--;
@@ -2601,7 +2605,7 @@ struct conn {
 	size_t at, used;		/* of in */
 	bool begun;			/* a head: its deadline is set */
 	int64_t since, active, deadline;	/* ms: see conn_moved */
-	const char *why;		/* the loop has ended its thread's wait */
+	const char *why;		/* the loop ended its thread's wait */
 	char peer[56];			/* ADDRESS:PORT; "": a unix socket */
 };
 
@@ -3050,8 +3054,9 @@ change_begin(struct request *r, unsigned how)
 			return refuse_errno(r, "guard the name");
 		(void)refuse(r, 503, "cannot guard the name: too many requests "
 		    "wait for it, or one takes too long");
-		/* A LOCK can be told all the same that another holds the lock:
-		 * a client with -lock-timeout then tries again. */
+		/* A LOCK (it makes, and does not write) can be told all the
+		 * same that another holds the lock: a client with -lock-timeout
+		 * then tries again. */
 		return (how & D_MAKE) != 0 && !ch->writes &&
 		    lock_look(r->name, &ch->lock) == 0 && ch->lock.held &&
 		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : r->status;
@@ -3155,13 +3160,14 @@ lock_allowed(struct request *r, const struct lock *l)
 }
 
 /*
- * Writes the lock, and syncs it: another host that found it empty would take
- * it for none. If it could not be written, it is removed again. If it could not
- * be synced, it stays: a lock too many is an inconvenience, one too few a
- * disaster. A lock that is broken is replaced: at no moment is there none. own:
- * so is the sender's, by the same bytes and time; after an fsync that failed,
- * the next may return 0 for a file that is not on the disk. If there is no room
- * for a second file, the first is synced.
+ * Writes the lock, and syncs it under the guard: another host that found it
+ * empty would take it for none. If it could not be written, it is removed
+ * again. If it could not be synced, it stays: a lock too many is an
+ * inconvenience, one too few a disaster. A lock that is there, to be broken or
+ * the sender's own, is replaced by a rename: at no moment is there none. The
+ * sender's own is written anew, with its bytes and its time: after an fsync
+ * that failed, the next may return 0 for a file that is not on the disk. If
+ * there is no room for a second file, the first is synced.
  */
 static int
 lock_write(struct request *r, bool own)
@@ -4047,10 +4053,10 @@ quick_state(struct request *r)
 		struct stat st;
 		char data[CACHED_MAX];
 	} cache[CACHE_SLOTS], *c;
-	/* struct open_how: flags, mode, resolve: NO_SYMLINKS, CACHED. */
+	/* For openat2 (437): flags, mode, resolve: NO_SYMLINKS, CACHED. */
 	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
 	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
-	/* Of cachestat, kernel 6.5: from byte 0 on so many; pages it has. */
+	/* For cachestat (451, kernel 6.5): from 0 on so many; pages it has. */
 	uint64_t range[2] = { 0 }, pages[5] = { 0 };
 	char file[sizeof(r->name) + sizeof(STATE)];
 	bool ok, large = false;
@@ -4758,7 +4764,7 @@ pool_thread(void *unused)
 	(void)pthread_mutex_lock(&list_mutex);
 	for (;;) {
 		(void)clock_gettime(CLOCK_REALTIME, &until);
-		until.tv_sec += THREAD_IDLE_MS / 1000;
+		until.tv_sec += THREAD_IDLE;
 		pool.idle++;
 		while (pool.queue.n == 0 && pthread_cond_timedwait(&pool.work,
 		    &list_mutex, &until) == 0)
@@ -4894,7 +4900,8 @@ head_next(struct conn *c, struct head *h)
 
 /* There is news of a connection, or its request must be answered now: does for
  * it what can be done without waiting. The rest is a thread's, perhaps only
- * what the socket did not take. A wrong secret's answer waits for a deadline. */
+ * what the socket did not take; but strangers get no thread. A wrong secret's
+ * answer waits for a deadline. */
 static void
 conn_drive(struct conn *c)
 {
