@@ -4619,6 +4619,7 @@ static bool
 reply_send(struct request *r, bool may_wait)
 {
 	struct conn *c = r->conn;
+	int64_t unsent;
 	ssize_t sent;
 
 	if (r->out.len == 0 && r->status != -1)
@@ -4635,9 +4636,9 @@ reply_send(struct request *r, bool may_wait)
 			(void)cut(r, c->why != NULL ? c->why :
 			    "the client did not take the answer");
 	}
-	/* What was not sent is not counted. */
-	r->sent -= r->left + (int64_t)(r->out.len - r->gone);
-	r->sent = r->sent > 0 ? r->sent : 0;
+	unsent = r->left + (r->gone < r->out.len ?
+	    (int64_t)(r->out.len - r->gone) : 0);
+	r->sent -= unsent < r->sent ? unsent : r->sent;
 	request_count(r);
 	c->r = NULL;
 	/* RFC 9112, 9.6: closing while bytes are unread, or with much unsent,
