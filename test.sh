@@ -1127,12 +1127,7 @@ test_running_out_of_descriptors_does_not_spin() {
 	through "ulimit -n 64; exec '$STATESRV'"
 	served
 	hold 200
-	rows <<'END'
-200 - PUT /x state:2
-200 - GET /x -
-200 - LOCK /x info:me
-200 - GET /x/lock -
-END
+	every '200 - @@' 'PUT /x state:2' 'GET /x -' 'LOCK /x info:me' 'GET /x/lock -'
 	let_go
 	prlimit --pid "$PID" --nofile=$(($(descriptors) + 12))
 	hold 40
@@ -1755,15 +1750,10 @@ test_every_dialect_works() {
 # key but ID is refused, but for an UNLOCK of a run from before an upgrade.
 test_a_query_other_than_the_id_is_refused() {
 	serve
-	rows <<-'EOF'
-		200 - POST /demo state:1
-		200 - LOCK /demo info:me
-		400 - GET /demo?env=prod -	path
-		400 - HEAD /demo?env=prod -
-		400 - LOCK /demo?env=prod info:me	path
-		400 - PUT /demo/lock?env=prod info:me	path
-		400 - DELETE /demo?env=prod&ID=me -	path
-	EOF
+	every '200 - @@' 'POST /demo state:1' 'LOCK /demo info:me'
+	every $'400 - @@\tpath' 'GET /demo?env=prod -' 'LOCK /demo?env=prod info:me' \
+		'PUT /demo/lock?env=prod info:me' 'DELETE /demo?env=prod&ID=me -'
+	rows <<<'400 - HEAD /demo?env=prod -'
 	rows -H 'Transfer-Encoding: chunked' -d '' <<<$'400 - DELETE /demo?env=prod -\tpath'
 	every $'400 - GET @@?x=1 -\tpath' /demo/lock /terraform_state/demo /terraform_lock/demo
 	every '400 - POST /demo?@@ state:2' x id=me XID=me x=ID=me ID%3Dme 'ID=me&x=1' 'x=1&ID=me'
@@ -1948,10 +1938,7 @@ test_delete_by_a_client_is_an_unlock() {
 		200 - DELETE /terraform_state/demo -
 		200 - GET /demo -	"serial": 1,
 	EOF
-	rows <<-'EOF'
-		200 - DELETE /demo -
-		404 - GET /demo -
-	EOF
+	rows <<<$'200 - DELETE /demo -\n404 - GET /demo -'
 	events demo >told
 	has told '^write lock (refused )?unlock lock force-unlock refused lock (refused )?force-unlock delete$'
 }
@@ -2250,10 +2237,7 @@ test_a_long_run_leaves_the_versions_from_before_it() {
 	touch -d '1 hour ago' states/demo.tfstate # by its time from before the run
 	every '200 - POST /demo?ID=run state:@@' {8..12}
 	until_true kept demo '2 3 7 11'
-	rows <<-'EOF'
-		200 - UNLOCK /demo info:run
-		200 - POST /demo state:13
-	EOF
+	every '200 - @@' 'UNLOCK /demo info:run' 'POST /demo state:13'
 	until_true kept demo '3 7 11 12'
 }
 
@@ -4351,17 +4335,13 @@ test_a_broken_disk_is_read_and_not_written() {
 	loop_disk ext4 16 errors=remount-ro
 	rmdir states/lost+found
 	serve
-	expect 200 POST /s "$(state 1)"
-	expect 200 LOCK /s "$(info L)"
+	every '200 - @@' 'POST /s state:1' 'LOCK /s info:L'
 	dev=$(findmnt -n -o SOURCE states)
 	echo broken >"/sys/fs/ext4/${dev#/dev/}/trigger_fs_error"
 	until_true bash -c '! touch states/probe 2>/dev/null'
+	every $'5.. - @@\t^cannot .*Read-only' 'POST /s?ID=L state:2' 'LOCK /new info:M' \
+		'LOCK /s info:L' 'UNLOCK /s info:L' 'DELETE /s?ID=L -'
 	rows <<-'END'
-	5..	-	POST	/s?ID=L	state:2	^cannot .*Read-only
-	5..	-	LOCK	/new	info:M	^cannot .*Read-only
-	5..	-	LOCK	/s	info:L	^cannot .*Read-only
-	5..	-	UNLOCK	/s	info:L	^cannot .*Read-only
-	5..	-	DELETE	/s?ID=L	-	^cannot .*Read-only
 	423	-	LOCK	/s	info:M
 	200	-	GET	/s/lock	-	"ID":"L"
 	200	-	GET	/s	-	"serial": 1
@@ -4416,8 +4396,7 @@ test_a_sync_that_is_only_pretended_is_not_believed() {
 	apart --mount
 	loop_disk xfs 300
 	serve
-	expect 200 POST /s "$(state 1)"
-	expect 200 POST /s "$(state 2)"
+	every '200 - POST /s state:@@' 1 2
 	slow fsync 15 -P "$PWD/states"
 	later third POST /s "$(state 3)"
 	until_true grep -q '"serial": 3' states/s.tfstate
@@ -4445,8 +4424,7 @@ test_a_directory_removed_under_the_server_is_no_404() {
 		skip "no overlay here"
 	for dir in plain all; do
 		serve_as $dir -d $dir/states
-		expect 200 POST /team/s "$(state 1)"
-		expect 200 POST /s "$(state 1)"
+		every '200 - POST @@ state:1' /team/s /s
 		if [ $dir = plain ]; then
 			expect 200 LOCK /s "$(info L)"
 			mv plain/states elsewhere
@@ -4467,19 +4445,10 @@ test_a_directory_removed_under_the_server_is_no_404() {
 }
 
 nothing_is_there() {
-	rows <<-'END'
-	5..	-	GET	/s	-	^cannot
-	5..	-	GET	/team/s	-	^cannot
-	5..	-	GET	/other	-	^cannot
-	5..	-	GET	/-/log/s	-	^cannot
-	5..	-	GET	/-/versions/s	-	^cannot
-	5..	-	GET	/	-	^cannot
-	5..	-	POST	/s	state:2	^cannot
-	5..	-	POST	/new/s	state:2	^cannot
-	5..	-	LOCK	/s	info:L	^cannot
-	5..	-	DELETE	/s	-	^cannot
-	200	-	GET	/-/healthy	-
-	END
+	every $'5.. - GET @@ -\t^cannot' /s /team/s /other /-/log/s /-/versions/s /
+	every $'5.. - @@\t^cannot' 'POST /s state:2' 'POST /new/s state:2' 'LOCK /s info:L' \
+		'DELETE /s -'
+	expect 200 GET /-/healthy
 	until_true says 503 GET /-/ready
 }
 
@@ -4531,15 +4500,12 @@ test_a_guard_in_another_place_stops_changes() {
 		'cp -al states backup; rm states/.guard; serve_as second -d states'; do
 		serve
 		first=$URL
-		expect 200 POST /s "$(state 1)"
-		expect 200 LOCK /locked "$(info L)"
+		every '200 - @@' 'POST /s state:1' 'LOCK /locked info:L'
 		eval "$how"
 		URL=$first
+		every $'5.. - @@\t^cannot' 'POST /s state:2' 'LOCK /s info:L' \
+			'UNLOCK /locked info:L' 'DELETE /s -'
 		rows <<-'END'
-		5..	-	POST	/s	state:2	^cannot
-		5..	-	LOCK	/s	info:L	^cannot
-		5..	-	UNLOCK	/locked	info:L	^cannot
-		5..	-	DELETE	/s	-	^cannot
 		404	-	GET	/s/lock	-
 		200	-	GET	/locked/lock	-
 		200	-	GET	/s	-	"serial": 1
@@ -4558,11 +4524,7 @@ test_a_guard_that_is_held_for_ever_holds_up_one_name() {
 	grumbles
 	serve_as frozen -d states
 	frozen=$PID
-	rows <<-'END'
-	200	-	POST	/held	state:1
-	200	-	POST	/free	state:1
-	200	-	LOCK	/locked	info:L
-	END
+	every '200 - @@' 'POST /held state:1' 'POST /free state:1' 'LOCK /locked info:L'
 	slow renameat,renameat2,unlinkat 600
 	later stuck1 POST /held "$(state 9)"
 	later stuck2 UNLOCK /locked "$(info L)"
@@ -4674,9 +4636,7 @@ test_clocks_that_jump_forget_no_new_version() {
 	done
 	until_true kept s '19 20 21 22 23'
 	expect 200 LOCK /s "$(info L)"
-	for i in 25 26 27; do
-		expect 200 POST '/s?ID=L' "$(state $i)"
-	done
+	every '200 - POST /s?ID=L state:@@' 25 26 27
 	until_true kept s '22 23 24 25 26'
 	expect 200 DELETE '/s?ID=L'
 	until_true kept s '23 24 25 26 27'
@@ -4727,8 +4687,7 @@ test_pages_of_clients_that_have_gone_are_not_made() {
 # slow, new directories wait for it, a write elsewhere does not.
 test_a_write_does_not_wait_for_those_that_make_directories() {
 	serve
-	expect 200 POST /team/s "$(state 1)"
-	expect 200 POST /team/s "$(state 2)"
+	every '200 - POST /team/s state:@@' 1 2
 	slow fsync 15 -P "$PWD/states"
 	later new POST /new/s "$(state 1)"
 	until_true grep -q fsync trace
@@ -4797,15 +4756,8 @@ test_no_page_takes_memory_by_the_size_of_a_state() {
 	printf ']}]}' >>big
 	expect 200 GET /-/healthy
 	before=$(kib VmHWM)
-	rows <<-'END'
-	200	-	POST	/s	@big
-	200	-	POST	/s	@big
-	200	-	GET	/	-
-	200	-	GET	/?q=s	-
-	200	-	GET	/-/versions/s	-
-	200	-	GET	/-/log/s	-
-	200	-	GET	/-/metrics	-
-	END
+	every '200 - @@' 'POST /s @big' 'POST /s @big' 'GET / -' 'GET /?q=s -' \
+		'GET /-/versions/s -' 'GET /-/log/s -' 'GET /-/metrics -'
 	[ $(($(kib VmHWM) - before)) -lt 4096 ] || fail "from $before to $(kib VmHWM) KiB"
 }
 
@@ -4910,15 +4862,10 @@ test_source_has_no_data_race() {
 
 use_all() {
 	for _ in {1..10}; do
-		rows -u ann:s3cret <<-END
-		200	-	LOCK	/team/s$1	info:L
-		200	-	POST	/team/s$1?ID=L	state:$RANDOM
-		200	-	UNLOCK	/team/s$1	info:L
-		200	-	POST	/big	@../whole
-		200	-	GET	/	-
-		200	-	GET	/-/metrics	-
-		200	-	GET	/-/versions/team/s$1	-
-		END
+		every '200 ann:s3cret @@' "LOCK /team/s$1 info:L" \
+			"POST /team/s$1?ID=L state:$RANDOM" "UNLOCK /team/s$1 info:L" \
+			'POST /big @../whole' 'GET / -' 'GET /-/metrics -' \
+			"GET /-/versions/team/s$1 -"
 	done
 }
 
@@ -4948,10 +4895,7 @@ test_two_servers_share_a_replicated_file_system() {
 	wait $!
 	for i in {1..9}; do
 		URL=${urls[i % 2]}
-		rows <<-END
-		200	-	LOCK	/s	info:$i
-		200	-	POST	/s?ID=$i	state:$i
-		END
+		every '200 - @@' "LOCK /s info:$i" "POST /s?ID=$i state:$i"
 		URL=${urls[(i + 1) % 2]}
 		rows <<-END
 		423	-	POST	/s	state:999
@@ -4960,12 +4904,7 @@ test_two_servers_share_a_replicated_file_system() {
 		END
 	done
 	kill -9 "$(cat /run/gluster/vols/shared/*brick3.pid)"
-	rows <<-'END'
-	5..	-	GET	/s	-
-	5..	-	GET	/other	-
-	5..	-	POST	/s	state:0
-	5..	-	LOCK	/s	info:M
-	END
+	every '5.. - @@' 'GET /s -' 'GET /other -' 'POST /s state:0' 'LOCK /s info:M'
 	until_true says 503 GET /-/ready
 	until_true gluster --mode=script volume start shared force
 	until_true says 200 GET /s
@@ -6026,11 +5965,8 @@ test_the_pages_are_good_to_use_and_stay_calm() {
 	need chromium nginx jq ip
 	apart --net
 	serve
-	rows <<-'EOF'
-	200 - POST /web/shop state:1
-	200 - POST /web/shop state:2
-	200 - LOCK /web/shop info:4711
-	EOF
+	every '200 - @@' 'POST /web/shop state:1' 'POST /web/shop state:2' \
+		'LOCK /web/shop info:4711'
 	evil=$(jq -nc --arg e "$evil" '{ID: $e, Who: $e, Operation: $e, Info: $e,
 		terraform_version: $e, lineage: $e, version: 4, serial: 1}')
 	expect 200 LOCK /x "$evil"
@@ -6236,15 +6172,10 @@ test_source_finds_a_file_system_that_folds() {
 small_letters() {
 	install -m 600 <(printf 'ann s3cret write\ndan s3cret write D*\n') users
 	serve -u users
-	rows <<-'EOF'
-	400 ann:s3cret POST /Demo state:1	case
-	400 ann:s3cret LOCK /team/Prod info:a	case
-	400 ann:s3cret GET /%C3%BC -	case
-	200 ann:s3cret POST /demo state:1
-	200 ann:s3cret LOCK /demo info:a
-	200 ann:s3cret POST /demo?ID=a state:2
-	403 dan:s3cret GET /demo
-	EOF
+	every $'400 ann:s3cret @@\tcase' 'POST /Demo state:1' 'LOCK /team/Prod info:a' \
+		'GET /%C3%BC -'
+	every '200 ann:s3cret @@' 'POST /demo state:1' 'LOCK /demo info:a' 'POST /demo?ID=a state:2'
+	rows <<<'403 dan:s3cret GET /demo'
 	want 'the version' "$(state 1)" "$(cat states/.history/demo/*-1.tfstate)"
 }
 
