@@ -3048,11 +3048,12 @@ resources() {
 	EOF
 }
 
-# project DIR NAME [BASE]: a configuration in DIR whose state is NAME.
+# project DIR NAME [BASE]: a configuration in DIR, applied; its state is NAME.
 project() {
 	resources "$1"
 	aim "$@"
 	works "$1" init
+	works "$1" apply -auto-approve
 }
 
 # waits DIR [NUMBER]: its applies wait, half done, for DIR/go, half a minute
@@ -3305,7 +3306,6 @@ test_a_lost_answer_is_not_noticed() {
 		fault "$method" "$nth" "$how"
 		name=$method-$nth-$how
 		project "$name" "$name" "$LINE"
-		works "$name" apply -auto-approve
 		works "$name" apply -auto-approve -var v=2
 		[ -e hit ] || fail "$name: the fault did not happen"
 		want "$name: serial" 2 "$(serial "$name")"
@@ -3371,7 +3371,6 @@ test_a_run_whose_lock_was_broken_cannot_write() {
 	serve
 	for since in free taken killed; do
 		project "$since" "$since"
-		works "$since" apply -auto-approve
 		cp -r "$since" other
 		waits "$since"
 		under_way "$since" apply -auto-approve -var v=lost
@@ -3402,7 +3401,6 @@ test_an_interrupted_apply_saves_unlocks_and_spares_the_history() {
 	terraform_here
 	serve -k 2
 	project work demo
-	works work apply -auto-approve
 	cp states/demo.tfstate before
 	waits work 8
 	under_way work apply -auto-approve -var v=2
@@ -3424,7 +3422,6 @@ test_too_large_a_state_is_refused_so_that_terraform_can_tell() {
 	terraform_here
 	serve -m 1
 	project work demo
-	works work apply -auto-approve
 	{
 		sed '/"outputs"/,$d; s/"serial": 1/"serial": 9/' states/demo.tfstate
 		printf '"outputs": {"big": {"type": "string", "value": "'
@@ -3451,7 +3448,6 @@ test_a_state_of_another_owner_is_replaced_and_kept() {
 	state 1 >demo.tfstate
 	install -m 644 demo.tfstate states
 	project work demo
-	works work apply -auto-approve
 	want 'serial, owner, mode' '2 12345 600' "$(serial demo) $(stat -c '%u %a' states/demo.tfstate)"
 	cmp demo.tfstate states/.history/demo/*-1.tfstate
 	info L >x.lock
@@ -3662,9 +3658,9 @@ test_source_follows_every_recipe_of_the_readme() {
 one_two_three() {
 	terraform_here
 	serve
+	export TF_VAR_v=one
 	project . demo
-	for TF_VAR_v in one two three; do
-		export TF_VAR_v
+	for TF_VAR_v in two three; do
 		works . apply -auto-approve
 	done
 }
