@@ -1602,9 +1602,9 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 END
 }
 
-# fuzz_all SECONDS: builds each harness, runs it that long, and says how often
+# fuzz [SECONDS]: builds each harness, runs it that long, and says how often
 # it was called. 1 if one found something; what crashed it is then kept.
-fuzz_all() {
+fuzz() {
 	local name rest status=0
 	fuzz_source >fuzz.c
 	mkdir seeds
@@ -1623,7 +1623,7 @@ fuzz_all() {
 			-DSMALL=32 -DRESERVE=0 -DNO_SANDBOX -fsanitize=fuzzer,address,undefined \
 			-fno-sanitize-recover=undefined -fno-sanitize=pointer-overflow \
 			-o $name.fuzz fuzz.c || return
-		./$name.fuzz -max_total_time="$1" -max_len=4096 -len_control=0 -timeout=90 \
+		./$name.fuzz -max_total_time="${1-60}" -max_len=4096 -len_control=0 -timeout=90 \
 			-close_fd_mask=3 -print_final_stats=1 -artifact_prefix=/tmp/statesrv-$name- \
 			$name seeds >$name.log 2>&1 || { status=1 && tail -n 40 $name.log; }
 		echo "$name: called $(sed -n 's/.*executed_units: *//p' $name.log) times"
@@ -1634,7 +1634,7 @@ fuzz_all() {
 # What longer runs have found is not found again by a short one.
 test_source_a_short_fuzzing_finds_nothing() {
 	need clang
-	fuzz_all 5
+	fuzz 5
 }
 # ---- files, URLs, answers, promises: by curl -----------------------------
 #
@@ -5428,12 +5428,12 @@ crash_rounds() {
 	! grep -v guard ./s*.err || fail "see above"
 }
 
-# ./test.sh crash ROUNDS
+# ./test.sh crash [ROUNDS]
 crash() {
 	trap 'reap; rm -rf "$work"' EXIT
 	set -e
-	crash_rounds "$1"
-	echo "$1 rounds survived"
+	crash_rounds "${1-100}"
+	echo "${1-100} rounds survived"
 }
 
 # Promises 1 to 4, 6 and 7, for the clients of two servers.
@@ -6184,8 +6184,6 @@ small_letters() {
 bench() {
 	local size server row what connections options
 	declare -A pid url
-	T=${T:-$work} BUILD=release
-	cd "$T" || exit 1
 	type nginx wrk curl ip >/dev/null || return
 	apart --net
 	echo reno >/proc/sys/net/ipv4/tcp_congestion_control # that nothing is paced
@@ -6503,24 +6501,18 @@ main() {
 	mkdir "$work/run"
 	case ${1-} in
 	list) all_tests | sed 's/^test_//' && return ;;
-	esac
-	case ${1-} in
 	crash | fuzz | bench) ;;
 	*) known "$@" || exit 2 ;;
 	esac
 	[ -n "${STATESRV-}" ] || build_both || exit 1
 	case ${1-} in
-	crash | fuzz)
+	crash | fuzz | bench)
 		STATESRV=${STATESRV:-$work/release}
-		T=$work/run/$1
+		T=$work/run/$1 BUILD=release
 		mkdir "$T" && cd "$T" || exit 1
-		case $1 in
-		crash) crash "${2-100}" ;;
-		fuzz) fuzz_all "${2-60}" ;;
-		esac
+		"$@"
 		exit
 		;;
-	bench) STATESRV=${STATESRV:-$work/release} && bench && return ;;
 	esac
 	run_all "$@"
 	failed=$(count fail)
