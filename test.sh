@@ -3996,13 +3996,9 @@ test_nothing_is_answered_before_it_is_on_disk() {
 	local status file method path body steps
 	grumbles
 	serve
-	state 1 >one
-	state 2 >two
-	info L >mine
-	info M >other
-	for body in two one two; do
-		expect 200 POST /s @$body	# .history/s is there from now on
-		expect 200 POST /old/s @$body
+	fault_files
+	for path in /s /old/s; do	# their histories are there from now on
+		every "200 - POST $path @@" @new @old @new
 	done
 	while IFS='|' read -r status file method path body steps; do
 		if [ -n "$file" ]; then
@@ -4018,21 +4014,21 @@ test_nothing_is_answered_before_it_is_on_disk() {
 	done <<-'END'
 	200||LOCK|/s|@mine|guard look create write sync (sync\(.\) )?drop (sync\(.\) )?200
 	200||LOCK|/s|@mine|guard look write sync (rename )?(sync\(.\) )?drop (sync\(.\) )?200
-	200||POST|/s?ID=L|@one|write sync (link guard look|guard look link) rename drop sync\(.\) 200
-	200||POST|/s?ID=L|@one|write sync guard look rename drop sync\(.\) 200
+	200||POST|/s?ID=L|@old|write sync (link guard look|guard look link) rename drop sync\(.\) 200
+	200||POST|/s?ID=L|@old|write sync guard look rename drop sync\(.\) 200
 	200||UNLOCK|/s|@mine|guard look unlink drop sync\(.\) 200
 	200||UNLOCK|/s|@mine|guard look drop sync\(.\) 200
 	200||DELETE|/s||(link )?guard look rename .*sync\(history\) .*sync\(.\) 200
 	404||DELETE|/s||guard look drop sync\(.\) refusal
-	200||POST|/a/b|@one|write sync mkdir .*sync\(.\) guard look rename drop sync\(a\) 200
-	200||POST|/a/b|@two|write sync [a-z ]*guard look .*rename drop sync\(a\) 200
-	200||POST|/a/c|@two|write sync .*sync\(.\) guard look rename drop sync\(a\) 200
+	200||POST|/a/b|@old|write sync mkdir .*sync\(.\) guard look rename drop sync\(a\) 200
+	200||POST|/a/b|@new|write sync [a-z ]*guard look .*rename drop sync\(a\) 200
+	200||POST|/a/c|@new|write sync .*sync\(.\) guard look rename drop sync\(a\) 200
 	200||LOCK|/b/c/d|@mine|mkdir sync\(.\) sync\(b\) guard look create write sync drop sync\(b.c\) 200
-	5..|states|POST|/new/a|@one|.*
-	200||POST|/old/s|@one|.*sync\(.\) guard look .*rename drop sync\(old\) 200
-	200||POST|/new/a|@one|.*sync\(.\) guard look rename drop sync\(new\) 200
+	5..|states|POST|/new/a|@old|.*
+	200||POST|/old/s|@old|.*sync\(.\) guard look .*rename drop sync\(old\) 200
+	200||POST|/new/a|@old|.*sync\(.\) guard look rename drop sync\(new\) 200
 	5..|states/s.lock|LOCK|/s|@mine|.*
-	423||LOCK|/s|@other|.*refusal
+	423||LOCK|/s|@stale|.*refusal
 	200||LOCK|/s|@mine|guard look write sync (rename )?(sync\(.\) )?drop (sync\(.\) )?200
 	END
 }
