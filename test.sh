@@ -2055,8 +2055,7 @@ test_delete_moves_one_state_into_the_history() {
 
 # Promise 5, a common bug: no byte is touched, whichever way it came.
 test_what_was_sent_is_what_is_served() {
-	local f v
-	v='"version":4,'
+	local f v='"version":4,'
 	serve
 	printf '{%s"b":1.10,"a":12345678901234567890,"e":1E+400,"z":-0.0,"a":2}' "$v" >s1
 	printf ' {\r\n\t"k": "\\u00e9\\/\xc3\xa9\\ud83d\\ude00",\r\n"":[ ],%s"":7 }\n\n' "$v" >s2
@@ -3198,12 +3197,10 @@ test_every_command_of_terraform_works_and_asks_what_it_should() {
 # Every dialect goes through a session: apply, a second one under a lock seen on disk, one that
 # meets a lock held by somebody else, and force-unlock, which sends an empty body in each.
 test_every_dialect_has_a_whole_session() {
-	local name at lock unlock more d
-	local demo=4cdd0c76-d78b-11e9-9bea-db9cd8374f3a
-	local gitlab=api/v4/projects/42/terraform/state/prod
+	local name at lock unlock more d demo=4cdd0c76-d78b-11e9-9bea-db9cd8374f3a
+	local gitlab=api/v4/projects/42/terraform/state/prod post='lock_method = "POST"'
 	local group=api/v4/projects/grp%2Fsub%2Fproj/terraform/state/prod
-	local put='lock_method = "PUT"' post='lock_method = "POST"'
-	local delete='unlock_method = "DELETE"'
+	local put='lock_method = "PUT"' delete='unlock_method = "DELETE"'
 	terraform_here
 	serve
 	while IFS='|' read -r name at lock unlock more; do
@@ -4318,15 +4315,13 @@ fill_all_but() {
 # The disk breaks and the kernel makes the file system read-only: what is there
 # is read, writes and locks are refused, nothing is lost.
 test_a_broken_disk_is_read_and_not_written() {
-	local dev
 	grumbles
 	apart --mount
 	loop_disk ext4 16 errors=remount-ro
 	rmdir states/lost+found
 	serve
 	every '200 - @@' 'POST /s state:1' 'LOCK /s info:L'
-	dev=$(findmnt -n -o SOURCE states)
-	echo broken >"/sys/fs/ext4/${dev#/dev/}/trigger_fs_error"
+	echo broken >"/sys/fs/ext4/$(basename "$(findmnt -n -o SOURCE states)")/trigger_fs_error"
 	until_true bash -c '! touch states/probe 2>/dev/null'
 	every $'5.. - @@\t^cannot .*Read-only' 'POST /s?ID=L state:2' 'LOCK /new info:M' \
 		'LOCK /s info:L' 'UNLOCK /s info:L' 'DELETE /s?ID=L -'
@@ -6047,7 +6042,7 @@ foreign() {
 # The digests, JSON, names and the parser by their tables; a whole session,
 # its secrets by SHA-256 and its states by MD5, a large one too; a version.
 test_source_serves_on_other_processors() {
-	local machine id auth=(-u ann:s3cret) other='Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg=='
+	local machine other='Content-MD5: 1B2M2Y8AsgTpgAmY7PhCfg=='
 	{ state 1 && head -c 300000 /dev/zero | tr '\0' ' '; } >one
 	install -m 600 <(echo "ann sha256:$(printf s3cret | sha256sum | cut -c 1-64) write") users
 	units_source >units.c
@@ -6063,18 +6058,17 @@ test_source_serves_on_other_processors() {
 		400 ann:s3cret LOCK /a//b info:me
 		400 ann:s3cret POST /b {"version":4,}
 		EOF
-		expect 400 POST '/team/a?ID=me' @one "${auth[@]}" -H "$other"
-		expect 200 POST '/team/a?ID=me' @one "${auth[@]}" \
-			-H "Content-MD5: $(openssl md5 -binary <one | base64)"
-		expect 200 GET /team/a '' "${auth[@]}"
+		rows -H "$other" <<<'400 ann:s3cret POST /team/a?ID=me @one'
+		rows -H "Content-MD5: $(body_md5 one)" <<<'200 ann:s3cret POST /team/a?ID=me @one'
+		rows <<<'200 ann:s3cret GET /team/a -'
 		cmp answer one
 		rows <<-'EOF'
 		423 ann:s3cret POST /team/a state:2	"ID":"me"
 		200 ann:s3cret POST /team/a?ID=me state:2
 		200 ann:s3cret UNLOCK /team/a info:me
 		EOF
-		id=$(basename $machine/.history/team/a/* .tfstate)
-		expect 200 GET "/-/versions/team/a/$id" '' "${auth[@]}"
+		every '200 ann:s3cret GET /-/versions/team/a/@@ -' \
+			"$(basename $machine/.history/team/a/* .tfstate)"
 		cmp answer one
 	done
 }
