@@ -89,8 +89,7 @@ serve_as() {
 	PID=$!
 	echo "$PID" | tee -a "$T/servers" >>"$T/pids"
 	until_true listening "$name"
-	PORT=$(sed -n 's|^statesrv: .* on http://127.0.0.1:\([0-9]*\)$|\1|p' \
-		"$name.log" | head -1)
+	PORT=$(sed -n 's|^statesrv: .* on http://127.0.0.1:\([0-9]*\)$|\1|p' "$name.log" | head -1)
 	URL=http://127.0.0.1:$PORT
 }
 
@@ -212,8 +211,7 @@ cases() {
 		got=$(statuses)
 		if ! [[ $got =~ ^($status)$ ]]; then
 			echo "expected $status, got $got: ${bytes:0:300}"
-		elif [ "$(grep -a -c -E "$date" answers)" != \
-			"$(wc -w <<<"${got#100 }")" ]; then
+		elif [ "$(grep -a -c -E "$date" answers)" != "$(wc -w <<<"${got#100 }")" ]; then
 			echo "an answer without its date: ${bytes:0:300}"
 		elif [ "$(grep -a -c '^Connection: close.$' answers)" != 1 ] &&
 			[[ $bytes != *HTTP/1.0~* ]]; then
@@ -229,8 +227,7 @@ cases() {
 
 # statuses: of all the answers in ./answers, in one line.
 statuses() {
-	grep -a -o 'HTTP/1\.[01] [0-9][0-9][0-9] ' answers | cut -c 10-12 |
-		paste -s -d ' '
+	grep -a -o 'HTTP/1\.[01] [0-9][0-9][0-9] ' answers | cut -c 10-12 | paste -s -d ' '
 }
 
 # served: a server that has a small state, x.
@@ -1684,8 +1681,7 @@ events() {
 
 # versions NAME: the files of its history, oldest first.
 versions() {
-	find "states/.history/$1" -maxdepth 1 -name '*.tfstate' 2>/dev/null |
-		sort
+	find "states/.history/$1" -maxdepth 1 -name '*.tfstate' 2>/dev/null | sort
 }
 
 # kept NAME SERIALS: these are the serials in its history, oldest first.
@@ -1839,8 +1835,7 @@ test_of_200_simultaneous_locks_one_wins() {
 	want losers 199 "$(grep -c -E '^(423|503) ' statuses)"
 	want lookers 200 "$(grep -c -E '^look (200|404) ' statuses)"
 	won=$(sed -n 's/^200 //p' statuses)
-	sed -n 's/^423 /got./p; s/^look 200 /got./p' statuses | xargs \
-		-n 1 cmp "body.$won"
+	sed -n 's/^423 /got./p; s/^look 200 /got./p' statuses | xargs -n 1 cmp "body.$won"
 	rows <<<'423 - LOCK /t/red info:late'
 	cmp "body.$won" states/t/red.lock
 	cmp "body.$won" answer
@@ -2163,8 +2158,7 @@ test_every_refusal_says_why() {
 		rows <<<"$row"
 		read -r status _ method _ <<<"$row"
 		hasnt head '^[Ll]ocation:'
-		until_true grep -Eq \
-			"method=($method|-) .*status=$status .*why=\"[^\"]" server.log
+		until_true grep -Eq "method=($method|-) .*status=$status .*why=\"[^\"]" server.log
 		[ "$status" != 423 ] || { cmp answer states/held.lock && continue; }
 		want "lines of $row" 1 "$(wc -l <answer)"
 		has head '^[Cc]ontent-[Tt]ype: text/plain'
@@ -2221,8 +2215,7 @@ test_ids_of_versions_only_grow() {
 	until_true kept demo '2 3 4'
 	rows <<<'200 - DELETE /demo -'
 	until_true kept demo '3 4 5'
-	want "the newest" 21000101T000000.003Z-5.tfstate \
-		"$(basename "$(versions demo | tail -1)")"
+	want "the newest" 21000101T000000.003Z-5.tfstate "$(basename "$(versions demo | tail -1)")"
 }
 
 # Terraform writes every 20 seconds of a long run, under one lock: those
@@ -6242,10 +6235,8 @@ bench_memory() {
 
 # The map in the opening comment is the banner titles, in their order.
 test_source_map_names_the_sections() {
-	sed -n 's/^\/\* ==== \(.*[^ =]\) =*\( \*\/\)*$/\1/p' \
-		"$here/statesrv.c" >banners
-	sed -n '/^ \* The map;/,/^ \* Copyright/s/^ \*	\(.*\)/\1/p' \
-		"$here/statesrv.c" >map
+	sed -n 's/^\/\* ==== \(.*[^ =]\) =*\( \*\/\)*$/\1/p' "$here/statesrv.c" >banners
+	sed -n '/^ \* The map;/,/^ \* Copyright/s/^ \*	\(.*\)/\1/p' "$here/statesrv.c" >map
 	[ "$(wc -l <map)" -gt 10 ] || fail 'no map'
 	diff map banners
 }
@@ -6309,8 +6300,7 @@ test_valgrind_finds_nothing() {
 		rows -H 'Accept: application/json' <<<"200 ann:s3cret GET $i -"
 	done
 	rows <<<'200 ann:s3cret DELETE /team/s1?ID=me -'
-	printf 'PUT /big HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{' |
-		raw 1 >answers
+	printf 'PUT /big HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{' | raw 1 >answers
 	kill -HUP "$PID"
 	halt
 	want "exit status: $(cat server.err)" 0 "$STATUS"
@@ -6490,8 +6480,7 @@ main() {
 	failed=$(count fail)
 	[ "$failed" = 0 ] || {
 		echo "failed:"
-		grep -l '^fail$' "$work"/run/*.result |
-			sed 's|.*/run/\(.*\).result|	\1|'
+		grep -l '^fail$' "$work"/run/*.result | sed 's|.*/run/\(.*\).result|	\1|'
 	}
 	skipped
 	echo "$(count ok) passed, $failed failed, $(count skip) skipped"
