@@ -1999,10 +1999,7 @@ test_b_breaks_only_old_locks() {
 	halt
 	touch -d '3000 days ago' states/demo.lock
 	serve # the default is never
-	rows <<-'EOF'
-		423 - LOCK /demo info:fresh	"slow"
-		200 - POST /demo?ID=slow state:3
-	EOF
+	rows <<<$'423 - LOCK /demo info:fresh\t"slow"\n200 - POST /demo?ID=slow state:3'
 }
 
 # Promise 4, common bugs: which write lands, by either method and dialect.
@@ -2140,10 +2137,7 @@ test_only_an_absent_file_is_404() {
 	rows <<<$'200 - GET /team/odd -\t^not json$'
 	find states | cmp - before
 	state 6 >states/team/odd.tfstate
-	rows <<-'EOF'
-		200 - GET /team/odd -	"serial": 6,
-		200 - POST /team/odd state:7
-	EOF
+	rows <<<$'200 - GET /team/odd -\t"serial": 6,\n200 - POST /team/odd state:7'
 	holds "$(versions team/odd)" "$(state 6)"
 	rm states/team/odd.tfstate
 	rows <<<'404 - GET /team/odd -'
@@ -2550,10 +2544,7 @@ test_a_plan_user_locks_for_a_plan_only() {
 		423 pia:pl4n LOCK /solo {"ID":"p"}	"run"
 	EOF
 	touch -d '9 hours ago' states/solo.lock # nor does he break one under -b
-	rows <<-'EOF'
-		423 pia:pl4n LOCK /solo {"ID":"p"}	"run"
-		200 ann:s3cret LOCK /solo info:new
-	EOF
+	rows <<<$'423 pia:pl4n LOCK /solo {"ID":"p"}\t"run"\n200 ann:s3cret LOCK /solo info:new'
 	echo frozen >states/solo.lock
 	rows <<-'EOF'
 		403|409 pia:pl4n UNLOCK /solo {"ID":"frozen"}
@@ -3979,8 +3970,8 @@ steps() {
 
 # Promises 1, 3 and 6: the data, then its name, then the directory, and only then 200; the guard
 # spans the look at the lock and the publishing, and no sync of a state. The directories above a
-# new name are synced before it is there. In a line with a FILE, the first sync of it fails: what that made doubtful
-# is synced before a later 200, and a lock that could not be synced stays.
+# new name are synced before it is there. In a line with a FILE, the first sync of it fails: what
+# that made doubtful is synced before a later 200, and a lock that could not be synced stays.
 test_nothing_is_answered_before_it_is_on_disk() {
 	local status file method path body steps
 	grumbles
@@ -4404,14 +4395,11 @@ test_a_directory_removed_under_the_server_is_no_404() {
 		if [ $dir = plain ]; then
 			expect 200 LOCK /s "$(info L)"
 			mv plain/states elsewhere
-			rows <<-'END'
-			200	-	GET	/team/s	-
-			5..	-	POST	/s?ID=L	state:9	^cannot .*replaced
-			5..	-	UNLOCK	/s	info:L	^cannot .*replaced
-			END
+			expect 200 GET /team/s
+			every $'5.. - @@\t^cannot .*replaced' 'POST /s?ID=L state:9' \
+				'UNLOCK /s info:L'
 			mv elsewhere plain/states
-			expect 200 UNLOCK /s "$(info L)"
-			expect 200 POST /s "$(state 2)"
+			every '200 - @@' 'UNLOCK /s info:L' 'POST /s state:2'
 		fi
 		rm -rf $dir/states
 		nothing_is_there
@@ -4511,19 +4499,11 @@ test_a_guard_that_is_held_for_ever_holds_up_one_name() {
 	for ((i = 1; i <= waiting; i++)); do
 		later held$i LOCK /held "$(info M)"
 	done
-	rows <<-'END'
-	200	-	GET	/held	-	"serial": 1
-	200	-	GET	/	-	^held 
-	200	-	GET	/-/versions/held	-
-	200	-	POST	/free	state:2
-	200	-	LOCK	/free	info:M
-	200	-	GET	/-/ready	-
-	END
+	rows <<<$'200 - GET /held -\t"serial": 1\n200 - GET / -\t^held '
+	every '200 - @@' 'GET /-/versions/held -' 'POST /free state:2' 'LOCK /free info:M' \
+		'GET /-/ready -'
 	[ ! -e held0 ] || fail "the others waited with it"
-	rows <<-'END'
-	423	-	LOCK	/locked	info:M	"ID":"L"
-	503	-	LOCK	/locked	info:L	^cannot
-	END
+	rows <<<$'423 - LOCK /locked info:M\t"ID":"L"\n503 - LOCK /locked info:L\t^cannot'
 	for ((i = 0; i <= waiting; i++)); do
 		until_true [ -s held$i ]
 		want "status" 503 "$(cat held$i)"
