@@ -4190,8 +4190,7 @@ fault_sites() {
 		e["newfstatat"] = e["fstat"] = e["fstatfs"] = e["getdents64"] = "EIO"
 		e["accept4"] = "EMFILE"
 		e["sendto"] = e["sendmsg"] = e["recvfrom"] = "EINTR"
-		right = "200|5.." (deed == "big" ? "|cut.after.200" : "")
-		right = right (deed == "break" ? "|423" : "") " "
+		right = "200|5.." (deed == "break" ? "|423" : "") " "
 		dead = "(cut.after.)?[02]00 either"
 		world = "honest"
 	}
@@ -4200,12 +4199,13 @@ fault_sites() {
 		call = $2
 		sub(/\(.*/, "", call)
 		n = ++count[$1, call]
+		fits = (call == "sendfile" ? "cut.after.200|" : "") right
 		if (!(call in e) || n > (call ~ /read|write|send/ ? 3 : 20) ||
 		    !(index($0, dir) || /accept4|sendto|sendmsg|recvfrom/))
 			next
 		for (i = split(e[call], es, " "); i > 0; i--)
 			if (!seen[call, n, es[i]]++)
-				print call, es[i], n, deed, (es[i] == "KILL" ? dead : right world)
+				print call, es[i], n, deed, (es[i] == "KILL" ? dead : fits world)
 	}
 	/ (renameat|unlinkat|write).*\.(tfstate|lock)[">]/ { world = "late" }' trace
 }
