@@ -40,7 +40,7 @@
  *		request_new, admit
  *	GET of a small state, in the loop: quick_state, reply_send
  *	POST, in a thread: pool_give, thread_serve, do_write, and there
- *		change_begin, write_allowed: is it refused anyway?
+ *		lock_look, write_allowed: is it refused anyway?
  *		state_receive, state_check
  *		change_begin: change_prepare, guard_take, lock_read
  *		write_publish: client_gone, write_allowed, history_keep
@@ -3026,27 +3026,26 @@ lock_remove(struct request *r)
 	    refuse_errno(r, "remove the lock");
 }
 
-/* Begins a change: takes the guard, and reads the lock. If another write came
- * in between, the change is prepared again: so of many who write without a lock
- * nobody starves. With D_SYNC the directories above are synced first, so that
- * nobody finds a state or a lock in one that is not on the disk. Where a state
- * is already, they are, but for one that is the same as the new, or after a
- * failed sync: then an earlier try may have ended there. */
+/* Begins a change: takes the guard, and reads the lock. make: so that a missing
+ * directory is made. If another write came in between, the change is prepared
+ * again: so of many who write without a lock nobody starves. The directories
+ * above are synced first, so that nobody finds a state or a lock in one that is
+ * not on the disk. Where a state is already, they are, but for one that is the
+ * same as the new, or after a failed sync: an earlier try may have ended there.
+ */
 static int
-change_begin(struct request *r, unsigned how)
+change_begin(struct request *r, bool make)
 {
 	struct change *ch = r->change;
 	int dir = -1;
 
-	if (ch->dir == -1 &&
-	    (ch->dir = dir_open(r->name, how & D_MAKE)) == -1 &&
-	    ((how & D_MAKE) != 0 || errno != ENOENT))
+	ch->dir = dir_open(r->name, make ? D_MAKE : D_OPEN);
+	if (ch->dir == -1 && (make || errno != ENOENT))
 		return refuse_errno(r, "open the state's directory");
 	if (ch->writes && change_prepare(r) != 0)
 		return r->status;
-	if ((how & D_SYNC) != 0 && ch->dir != -1 && (!ch->writes ||
-	    ch->old == -1 || ch->equal || store.unsynced) &&
-	    (dir = dir_open(r->name, D_SYNC)) == -1)
+	if (ch->dir != -1 && (!ch->writes || ch->old == -1 || ch->equal ||
+	    store.unsynced) && (dir = dir_open(r->name, D_SYNC)) == -1)
 		return refuse_errno(r, "sync the directories above");
 	close_quietly(dir);
 	if (guard_take(r->name, GUARD_MS) == -1) {
@@ -3057,7 +3056,7 @@ change_begin(struct request *r, unsigned how)
 		/* A LOCK (it makes, and does not write) can be told all the
 		 * same that another holds the lock: a client with -lock-timeout
 		 * then tries again. */
-		return (how & D_MAKE) != 0 && !ch->writes &&
+		return make && !ch->writes &&
 		    lock_look(r->name, &ch->lock) == 0 && ch->lock.held &&
 		    !lock_is(&ch->lock, r->id) ? lock_tell(r, 423) : r->status;
 	}
@@ -3212,7 +3211,7 @@ do_lock(struct request *r)
 
 	if (lock_body(r, false) != 0 ||
 	    lock_allowed(r, &r->change->asked) != 0 ||
-	    change_begin(r, D_MAKE | D_SYNC) != 0)
+	    change_begin(r, true) != 0)
 		return r->status;
 	own = lock_is(l, r->id);
 	stale = conf.break_hours > 0 && !l->foreign && time_ms() / 1000 -
@@ -3393,12 +3392,11 @@ write_publish(struct request *r)
 static int
 do_write(struct request *r)
 {
-	if (change_begin(r, D_OPEN) == 0)
-		(void)write_allowed(r);
-	guard_drop();
 	r->change->writes = true;
-	if (r->status == 0 && state_receive(r) == 0 &&
-	    change_begin(r, D_MAKE | D_SYNC) == 0)
+	if (lock_look(r->name, &r->change->lock) == -1)
+		return refuse_errno(r, "read the lock");
+	if (write_allowed(r) == 0 && state_receive(r) == 0 &&
+	    change_begin(r, true) == 0)
 		(void)write_publish(r);
 	return r->status;
 }
@@ -3424,7 +3422,7 @@ do_unlock(struct request *r)
 	if (!wrong && r->right < R_WRITE && (delete || !r->has_id))
 		return refuse(r, 403, "%s may not delete or force-unlock %s",
 		    r->user, r->name);
-	if (wrong || change_begin(r, D_SYNC) != 0)
+	if (wrong || change_begin(r, false) != 0)
 		return r->status;
 	if (delete)
 		return write_publish(r);
