@@ -536,6 +536,7 @@ shown_next(const char *s)
 	size_t n = utf8_next(s, &code);
 
 	return code < 0x20 || (code >= 0x7f && code < 0xa0) ||
+	    code == 0x61c || code == 0x200e || code == 0x200f ||
 	    (code >= 0x2028 && code <= 0x202e) ||
 	    (code >= 0x2066 && code <= 0x2069) ? 0 : n;
 }
@@ -1779,6 +1780,7 @@ static struct {
 	int guard;			/* .guard, opened once */
 	bool remote;			/* a network file system: there the loop
 					 * reads no states, for it might wait */
+	bool apart;			/* .tmp is another file system */
 	uint64_t token;			/* ours, in temporary names */
 	_Atomic unsigned tmps;		/* temporary files so far */
 	_Atomic bool low;		/* below the reserve */
@@ -2000,8 +2002,8 @@ tmp_name(struct tmp *t, int dir)
 {
 	*t = (struct tmp){ .fd = -1, .dir = dir };
 	(void)snprintf(t->name, sizeof(t->name), ".tmp%c%016llx-%u",
-	    dir == store.root ? '/' : '-', (unsigned long long)store.token,
-	    store.tmps++);
+	    dir == store.root && !store.apart ? '/' : '-',
+	    (unsigned long long)store.token, store.tmps++);
 }
 
 /* Closes one, and removes it if it was not renamed. Leaves errno alone. */
@@ -5079,7 +5081,7 @@ static bool
 store_open(void)
 {
 	bool created = mkdir(conf.dir, 0700) == 0;
-	struct stat st;
+	struct stat st, other;
 	int tmp, history, dir;
 
 	if ((!created && errno != EEXIST) || (store.root = open(conf.dir,
@@ -5096,6 +5098,8 @@ store_open(void)
 		die(1, "cannot open .tmp, .history or .guard in %s: %s",
 		    conf.dir, strerror(errno));
 	}
+	store.apart = fstat(store.root, &st) == 0 &&
+	    fstat(tmp, &other) == 0 && st.st_dev != other.st_dev;
 	close_quietly(tmp);
 	close_quietly(history);
 	/* A new directory's own name must be on the disk as well. */

@@ -1184,6 +1184,7 @@ test_a_bad_name_is_refused_before_anything_is_opened() {
 /%c2%80 /a%c2%85b /a%C2%9fb /%c0%ae%c0%ae/outside/x /%c0%af /%c3 /%c3%28
 /%e0%80%ae%e0%80%ae/outside/x /%f0%80%80%ae /%e2%82 /%ed%a0%80
 /%f4%90%80%80 /%f8%88%80%80%80 /%ff /%80 /.gitignore /terraform_state/.x
+/a%e2%80%aeb /a%e2%80%8eb /a%e2%80%8fb /a%d8%9cb /a%e2%81%a6b
 /.x /.guard /.tmp/x /.history/x/y /a/.b /%2ehidden /-x /a/-x /%2dx
 /x.lock /x.log /x.lock.tfstate /x.log.tfstate /x.tfstate.tfstate
 /x.lock/y /x.log/y /x.tfstate/y /.tfstate /a/.tfstate
@@ -4436,6 +4437,10 @@ test_names_may_lie_on_other_file_systems() {
 		200	-	DELETE	/team/s	-
 		404	-	GET	/team/s	-
 		200	-	POST	/team/s	state:4
+		200	-	POST	/s	@big
+		200	-	LOCK	/s	info:L
+		200	-	LOCK	/s	info:L
+		200	-	POST	/s?ID=L	state:2
 		END
 		spy -e trace=fsync -P "$PWD/states/.history/team/s"
 		expect 200 POST /team/s "$(state 5)"
