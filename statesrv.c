@@ -190,8 +190,7 @@
 #ifndef SMALL
 #define SMALL 65536		/* bytes: the loop answers a state up to this */
 #endif
-#define CACHE_SLOTS 256		/* small states that are kept in memory: */
-#define CACHED_MAX (SMALL / 4) /* bytes: larger ones are sent from the file */
+#define CACHE_SLOTS 256		/* small states that are kept in memory */
 #define HEAD_ROOM 1024		/* bytes: an answer's head, nearly always */
 #ifndef SLOTS_MAX
 #define SLOTS_MAX 16384		/* connections */
@@ -1730,7 +1729,7 @@ static const char *
 name_query(char *query, struct request *r)
 {
 	bool unlock = r->method == M_UNLOCK || (r->method == M_DELETE &&
-	    (r->kind == K_LOCK || r->go || r->has_md5));
+	    (r->kind == K_LOCK || r->go || r->has_md5 || r->length > 0));
 	bool strict = (r->kind == K_STATE || r->kind == K_LOCK) && !unlock, id;
 	char *value, *key;
 
@@ -3858,7 +3857,7 @@ page_root(struct request *r)
 
 /* Finds out who wrote a version, and in which operation: from the last line in
  * the last TAIL_MAX bytes of the log with a write of that serial and size, from
- * before it was replaced. */
+ * before it was replaced; if clocks differ, and none is, from the first. */
 static void
 row_find_writer(struct row *row)
 {
@@ -3877,6 +3876,7 @@ row_find_writer(struct row *row)
 	char *tail = malloc(TAIL_MAX), *line = tail, *lf;
 	struct stat st;
 	int fd = name_file(row->name, "", LOG, O_RDONLY, &st);
+	bool found = false;
 	ssize_t n = fd == -1 || tail == NULL ? 0 : read_at(fd, tail, TAIL_MAX,
 	    st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0);
 	struct json j;
@@ -3886,11 +3886,13 @@ row_find_writer(struct row *row)
 		memset(&w, 0, sizeof(w));
 		j = json_text(line, (size_t)(lf - line));
 		if (json_object(&j, k, 7) && strcmp(w.event, "write") == 0 &&
-		    (*row->until == '\0' || strcmp(w.time, row->until) < 0) &&
+		    (*row->until == '\0' || !found ||
+		    strcmp(w.time, row->until) < 0) &&
 		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
 		    strcmp(w.serial, row->meta.serial) == 0) {
 			memcpy(row->who, w.who, sizeof(w.who));
 			memcpy(row->operation, w.op, sizeof(w.op));
+			found = true;
 		}
 	}
 	close_quietly(fd);
@@ -4036,13 +4038,12 @@ page_file(struct request *r)
 }
 
 /*
- * A small state that can be had without waiting for a disk, else 0. Up to
- * CACHED_MAX it is read, if the kernel has it in memory, into an entry of ours,
- * which serves as long as the name leads to that same, unchanged file. A file
- * changed less than a second ago could change again within one tick, and look
- * as before: it is never taken for the same. Nor is a name with slashes, where
- * fstatat would follow a link in place of a directory. A larger one is sent
- * from its file, if all of that is in memory.
+ * A small state that can be had without waiting for a disk, else 0: from memory
+ * that the kernel says it has, or from an entry of ours, which serves as long
+ * as the name leads to that same, unchanged file. A file changed less than a
+ * second ago could change again within one tick, and look as before: it is
+ * never taken for the same. Nor is a name with slashes, where fstatat would
+ * follow a link in place of a directory.
  */
 static int
 quick_state(struct request *r)
@@ -4051,19 +4052,17 @@ quick_state(struct request *r)
 	static struct cached {
 		bool serves;		/* while the file is as it was */
 		struct stat st;
-		char data[CACHED_MAX];
+		char data[SMALL];
 	} cache[CACHE_SLOTS], *c;
 	/* For openat2 (437): flags, mode, resolve: NO_SYMLINKS, CACHED. */
 	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
 	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
-	/* For cachestat (451, kernel 6.5): from 0 on so many; pages it has. */
-	uint64_t range[2] = { 0 }, pages[5] = { 0 };
 	char file[sizeof(r->name) + sizeof(STATE)];
-	bool ok, large = false;
 	const char *p;
 	uint32_t hash = 0;
 	struct stat st;
 	int64_t now;
+	bool ok;
 	int fd;
 
 	for (p = r->name; *p != '\0'; p++)
@@ -4077,26 +4076,14 @@ quick_state(struct request *r)
 		fd = (int)syscall(437, store.root, file, how, sizeof(how));
 		ok = fd != -1 && fstat(fd, &c->st) == 0 &&
 		    S_ISREG(c->st.st_mode) && c->st.st_size > 0 &&
-		    c->st.st_size <= SMALL;
-		large = ok && c->st.st_size > CACHED_MAX;
-		range[1] = (uint64_t)c->st.st_size;
-		if (large)
-			ok = syscall(451, fd, range, pages, 0) == 0 &&
-			    pages[0] * (uint64_t)getpagesize() >= range[1];
-		else if (ok)
-			ok = preadv2(fd, &(struct iovec){ c->data, CACHED_MAX },
-			    1, 0, RWF_NOWAIT) == c->st.st_size;
-		c->serves = ok && !large && c->st.st_ctim.tv_sec + 1 < now;
-		if (ok && large)
-			r->file = fd;
-		else
-			close_quietly(fd);
+		    c->st.st_size <= SMALL && preadv2(fd, &(struct iovec){
+		    c->data, SMALL }, 1, 0, RWF_NOWAIT) == c->st.st_size;
+		close_quietly(fd);
+		c->serves = ok && c->st.st_ctim.tv_sec + 1 < now;
 	}
 	if (ok) {
 		r->type = "application/json";
-		r->left = large ? c->st.st_size : 0;
-		r->cached = (struct iovec){ c->data,
-		    large ? 0 : (size_t)c->st.st_size };
+		r->cached = (struct iovec){ c->data, (size_t)c->st.st_size };
 		r->status = 200;
 	}
 #endif
@@ -4672,8 +4659,8 @@ request_new(struct conn *c, const struct head *h, int n)
 	r->fronted = *c->peer == '\0' || conf.fronted;
 	memcpy(r->client, c->peer, sizeof(c->peer));
 	/* Until the body is admitted: it is there, and stays unread. */
-	r->length = n < 0 || h->field[F_CODING] != NULL || h->length > 0 ?
-	    -1 : 0;
+	r->length = n < 0 || h->field[F_CODING] != NULL ? -1 :
+	    h->length > 0 ? h->length : 0;
 	if (n < 0) {
 		r->tls = c->used > c->at && c->in[c->at] == 0x16;
 		(void)refuse(r, atoi(h->why), "%s", h->why + 4);
@@ -4879,7 +4866,7 @@ conn_read(struct conn *c)
 }
 
 /* The next head in the buffer: its length, 0 if it is not all there, or -1 if
- * it is refused. Frees a buffer with nothing in it. */
+ * it is refused. */
 static int
 head_next(struct conn *c, struct head *h)
 {
@@ -4889,8 +4876,6 @@ head_next(struct conn *c, struct head *h)
 	if (c->used == c->at || c->ending) {
 		c->at = c->used = 0;
 		c->begun = false;
-		free(c->in);
-		c->in = NULL;
 		return 0;
 	}
 	if (!c->begun)
@@ -4906,7 +4891,7 @@ head_next(struct conn *c, struct head *h)
 static void
 conn_drive(struct conn *c)
 {
-	bool stays = c->r != NULL || conn_read(c);
+	bool stays = c->r != NULL || conn_read(c), stranger;
 	unsigned turns = 0;
 	struct request *r;
 	struct head h;
@@ -4918,18 +4903,23 @@ conn_drive(struct conn *c)
 	while (c->r != NULL || ((size = head_next(c, &h)) != 0 &&
 	    (c->r = request_new(c, &h, size)) != NULL)) {
 		r = c->r;
+		stranger = users->n > 0 && (r->status == 401 ||
+		    (*r->user == '\0' && !r->bearer));
 		if (r->status == 401 && (*r->user != '\0' || r->bearer) &&
 		    c->deadline > loop.now) {
 			conn_within(c, DENY_MS);
 			return;
 		}
-		if (turns < TURN_MAX && r->status == 0 && r->length == 0 &&
-		    action_of(r)->quick != NULL)
+		if ((turns < TURN_MAX || stranger) && r->status == 0 &&
+		    r->length == 0 && action_of(r)->quick != NULL)
 			(void)action_of(r)->quick(r);
-		if (turns++ == TURN_MAX || r->status == 0 ||
+		if (turns++ == TURN_MAX && stranger && r->status != 0) {
+			c->deadline = loop.now;	/* it goes on next turn */
+			return;
+		}
+		if (turns > TURN_MAX || r->status == 0 ||
 		    !reply_send(r, false)) {
-			if (users->n > 0 && r->status != 0 && (r->status ==
-			    401 || action_of(r)->right == R_NONE))
+			if (stranger && r->status != 0)
 				conn_close(c, "a stranger gets no thread");
 			else
 				pool_give(c);
@@ -4939,6 +4929,10 @@ conn_drive(struct conn *c)
 	}
 	if (!stays || size != 0 || (c->ending && !conn_read(c)))
 		conn_close(c, "the client has left");
+	else if (c->used == 0) {
+		free(c->in);
+		c->in = NULL;
+	}
 }
 
 /* A deadline has passed: of a head, an idle or an ending connection, a 401 that
@@ -5371,13 +5365,12 @@ command_farewell(void)
 
 /* Stops listening, after which loop_turn closes the idle connections; a second
  * time, ends the process at once. The wrapper passes signals on to its command,
- * once a second: timeout(1) signals its child, and then the child's group; and
- * a second TERM makes terraform drop everything. */
+ * each once a second: timeout(1) signals its child, and then the child's group,
+ * and a second TERM makes terraform drop everything. */
 static void
 loop_signal(int sig)
 {
-	static int64_t passed;
-	static int last;
+	static int64_t passed[NSIG];	/* ms */
 	int status;
 
 	if (sig == SIGCHLD) {
@@ -5388,10 +5381,9 @@ loop_signal(int sig)
 		loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 		    128 + WTERMSIG(status);
 	} else if (loop.child > 0) {
-		if (sig == last && loop.now - passed < 1000)
+		if (loop.now - passed[sig] < 1000)
 			return;
-		last = sig;
-		passed = loop.now;
+		passed[sig] = loop.now;
 		(void)kill(loop.shares_terminal ? loop.child : -loop.child,
 		    sig);
 		return;

@@ -918,6 +918,8 @@ test_a_thousand_idle_connections_cost_nothing() {
 	grew 4096 "$kib"
 	calm 3 5
 	expect 200 PUT /x "$(state 2)"
+	hold 500 'PUT /.x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{'
+	grew 4096 "$kib"		# nor has one that was refused a buffer
 	spy -e trace=poll,ppoll		# requests in threads do not have all of them polled
 	curl -sS -o /dev/null "$URL/x/lock?ID=[1-200]"
 	unspy
@@ -1019,18 +1021,39 @@ test_silent_clients_do_not_use_up_the_threads() {
 	hasnt server.log 'name=big .*status=- bytes=8388608'
 }
 
-# Who has no credentials holds no thread, though he may ask for health: not by a body that
-# he sends in no hurry.
+# Who has no credentials holds no thread, though he may ask for health: not by a body that he
+# sends in no hurry, nor by answers that he does not read. He gets all that he does read.
 test_strangers_hold_no_thread() {
 	hasty -DTHREADS_MAX=4 -DSTALL_MS=60000 -DBODY_MS=60000 -DHEAD_MS=60000
-	local bytes host='HTTP/1.1\r\nHost: localhost\r\n'
+	local bytes fd floods host='HTTP/1.1\r\nHost: localhost\r\n'
 	team_users
 	serve -u users
+	lock() { rows <<<$'200 ann:s3cret LOCK /demo info:me\n200 ann:s3cret UNLOCK /demo info:me'; }
 	for bytes in "GET /-/healthy ${host}Content-Length: 60000\r\n\r\n{" \
 		"GET /-/ready ${host}Transfer-Encoding: chunked\r\n\r\n9\r\n{" \
 		"OPTIONS /-/healthy ${host}Content-Length: 9\r\n\r\n{"; do
 		hold 8 "$bytes"
-		rows <<<$'200 ann:s3cret LOCK /demo info:me\n200 ann:s3cret UNLOCK /demo info:me'
+		lock
+		let_go
+	done
+	for bytes in "POST /x ${host}Origin: http://x\r\n\r\n" "GET /-/healthy $host\r\n"; do
+		# shellcheck disable=SC2059 # the bytes are the format
+		printf "$bytes%.0s" {1..20000} >flood
+		hold 8
+		floods=()
+		for fd in "${FDS[@]}"; do
+			timeout 3 cat flood >&"$fd" 2>/dev/null &
+			floods+=($!)
+		done
+		wait "${floods[@]}" || :
+		lock
+		let_go
+	done
+	for bytes in 'healthy|' 'nope|Authorization: Bearer s3cret\r\n'; do
+		# shellcheck disable=SC2059
+		printf "GET /-/${bytes%|*} $host${bytes#*|}\r\n%.0s" {1..40} >flood
+		printf '\r\n' | cat flood - | raw >answers
+		want "answers to ${bytes%|*}" 40 "$(statuses | wc -w)"
 	done
 }
 
