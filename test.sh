@@ -1042,7 +1042,7 @@ test_strangers_hold_no_thread() {
 		hold 8
 		floods=()
 		for fd in "${FDS[@]}"; do
-			timeout 3 cat flood >&"$fd" 2>/dev/null &
+			{ timeout 3 cat flood >&"$fd"; } 2>/dev/null &
 			floods+=($!)
 		done
 		wait "${floods[@]}" || :
