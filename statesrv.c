@@ -1624,7 +1624,7 @@ name_wrong(const char *name)
 		n = shown_next(p);
 		if (n == 0 || *p == '\\')
 			return "a state name is UTF-8 without control "
-			    "characters or backslashes";
+			    "characters, marks of direction or backslashes";
 		if (conf.fold && (isupper((unsigned char)*p) || n > 1))
 			return "the server's file system ignores case: no "
 			    "capitals, and only ASCII, in a state name";
@@ -2729,7 +2729,7 @@ conn_moved(struct conn *c, size_t n)
 
 /* After recv or send gave -1: waits until the client is ready. False: it has
  * left or is too slow. (If pool_relieve shuts the connection down meanwhile,
- * this returns true, and the next recv or send fails.) */
+ * this returns true: the next recv returns 0, a send fails, c->why tells.) */
 static bool
 conn_wait(struct conn *c, short events)
 {
@@ -3027,12 +3027,14 @@ lock_remove(struct request *r)
 	    refuse_errno(r, "remove the lock");
 }
 
-/* Begins a change: takes the guard, and reads the lock. make: so that a missing
+/*
+ * Begins a change: takes the guard, and reads the lock. make: a missing
  * directory is made. If another write came in between, the change is prepared
  * again: so of many who write without a lock nobody starves. The directories
  * above are synced first, so that nobody finds a state or a lock in one that is
- * not on the disk. Where a state is already, they are, but for one that is the
- * same as the new, or after a failed sync: an earlier try may have ended there.
+ * not on the disk. This is left out where a state is there already, for then it
+ * was done before it, unless that has the same bytes, or a sync has ever
+ * failed: then an earlier try may have ended there.
  */
 static int
 change_begin(struct request *r, bool make)
@@ -3788,7 +3790,8 @@ walk_dir(struct walk *w, int parent, const char *entry, size_t len,
 			walk_dir(w, dir, e->d_name, len + n + 1, depth + 1);
 		}
 	}
-	/* Other files, and directories that we may not read, are not ours. */
+	/* Other files, and directories that we may not read, are not ours; and
+	 * what has vanished meanwhile is no error. */
 	if (errno != 0 && errno != ENOENT && (depth == 0 || (errno != EACCES &&
 	    errno != ENOTDIR && errno != ELOOP)))
 		w->error = errno;
@@ -3857,7 +3860,7 @@ page_root(struct request *r)
 
 /* Finds out who wrote a version, and in which operation: from the last line in
  * the last TAIL_MAX bytes of the log with a write of that serial and size, from
- * before it was replaced; if clocks differ, and none is, from the first. */
+ * before it was replaced. */
 static void
 row_find_writer(struct row *row)
 {
@@ -3876,7 +3879,6 @@ row_find_writer(struct row *row)
 	char *tail = malloc(TAIL_MAX), *line = tail, *lf;
 	struct stat st;
 	int fd = name_file(row->name, "", LOG, O_RDONLY, &st);
-	bool found = false;
 	ssize_t n = fd == -1 || tail == NULL ? 0 : read_at(fd, tail, TAIL_MAX,
 	    st.st_size > TAIL_MAX ? st.st_size - TAIL_MAX : 0);
 	struct json j;
@@ -3886,13 +3888,11 @@ row_find_writer(struct row *row)
 		memset(&w, 0, sizeof(w));
 		j = json_text(line, (size_t)(lf - line));
 		if (json_object(&j, k, 7) && strcmp(w.event, "write") == 0 &&
-		    (*row->until == '\0' || !found ||
-		    strcmp(w.time, row->until) < 0) &&
+		    (*row->until == '\0' || strcmp(w.time, row->until) < 0) &&
 		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
 		    strcmp(w.serial, row->meta.serial) == 0) {
 			memcpy(row->who, w.who, sizeof(w.who));
 			memcpy(row->operation, w.op, sizeof(w.op));
-			found = true;
 		}
 	}
 	close_quietly(fd);
@@ -4124,15 +4124,25 @@ ready_look(void *unused)
 	return unused;
 }
 
-/* Answers with the last result, if that is new or somebody looks; else 0. */
+/* Answers with the last result, if that is new or somebody looks. Else starts a
+ * look, and returns 0: so only the first who asks waits for it, in a thread. */
 static int
 quick_ready(struct request *r)
 {
 	bool looking = ready.looking;	/* read before at, which is set first */
-	unsigned age = (unsigned)clock_ms() - ready.at;
+	unsigned now = (unsigned)clock_ms(), age = now - ready.at;
 	int error = looking && age >= LOOK_MS ? ETIMEDOUT : ready.error;
 
-	if (error == -1 || (!looking && age >= FRESH_MS))
+	if (!looking && (error == -1 || age >= FRESH_MS)) {
+		ready.at = now;
+		if (!atomic_exchange(&ready.looking, true) &&
+		    !thread_start(ready_look)) {
+			ready.error = EAGAIN;
+			ready.looking = false;
+		}
+		return 0;
+	}
+	if (error == -1)
 		return 0;
 	if (error == 0)
 		return refuse(r, 200, "ready");
@@ -4142,20 +4152,14 @@ quick_ready(struct request *r)
 	    strerror(error));
 }
 
-/* Starts a look, unless there is one, and waits for its result. */
+/* Waits for the result of a look. */
 static int
 do_ready(struct request *r)
 {
-	while (quick_ready(r) == 0) {
-		if (!ready.looking)	/* else that tells since when */
-			ready.at = (unsigned)clock_ms();
-		if (!atomic_exchange(&ready.looking, true) &&
-		    !thread_start(ready_look))
-			(void)ready_look(NULL);
+	while (quick_ready(r) == 0)
 		while (ready.looking &&
 		    (unsigned)clock_ms() - ready.at < LOOK_MS)
 			(void)wait_until(-1, 0, clock_ms() + 1);
-	}
 	return r->status;
 }
 
@@ -4248,7 +4252,7 @@ admit_action(struct request *r, const struct head *h)
 		    refuse(r, 403, "%s may not %s %s: the permission is %s",
 		    r->user, method_names[r->method], r->name,
 		    right_names[r->right]);
-	if (wants == R_NONE && r->length != 0)	/* a thread for a stranger */
+	if (wants == R_NONE && r->length != 0)	/* it would take a thread */
 		return refuse(r, 400, "no body goes with this request");
 	r->expects = f[F_EXPECT] != NULL && h->minor == 1;
 	/* A state without a length may have a body all the same. */
@@ -4439,8 +4443,11 @@ request_count(struct request *r)
 {
 	int64_t us = clock_us(CLOCK_MONOTONIC) - r->start;
 	int64_t top = 100;		/* of the first time's bucket */
+	int64_t unsent = r->left + (r->gone < r->out.len ?
+	    (int64_t)(r->out.len - r->gone) : 0);
 	size_t i = 0;
 
+	r->sent -= unsent < r->sent ? unsent : r->sent;
 	(void)pthread_mutex_lock(&output);
 	stats.requests[r->method][r->status == -1 ? 0 : r->status]++;
 	for (; i < DURATIONS && us > top; i++)
@@ -4606,7 +4613,6 @@ static bool
 reply_send(struct request *r, bool may_wait)
 {
 	struct conn *c = r->conn;
-	int64_t unsent;
 	ssize_t sent;
 
 	if (r->out.len == 0 && r->status != -1)
@@ -4623,9 +4629,6 @@ reply_send(struct request *r, bool may_wait)
 			(void)cut(r, c->why != NULL ? c->why :
 			    "the client did not take the answer");
 	}
-	unsent = r->left + (r->gone < r->out.len ?
-	    (int64_t)(r->out.len - r->gone) : 0);
-	r->sent -= unsent < r->sent ? unsent : r->sent;
 	request_count(r);
 	c->r = NULL;
 	/* RFC 9112, 9.6: closing while bytes are unread, or with much unsent,
@@ -4794,9 +4797,10 @@ pool_give(struct conn *c)
 /*
  * If a request waits and all threads are taken, the client that its thread has
  * waited for longest loses its connection, after STALL_MS of silence. (A thread
- * that waits for a disk or a guard is left alone.) So do all, shortly before
- * the server ends. A request that has waited QUEUE_MS for a thread comes back
- * to the loop: see conn_late. Returns whether a request waits.
+ * that waits for a disk or a guard is left alone.) A request that has waited
+ * QUEUE_MS for a thread comes back to the loop: see conn_late. Shortly before
+ * the server ends all lose it, and all come back. Returns whether a request
+ * waits.
  */
 static bool
 pool_relieve(void)
@@ -4815,8 +4819,8 @@ pool_relieve(void)
 		c->why = ends ? "the server stops" : "others need its thread";
 		(void)shutdown(c->fd, SHUT_RDWR);
 	}
-	c = pool.queue.first;
-	if (c != NULL && c->deadline <= loop.now) {
+	while ((c = pool.queue.first) != NULL &&
+	    (ends || c->deadline <= loop.now)) {
 		list_remove(&pool.queue, c);
 		list_add(&polled.list, c);
 		c->active = loop.now;
@@ -4935,8 +4939,9 @@ conn_drive(struct conn *c)
 	}
 }
 
-/* A deadline has passed: of a head, an idle or an ending connection, a 401 that
- * is due now; or no thread was free, perhaps for the rest of an answer. */
+/* A deadline has passed: of a head, an idle or an ending connection, or of an
+ * answer that is due now, a 401 or one that was put off to this turn; or no
+ * thread was free, perhaps for the rest of an answer. */
 static void
 conn_late(struct conn *c)
 {
@@ -5092,8 +5097,10 @@ store_open(void)
 		die(1, "cannot open .tmp, .history or .guard in %s: %s",
 		    conf.dir, strerror(errno));
 	}
-	store.apart = fstat(store.root, &st) == 0 &&
-	    fstat(tmp, &other) == 0 && st.st_dev != other.st_dev;
+	/* A mount point below, or a subvolume. */
+	store.apart = (renameat(store.root, ".tmp/-", store.root, ".tmp-") ==
+	    -1 && errno == EXDEV) || (fstat(store.root, &st) == 0 &&
+	    fstat(tmp, &other) == 0 && st.st_dev != other.st_dev);
 	close_quietly(tmp);
 	close_quietly(history);
 	/* A new directory's own name must be on the disk as well. */
@@ -5457,8 +5464,8 @@ loop_turn(void)
 			wait = c->deadline - loop.now;
 		polled.fd[n] = (struct pollfd){ .fd = c->fd, .events = POLLIN };
 		at[n] = c;
-		/* One that waits for its 401 is not polled: if its client hung
-		 * up, poll would say so again and again. */
+		/* One that waits for its answer is not polled: if its client
+		 * hung up, poll would say so again and again. */
 		n += c->r == NULL;
 	}
 	for (i = 1; i < polled.base; i++)

@@ -4442,12 +4442,14 @@ nothing_is_there() {
 
 # A file system may begin below the directory: rename and link say EXDEV.
 test_names_may_lie_on_other_file_systems() {
-	local at
+	local at how
 	apart --mount
 	pad 2 300000 >big
-	for at in team .history .tmp; do
-		mkdir -p states/$at
-		mount -t tmpfs tmpfs states/$at || skip "no tmpfs here"
+	for at in team .history .tmp bind; do
+		how=(-t tmpfs tmpfs)
+		[ $at != bind ] || at=.tmp how=(--bind other)
+		mkdir -p states/$at other
+		mount "${how[@]}" states/$at || skip "no tmpfs here"
 		serve
 		rows <<-'END'
 		200	-	POST	/team/s	state:1
