@@ -298,7 +298,8 @@ static const char method_names[M_COUNT + 1][8] = {
 };
 
 /* The fields that mean something here. From F_CONNECTION on they may come
- * twice, and the last one counts, for a front adds its own at the end. */
+ * twice, and the last one counts, for a front adds its own at the end; but of
+ * Connection and Accept all count, which are lists. */
 enum field {
 	F_HOST, F_LENGTH, F_CODING, F_EXPECT, F_AUTHORIZATION, F_MD5,
 	F_CONNECTION, F_ACCEPT, F_ORIGIN, F_FORWARDED, F_AGENT, F_RANGE,
@@ -3034,7 +3035,8 @@ lock_remove(struct request *r)
  * above are synced first, so that nobody finds a state or a lock in one that is
  * not on the disk. This is left out where a state is there already, for then it
  * was done before it, unless that has the same bytes, or a sync has ever
- * failed: then an earlier try may have ended there.
+ * failed: then an earlier try may have ended there. Ended by change_end, also
+ * after an error.
  */
 static int
 change_begin(struct request *r, bool make)
@@ -3341,7 +3343,8 @@ write_strict(struct request *r)
  * Under the guard: puts the new state in its place, or, without a new one,
  * deletes the old: then the history is synced first. For a write it is not: the
  * promise is about the new state. On a file system with a journal both reach
- * the disk together; without one, a power cut may lose the earlier version.
+ * the disk together; without one, a power cut may lose the earlier version. But
+ * a copy is synced: it may be on another file system than the state.
  * A complete state whose client is gone may be the only copy: it goes into the
  * history (not with -k 0), unless it is equal to the present one, or to the
  * newest version: a client that repeats it must not push the others out.
