@@ -1637,7 +1637,7 @@ name_wrong(const char *name)
 			return "a state name has 1 to 32 parts of 1 to 200 "
 			    "bytes between single slashes, and 1000 bytes in "
 			    "all";
-		(void)snprintf(part, sizeof(part), "%.*s", (int)n, p);
+		*stpncpy(part, p, n) = '\0';
 		if (*p == '.' || *p == '-' || cut_suffix(part, ".lock") ||
 		    cut_suffix(part, ".log") || cut_suffix(part, ".tfstate"))
 			return "no part of a state name begins with . or -, or "
@@ -1695,7 +1695,7 @@ name_route(const char *target, struct request *r)
 	const char *wrong, *slash = target;
 	size_t ups = 0;			/* so many ../: 40 fit into root */
 
-	(void)snprintf(r->root, sizeof(r->root), "./");
+	memcpy(r->root, "./", 3);
 	while (ups < 40 && *slash != '\0' &&
 	    (slash = strchr(slash + 1, '/')) != NULL)
 		memcpy(r->root + 3 * ups++, "../", 4);
@@ -4071,7 +4071,7 @@ quick_state(struct request *r)
 	for (p = r->name; *p != '\0'; p++)
 		hash = hash * 31 + (unsigned char)*p;
 	c = &cache[hash % CACHE_SLOTS];
-	(void)snprintf(file, sizeof(file), "%s" STATE, r->name);
+	(void)stpcpy(stpcpy(file, r->name), STATE);
 	ok = c->serves && strchr(r->name, '/') == NULL && fstatat(store.root,
 	    file, &st, AT_SYMLINK_NOFOLLOW) == 0 && unchanged(&st, &c->st);
 	if (!ok && !store.remote) {
@@ -4675,14 +4675,13 @@ request_new(struct conn *c, const struct head *h, int n)
 	/* (Not a refused one: a secret may stand anywhere in that.) */
 	trace(">", c->in + c->at, (size_t)n);
 	c->at += (size_t)n;
-	c->begun = false;
 	r->got = n;
 	r->keep = loop.end == 0 && (h->connection == 2 ||
 	    (h->connection == 0 && h->minor == 1));
 	r->form = (h->accept & 1) != 0 ? HTML : h->accept != 0 ? JSON : TEXT;
 	r->has_md5 = h->field[F_MD5] != NULL;
 	r->go = agent != NULL && strncmp(agent, "Go-http-client", 14) == 0;
-	(void)snprintf(r->host, sizeof(r->host), "%s", h->host);
+	(void)strncat(r->host, h->host, sizeof(r->host) - 1);
 	/* The last address that a front tells counts, if it is one. */
 	while (r->fronted && (item = strsep(&front, ",")) != NULL)
 		last = trim(item);
@@ -4877,18 +4876,19 @@ conn_read(struct conn *c)
 static int
 head_next(struct conn *c, struct head *h)
 {
+	int size = 0;
+
 	/* Old clients send an empty line behind a body (RFC 9112, 2.2). */
 	if (c->used - c->at >= 2 && memcmp(c->in + c->at, "\r\n", 2) == 0)
 		c->at += 2;
-	if (c->used == c->at || c->ending) {
+	if (c->used == c->at || c->ending)
 		c->at = c->used = 0;
-		c->begun = false;
-		return 0;
-	}
-	if (!c->begun)
+	else
+		size = http_parse(c->in + c->at, c->used - c->at, h);
+	if (size == 0 && c->used > 0 && !c->begun)
 		conn_within(c, HEAD_MS);
-	c->begun = true;
-	return http_parse(c->in + c->at, c->used - c->at, h);
+	c->begun = size == 0 && c->used > 0;
+	return size;
 }
 
 /* There is news of a connection, or its request must be answered now: does for
