@@ -48,7 +48,7 @@
  *	LOCK, in a thread: do_lock, lock_body, change_begin, lock_write,
  *		change_end, reply_send
  *
- * What it does not do: TLS (put a front before it), encryption at rest
+ * What it does not do: TLS (put a reverse proxy before it), encryption at rest
  * (OpenTofu encrypts before it sends), workspaces (no client has them over
  * http), replication (share the directory).
  *
@@ -211,7 +211,7 @@
 #define WAITERS_MAX 16		/* threads that wait for one name */
 #define UNSENT_MAX 131072	/* bytes of an answer that wait in the kernel */
 #define SEND_MAX 1048576	/* bytes in one sendfile */
-#define FLAT 64			/* of up to so many, all are always polled */
+#define FLAT 64			/* up to that number, all are polled */
 #define TURN_MAX 32		/* answers to one client in one turn */
 #define HOT_MS 5		/* between polls of the idle ones, at least */
 #define LOG_MS 10		/* log lines are collected for so long */
@@ -249,7 +249,7 @@
 static struct config {
 	const char *dir;		/* -d */
 	const char *listen[LISTENERS_MAX];	/* -l, or the default */
-	size_t listeners;		/* so many -l were given */
+	size_t listeners;		/* number of -l given */
 	const char *users;		/* -u */
 	unsigned keep;			/* -k: versions */
 	unsigned break_hours;		/* -b: 0 is never */
@@ -322,7 +322,7 @@ struct head {
 	char *field[F_COUNT];		/* their values, or NULL */
 	const char *why;		/* it is refused, with its status */
 	int64_t length;			/* Content-Length, or -1 */
-	unsigned fields;		/* so many there are */
+	unsigned fields;		/* their number */
 	unsigned connection;		/* 1: close, 2: keep-alive */
 	unsigned accept;		/* 1: HTML, 2: JSON */
 };
@@ -342,7 +342,7 @@ struct member {
 	char *to;			/* its text is copied there, */
 	size_t size;			/* cut to this; or NULL, 0 */
 	size_t len;			/* of its text, before the cut */
-	unsigned n;			/* so many there are */
+	unsigned n;			/* how often it stands there */
 	char type;			/* 's', 'n', or another */
 };
 
@@ -358,7 +358,7 @@ struct meta {
 
 struct lock {
 	bool held;
-	bool foreign;			/* made by hand: not lock info */
+	bool frozen;			/* made by hand: not lock info */
 	struct timespec since;		/* the file's mtime */
 	char id[ID_MAX + 1];
 	char operation[64], info[256], who[128], created[64];
@@ -368,7 +368,7 @@ struct lock {
 
 /* What a URL names, as what a page is written, what a user may do there. */
 enum kind {
-	K_STAR, K_ROOT, K_HEALTHY, K_READY, K_METRICS,	/* K_STAR: no page */
+	K_NONE, K_ROOT, K_HEALTHY, K_READY, K_METRICS,	/* K_NONE: no page */
 	K_STATE, K_LOCK, K_VERSIONS, K_VERSION, K_LOG	/* have a name */
 };
 enum form { TEXT, JSON, HTML, SHELL };	/* SHELL: only for buf_text */
@@ -436,8 +436,8 @@ struct request {
 	/* the body */
 	int64_t length;			/* bytes to come, of it or of a chunk;
 					 * -1: a chunk's first line is next */
-	int64_t room;			/* bytes that it may still have, */
-	int too_large;			/* else this is the status */
+	int64_t room;			/* bytes that it may still have */
+	int too_large;			/* the status, if it has more */
 	bool in_chunks;			/* the first chunk has begun */
 	struct buf body;		/* lock info; not a state */
 
@@ -558,7 +558,8 @@ scrub(char *s)
  * the lines of the log that are not written yet. */
 static pthread_mutex_t output = PTHREAD_MUTEX_INITIALIZER;
 
-/* Protects all lists that threads share: of guards, and of connections. */
+/* Protects the lists that threads share, of guards and of connections, and what
+ * is in pool. */
 static pthread_mutex_t list_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 /* Says what is wrong on stderr; the server goes on, even if nobody reads. */
@@ -679,7 +680,7 @@ buf_fmt(struct buf *b, const char *fmt, ...)
 		b->len += n;
 }
 
-/* Appends text, and then a number (not negative) of so many digits at least.
+/* Appends text, and then a number (not negative) of at least that many digits.
  * Much faster than printf: every answer and every log line has several. */
 static void
 buf_num(struct buf *b, const char *before, int64_t n, int digits)
@@ -1034,8 +1035,8 @@ hex(const unsigned char *p, size_t n, char *out)
  */
 struct json {
 	struct member *members;		/* that are asked for */
-	size_t n;			/* so many */
-	unsigned brief;			/* ends when so many are found; or 0 */
+	size_t n;			/* their number */
+	unsigned brief;			/* ends when that many are found; or 0 */
 	int fd;				/* the file, unless max is 0 */
 	off_t pos, max;			/* bytes had of it, and at most */
 	struct hash *md5;		/* takes what is read; or NULL */
@@ -1278,7 +1279,7 @@ json_member(struct json *j, unsigned depth)
 	m->len = type == 's' || type == 'n' ? j->len : 0;
 	j->text[m->len < last ? m->len : last] = '\0';
 	(void)snprintf(m->to, m->size, "%s", j->text);
-	return m->n++ > 0 || --j->brief > 0;	/* if it was 0: never ends */
+	return m->n++ > 0 || --j->brief > 0;	/* 0 wraps: reads all */
 }
 
 /* A value that stands at this depth. Returns what it was: 's' a string, 'n' a
@@ -1680,12 +1681,12 @@ static const struct route {
 } routes[] = {
 	{ "/-/healthy", K_HEALTHY }, { "/-/ready", K_READY },
 	{ "/-/metrics", K_METRICS }, { "/-/versions/*", K_VERSIONS },
-	{ "/-/log/*", K_LOG }, { "/-/*", K_STAR }, { "/", K_ROOT },
+	{ "/-/log/*", K_LOG }, { "/-/*", K_NONE }, { "/", K_ROOT },
 	{ "/terraform_state/*", K_STATE }, { "/terraform_lock/*", K_LOCK },
-	{ "/*", K_STATE }, { "", K_ROOT }, { "*", K_STAR }
+	{ "/*", K_STATE }, { "", K_ROOT }, { "*", K_NONE }
 };
 
-/* Fills kind, name and version from a target's path; K_STAR: there is no such
+/* Fills kind, name and version from a target's path; K_NONE: there is no such
  * page. NULL, or what is wrong with a name. */
 static const char *
 name_route(const char *target, struct request *r)
@@ -1693,7 +1694,7 @@ name_route(const char *target, struct request *r)
 	const struct route *route = routes;
 	char *name, *last;
 	const char *wrong, *slash = target;
-	size_t ups = 0;			/* so many ../: 40 fit into root */
+	size_t ups = 0;			/* number of ../: 40 fit into root */
 
 	memcpy(r->root, "./", 3);
 	while (ups < 40 && *slash != '\0' &&
@@ -1822,9 +1823,9 @@ file_is(int fd, int dir, const char *path, int flag)
 #define store_there() file_is(store.root, AT_FDCWD, conf.dir, 0)
 
 /* Opens an ordinary file, or, with O_DIRECTORY, a directory, and nothing else:
- * a FIFO would block, a link lead elsewhere. dir -1: it does not exist; st may
- * be NULL. -1 with errno: ENOENT only if there is none; EIDRM if our whole
- * directory is gone, for only a missing state may be a 404. */
+ * a FIFO would block, a link lead elsewhere. dir -1: it does not exist (openat
+ * says EBADF); st may be NULL. -1 with errno: ENOENT only if there is none, for
+ * only a missing state may be a 404; EIDRM if our whole directory is gone. */
 static int
 file_open(int dir, const char *name, int how, struct stat *st)
 {
@@ -1858,9 +1859,10 @@ dir_sync(int dir)
 
 enum { D_OPEN = 0, D_MAKE = 1, D_SYNC = 2, D_HISTORY = 4 };
 
-/* Opens the directory that a path's last segment is in; with D_HISTORY, that of
- * a name's earlier versions: .history/NAME/ID.tfstate. What is missing is made
- * by D_MAKE; D_SYNC syncs each directory above it. -1 with errno. */
+/* Opens the directory that a path's last segment is in ("a/" means a itself);
+ * with D_HISTORY, that of a name's earlier versions: .history/NAME/ID.tfstate.
+ * What is missing is made by D_MAKE; D_SYNC syncs each directory above it, but
+ * not itself. -1 with errno. */
 static int
 dir_open(const char *path, unsigned how)
 {
@@ -1959,8 +1961,8 @@ meta_read(struct json *j, struct meta *m)
 			m->doubled = k[i].key;
 }
 
-/* The same for a file, of which only the beginning is read; with -s, all that
- * is needed to find the serial. fd may be -1: nothing is known. */
+/* The same for a file, of which no more is read than is needed, and at most max
+ * bytes. fd may be -1: nothing is known. */
 static void
 meta_file(int fd, struct meta *m)
 {
@@ -1970,9 +1972,10 @@ meta_file(int fd, struct meta *m)
 	meta_read(&j, m);
 }
 
-/* 0 if the disk has room for n more bytes and for the reserve, so that locks
- * can still be written when states no longer fit; else -1 with errno. n may be
- * -1: a chunk's length is not known yet. Complains when the reserve is hit. */
+/* 0 if a directory's disk has room for n more bytes and for the reserve, so
+ * that locks can still be written when states no longer fit; else -1 with
+ * errno. n may be -1: a chunk's length is not known yet. Complains when the
+ * reserve of the root's disk is hit. */
 static int
 store_fits(int64_t n)
 {
@@ -2156,7 +2159,7 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 				continue;
 			if (round == FIND_NEWEST) {
 				moved |= st.st_mtim.tv_sec > now / 1000;
-				newest = moved ? 0 : i;
+				newest = moved ? 0 : i;	/* 0: none go */
 			} else if (round == ALL || i < newest) {
 				(void)unlinkat(dir, leaf, 0);
 				*ids->list[i] = '\0';
@@ -2223,7 +2226,7 @@ lock_read(int fd, struct lock *l)
 		return 0;
 	/* A freeze: what its first line says becomes its ID, which is all
 	 * that Terraform up to 1.14 shows of a holder, and its Info. */
-	l->foreign = true;
+	l->frozen = true;
 	*l->operation = *l->who = *l->created = '\0';
 	(void)snprintf(l->info, sizeof(l->info), "%s", l->raw);
 	for (end = l->info; (len = shown_next(end)) > 0;)
@@ -2237,7 +2240,7 @@ lock_read(int fd, struct lock *l)
 static bool
 lock_is(const struct lock *l, const char *id)
 {
-	return l->held && !l->foreign && strcmp(l->id, id) == 0;
+	return l->held && !l->frozen && strcmp(l->id, id) == 0;
 }
 
 /* ---- the guard ---- */
@@ -2303,7 +2306,7 @@ guard_drop(void)
 }
 
 /*
- * Takes a name's guard, or gives up after so many milliseconds.
+ * Takes a name's guard, or gives up after ms milliseconds.
  * -1 with errno: EAGAIN, at once if too many wait for it; EIDRM: .guard was
  * removed or replaced. The byte is 62 bits of a hash, so that no two names
  * meet. It never changes, or an old and a new server would exclude nobody.
@@ -2337,22 +2340,22 @@ guard_take(const char *name, int64_t ms)
 		(void)wait_until(-1, 0, clock_ms() + step);
 	}
 	(void)guard_queue(true);
-	if (error == EAGAIN && ms == GUARD_MS && first)	/* one thread */
+	if (error == EAGAIN && ms == GUARD_MS && first)	/* not each waiter */
 		complain("%s: its guard cannot be had: another server on %s, "
 		    "or its disk, hangs", name, conf.dir);
 	errno = error;
 	return -1;
 }
 
-/* Reads a lock only to show it, and waits 20 ms at most. What looks like a
- * freeze may be a lock that is being written: under the guard it is whole. The
- * caller frees l->raw. */
+/* Reads a lock without keeping its guard; a thread that has one may not call
+ * this. What looks like a freeze may be a lock that is being written: if the
+ * guard can be had at once, it is read again. The caller frees l->raw. */
 static int
 lock_look(const char *name, struct lock *l)
 {
 	int status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL), l);
 
-	if (l->foreign && guard_take(name, 20) == 0)
+	if (l->frozen && guard_take(name, 20) == 0)
 		status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL),
 		    l);
 	guard_drop();
@@ -2378,7 +2381,7 @@ struct users {
 	char text[USERS_MAX + 1];	/* the file, cut up; they point here */
 };
 
-/* NULL until they are read. With none, everybody may do everything. Only the
+/* NULL at the start. With none, everybody may do everything. Only the
  * loop replaces them; under the mutex, for a listing's thread reads them. */
 static struct users user_lists[2], *users;
 static pthread_mutex_t users_mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -2599,7 +2602,7 @@ struct conn {
 	int fd;
 	bool local;			/* it came to a loopback address */
 	struct request *r;		/* or NULL: between two; in the loop's
-					 * list it waits for its deadline */
+					 * list: a 401 that is delayed */
 	struct conn *next, *prev;	/* in the list that it is in, if any */
 	bool ending;			/* the last answer is sent, or cut */
 	bool lingers;			/* then wait for the client to close */
@@ -2710,7 +2713,7 @@ trace(const char *mark, const char *data, size_t len)
 	}
 }
 
-/* Gives the client so many milliseconds from now for what comes next. */
+/* Gives the client ms milliseconds from now for what comes next. */
 static void
 conn_within(struct conn *c, int64_t ms)
 {
@@ -2901,8 +2904,8 @@ lock_tell(struct request *r, int status)
 
 	(void)refuse(r, status, "locked by %s", l->id);
 	r->text.len = 0;
-	buf_str(&r->text, l->foreign ? "{" : l->raw);
-	if (l->foreign) {
+	buf_str(&r->text, l->frozen ? "{" : l->raw);
+	if (l->frozen) {
 		buf_pair(&r->text, "ID", l->id, false);
 		buf_pair(&r->text, "Info", l->info, false);
 		buf_str(&r->text, "}");
@@ -3033,10 +3036,10 @@ lock_remove(struct request *r)
  * directory is made. If another write came in between, the change is prepared
  * again: so of many who write without a lock nobody starves. The directories
  * above are synced first, so that nobody finds a state or a lock in one that is
- * not on the disk. This is left out where a state is there already, for then it
- * was done before it, unless that has the same bytes, or a sync has ever
- * failed: then an earlier try may have ended there. Ended by change_end, also
- * after an error.
+ * not on the disk. A write needs that only if there is no state yet, or if an
+ * earlier try may have ended between its rename and its sync: the state has the
+ * same bytes, or a sync has failed. thread_serve calls change_end, also after
+ * an error.
  */
 static int
 change_begin(struct request *r, bool make)
@@ -3073,9 +3076,9 @@ change_begin(struct request *r, bool make)
 	return r->status == 0 && ch->writes ? change_prepare(r) : r->status;
 }
 
-/* Ends a change; other requests pass through. Drops the guard, and syncs what
- * was published; also what is gone already, for an earlier try may have deleted
- * it, and failed here. */
+/* Ends a change; does nothing for other requests. Drops the guard, and syncs
+ * what was published; also what is gone already, for an earlier try may have
+ * deleted it, and failed here. */
 static void
 change_end(struct request *r)
 {
@@ -3171,7 +3174,7 @@ lock_allowed(struct request *r, const struct lock *l)
  * the sender's own, is replaced by a rename: at no moment is there none. The
  * sender's own is written anew, with its bytes and its time: after an fsync
  * that failed, the next may return 0 for a file that is not on the disk. If
- * there is no room for a second file, the first is synced.
+ * there is no room for a second file, the one that is there is synced.
  */
 static int
 lock_write(struct request *r, bool own)
@@ -3219,7 +3222,7 @@ do_lock(struct request *r)
 	    change_begin(r, true) != 0)
 		return r->status;
 	own = lock_is(l, r->id);
-	stale = conf.break_hours > 0 && !l->foreign && time_ms() / 1000 -
+	stale = conf.break_hours > 0 && !l->frozen && time_ms() / 1000 -
 	    l->since.tv_sec > (int64_t)conf.break_hours * 3600;
 	if (l->held && !own && (!stale || r->right < R_WRITE))
 		return lock_tell(r, 423);
@@ -3424,7 +3427,7 @@ do_unlock(struct request *r)
 	    (wrong || (r->body.len == 0 && !r->has_md5 && !r->go));
 	bool own, made_up;
 
-	r->change->writes = delete;	/* one that is wrong is logged, too */
+	r->change->writes = delete;	/* a wrong DELETE is logged, too */
 	if (!wrong && r->right < R_WRITE && (delete || !r->has_id))
 		return refuse(r, 403, "%s may not delete or force-unlock %s",
 		    r->user, r->name);
@@ -3434,7 +3437,7 @@ do_unlock(struct request *r)
 		return write_publish(r);
 	own = lock_is(l, r->id);
 	/* OpenTofu 1.10 sends the ID that we made up for a freeze. */
-	made_up = l->foreign && strcmp(r->id, l->id) == 0 &&
+	made_up = l->frozen && strcmp(r->id, l->id) == 0 &&
 	    r->right == R_WRITE;
 	if (l->held && r->has_id && !made_up && !own)
 		return lock_tell(r, 409);
@@ -3446,10 +3449,10 @@ do_unlock(struct request *r)
 
 /* ==== pages ==============================================================
  *
- * For people who look, and for machines that watch: the states, one state
- * with its versions, metrics. A thread makes them, because they read many
- * files. A table is written once, cell by cell, and comes out as text, JSON or
- * HTML. No page shows a value out of a state.
+ * What is asked for with GET: tables of the states and of a state's versions,
+ * metrics, files as they are, and whether the server is well. A table is
+ * written once, cell by cell, and comes out as text, JSON or HTML; it shows no
+ * value out of a state. Threads make pages; the loop does what is quick_.
  */
 #define STATUSES 600		/* below it are all that we answer */
 #define DURATIONS 6		/* of the histogram: 0.1 ms, 1 ms, ... 10 s */
@@ -3639,7 +3642,7 @@ row_lock(struct request *r, const struct row *row)
 		if (r->form != JSON)
 			buf_fmt(&b, "%s%s%s since %s%s%s; if nothing runs any "
 			    "more, release it: ",
-			    l->foreign ? "frozen" : *l->who != '\0' ? l->who :
+			    l->frozen ? "frozen" : *l->who != '\0' ? l->who :
 			    "locked", *what != '\0' ? ", " : "", what, since,
 			    *l->info != '\0' ? ": " : "", l->info);
 		buf_str(&b, "terraform force-unlock ");
@@ -4057,7 +4060,8 @@ quick_state(struct request *r)
 		struct stat st;
 		char data[SMALL];
 	} cache[CACHE_SLOTS], *c;
-	/* For openat2 (437): flags, mode, resolve: NO_SYMLINKS, CACHED. */
+	/* For openat2 (437): flags, mode, resolve: NO_XDEV (what is mounted
+	 * below may be a network's), NO_SYMLINKS, CACHED. */
 	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
 	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
 	char file[sizeof(r->name) + sizeof(STATE)];
@@ -4170,14 +4174,14 @@ do_ready(struct request *r)
  *
  * What each method on each kind of URL wants: a permission, and a function of
  * the loop or one of a thread. What needs R_WRITE has a state as its body, what
- * needs R_PLAN has lock info, the rest has none. A request is let in only if it
- * is in the table. Allow is made from the table, too. All return the status.
+ * needs R_PLAN has lock info or nothing, the rest has none. A request is let in
+ * only if it is in the table, which makes Allow, too. All return the status.
  */
 static const struct action {
 	enum kind kind;
 	unsigned methods;		/* a bit for each */
 	enum right right;
-	bool page;			/* only so many at a time */
+	bool page;			/* at most PAGES_MAX at a time */
 	int (*quick)(struct request *);	/* in the loop; 0: it would wait */
 	int (*run)(struct request *);	/* in a thread */
 } actions[] = {
@@ -4200,7 +4204,7 @@ static const struct action {
 	{ K_READY, READS, R_NONE, false, quick_ready, do_ready },
 	{ K_METRICS, READS, R_READ, true, NULL, page_metrics },
 	/* OPTIONS goes with every URL; the last row also means "not found" */
-	{ K_STAR, ON(M_OPTIONS), R_NONE, false, quick_ok, quick_ok },
+	{ K_NONE, ON(M_OPTIONS), R_NONE, false, quick_ok, quick_ok },
 };
 
 /* What a request asks for, or the last one of the table. */
@@ -4209,7 +4213,7 @@ action_of(const struct request *r)
 {
 	const struct action *a = actions;
 
-	while (a->kind != K_STAR && (a->kind != r->kind ||
+	while (a->kind != K_NONE && (a->kind != r->kind ||
 	    (a->methods & ON(r->method)) == 0))
 		a++;
 	return a;
@@ -4302,7 +4306,7 @@ admit(struct request *r, const struct head *h)
 	    user_right(r, NULL) == R_NONE))
 		return refuse(r, 401, f[F_AUTHORIZATION] == NULL ?
 		    "credentials are needed" : "wrong credentials");
-	if (wrong == NULL && r->kind == K_STAR && r->method != M_OPTIONS)
+	if (wrong == NULL && r->kind == K_NONE && r->method != M_OPTIONS)
 		return refuse(r, 404, "there is no such page");
 	if (wrong != NULL || (wrong = name_query(query, r)) != NULL)
 		return refuse(r, 400, "%s", wrong);
@@ -4582,7 +4586,7 @@ reply_piece(struct request *r)
 		sent = sendmsg(r->conn->fd, &m, r->left > 0 || !r->keep ?
 		    MSG_MORE : 0);
 		r->gone += sent > 0 ? (size_t)sent : 0;
-		/* The rest later, when the cache may have another state. */
+		/* Copy the rest: later the slot may have another state. */
 		if (sent != (ssize_t)(n + r->cached.iov_len))
 			buf_add(&r->out, r->cached.iov_base,
 			    r->cached.iov_len);

@@ -1372,7 +1372,7 @@ say_chunk(const char *s, size_t n, char *out)
 static void
 say_route(const char *s, size_t n, char *out)
 {
-	static const char kinds[] = { [K_STAR] = '-', [K_ROOT] = '/',
+	static const char kinds[] = { [K_NONE] = '-', [K_ROOT] = '/',
 	    [K_STATE] = 's', [K_LOCK] = 'l', [K_VERSIONS] = 'v', [K_VERSION] = 'e',
 	    [K_LOG] = 'g', [K_HEALTHY] = 'h', [K_READY] = 'r', [K_METRICS] = 'm' };
 	static struct request r;
