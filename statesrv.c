@@ -181,10 +181,6 @@
 #define USERS_MAX 1048576	/* bytes: the users file */
 #define LOCK_INFO_MAX 65536	/* bytes: the body of LOCK and UNLOCK */
 #define JSON_DEPTH 1000		/* nested arrays and objects */
-#ifndef ANY_OBJECT
-#define ANY_OBJECT 0		/* 1: any JSON object is taken for a state */
-#endif
-#define HASH_MAX 16384		/* bytes: logged with its MD5 up to this */
 #define META_MAX 65536		/* bytes searched for serial and lineage */
 #define TAIL_MAX 65536		/* bytes of a log that a page looks at */
 #ifndef SMALL
@@ -446,6 +442,7 @@ struct request {
 					 * connection is cut */
 	const char *type;		/* Content-Type, perhaps more fields */
 	bool heading;			/* a table's cells write their titles */
+	int width;			/* of a text table's first column */
 	struct buf text;		/* its body, or else: */
 	struct iovec cached;		/* a state in the cache; or */
 	int file;			/* a file, or -1: there is none */
@@ -516,8 +513,8 @@ utf8_next(const char *s, unsigned *code)
 {
 	static const unsigned least[] = { 0, 0, 0x80, 0x800, 0x10000 };
 	unsigned c = (unsigned char)*s;
-	size_t n = c < 0x80 ? 1 : c < 0xc0 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 :
-	    c < 0xf8 ? 4 : 0, i;
+	size_t i, n = c < 0x80 ? 1 : c < 0xc0 ? 0 : c < 0xe0 ? 2 :
+	    c < 0xf0 ? 3 : c < 0xf8 ? 4 : 0;
 
 	*code = n == 1 ? c : c & (0x7fu >> n);
 	for (i = 1; i < n && (s[i] & 0xc0) == 0x80; i++)
@@ -1964,10 +1961,9 @@ meta_read(struct json *j, struct meta *m)
 /* The same for a file, of which no more is read than is needed, and at most max
  * bytes. fd may be -1: nothing is known. */
 static void
-meta_file(int fd, struct meta *m)
+meta_file(int fd, off_t max, struct meta *m)
 {
-	struct json j = { .brief = 4, .fd = fd,
-	    .max = conf.strict ? conf.body_max : META_MAX };
+	struct json j = { .brief = 4, .fd = fd, .max = max };
 
 	meta_read(&j, m);
 }
@@ -1977,13 +1973,13 @@ meta_file(int fd, struct meta *m)
  * errno. n may be -1: a chunk's length is not known yet. Complains when the
  * reserve of the root's disk is hit. */
 static int
-store_fits(int64_t n)
+store_fits(int dir, int64_t n)
 {
 	struct statvfs fs;
 	uint64_t room, reserve;
 	bool low;
 
-	if (fstatvfs(store.root, &fs) == -1)
+	if (fstatvfs(dir, &fs) == -1)
 		return -1;
 	reserve = (uint64_t)fs.f_blocks * fs.f_frsize / 16;
 	reserve = reserve < RESERVE ? reserve : RESERVE;
@@ -1991,7 +1987,7 @@ store_fits(int64_t n)
 	room = fs.f_blocks == 0 ? UINT64_MAX :
 	    (uint64_t)fs.f_bavail * fs.f_frsize;
 	low = room < reserve;
-	if (atomic_exchange(&store.low, low) != low)
+	if (dir == store.root && atomic_exchange(&store.low, low) != low)
 		complain("%s: %s", conf.dir, low ? "the disk is nearly full, "
 		    "only locks are written" : "there is room again");
 	errno = ENOSPC;
@@ -2049,7 +2045,8 @@ tmp_copy(struct tmp *t, int dir, int fd)
 	off_t at = 0;
 	ssize_t n;
 
-	if (fstat(fd, &st) == -1 || tmp_create(t, dir) == -1)
+	if (fstat(fd, &st) == -1 || store_fits(dir, st.st_size) == -1 ||
+	    tmp_create(t, dir) == -1)
 		return -1;
 	while ((n = read_at(fd, piece, sizeof(piece), at)) > 0 &&
 	    write_all(t->fd, piece, (size_t)n) == 0)
@@ -2206,8 +2203,6 @@ lock_read(int fd, struct lock *l)
 	struct stat st;
 	ssize_t n = -1;
 	struct json j;
-	size_t len;
-	char *end;
 
 	free(l->raw);
 	*l = (struct lock){ 0 };
@@ -2229,11 +2224,10 @@ lock_read(int fd, struct lock *l)
 	l->frozen = true;
 	*l->operation = *l->who = *l->created = '\0';
 	(void)snprintf(l->info, sizeof(l->info), "%s", l->raw);
-	for (end = l->info; (len = shown_next(end)) > 0;)
-		end += len;
-	*end = '\0';
+	l->info[strcspn(l->info, "\r\n")] = '\0';
+	scrub(l->info);
 	(void)snprintf(l->id, sizeof(l->id), "%s",
-	    l->info[strspn(l->info, " ")] != '\0' ? l->info : "made-by-hand");
+	    l->info[strspn(l->info, " ?")] != '\0' ? l->info : "made-by-hand");
 	return 0;
 }
 
@@ -2355,7 +2349,7 @@ lock_look(const char *name, struct lock *l)
 {
 	int status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL), l);
 
-	if (l->frozen && guard_take(name, 20) == 0)
+	if (l->frozen && guard_take(name, 0) == 0)
 		status = lock_read(name_file(name, "", LOCK, O_RDONLY, NULL),
 		    l);
 	guard_drop();
@@ -2967,7 +2961,7 @@ log_event(struct request *r, const char *event)
 	struct buf b = { 0 };
 	int fd;
 
-	if (refused && store_fits(0) == -1)
+	if (refused && store_fits(store.root, 0) == -1)
 		return;
 	log_line(&b, r, refused ? "refused" : event);
 	fd = name_file(r->name, "", LOG, O_WRONLY | O_APPEND | (refused &&
@@ -3003,7 +2997,7 @@ change_prepare(struct request *r)
 	close_quietly(ch->old);
 	tmp_remove(&ch->kept);
 	ch->old = fd;
-	meta_file(fd, &ch->old_meta);
+	meta_file(fd, conf.strict ? conf.body_max : META_MAX, &ch->old_meta);
 	ch->equal = st.st_size == ch->size && same_bytes(fd, ch->tmp.fd);
 	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
@@ -3255,8 +3249,8 @@ state_check(struct request *r)
 	struct change *ch = r->change;
 	struct meta *m = &ch->meta;
 	struct hash md5 = md5_start;
-	struct json j = { .fd = ch->tmp.fd, .max = ch->size, .md5 =
-	    r->has_md5 || ch->size <= HASH_MAX ? &md5 : NULL };
+	struct json j = { .fd = ch->tmp.fd, .max = ch->size,
+	    .md5 = r->has_md5 ? &md5 : NULL };
 
 	meta_read(&j, m);
 	if (body_check(r, &j, &md5) != 0)
@@ -3264,7 +3258,7 @@ state_check(struct request *r)
 	if (m->doubled != NULL)
 		return refuse(r, 400, "the body is no state: it has two keys "
 		    "\"%s\"", m->doubled);
-	if (m->type != 's' && !ANY_OBJECT)
+	if (m->type != 's')
 		return refuse(r, 400, "the body is no state: it has neither a "
 		    "\"version\" that is a number nor \"encrypted_data\"%s",
 		    m->type == 'l' ? ", but is lock info: lock_address has a "
@@ -3284,7 +3278,7 @@ state_receive(struct request *r)
 	if (tmp_create(&ch->tmp, store.root) == -1)
 		return refuse_errno(r, "create a temporary file");
 	do {				/* is there room for all of it? */
-		if (store_fits(r->length + n) == -1 ||
+		if (store_fits(store.root, r->length + n) == -1 ||
 		    write_all(ch->tmp.fd, piece, (size_t)n) == -1)
 			return refuse_errno(r, "write the state");
 		ch->size += n;
@@ -3333,10 +3327,13 @@ write_strict(struct request *r)
 	/* JSON numbers have no zeros in front: the longer one is larger. */
 	bool lower = n < digits || (n == digits && strcmp(new->serial,
 	    old->serial) < 0);
-	bool other = old->lineage_len > 0 && (old->lineage_len > LINEAGE_MAX ||
-	    new->lineage_len != old->lineage_len ||
+	bool other = old->lineage_len > 0 &&
+	    (new->lineage_len != old->lineage_len ||
 	    strcmp(new->lineage, old->lineage) != 0);
 
+	if (new->lineage_len > LINEAGE_MAX)
+		return refuse(r, 400, "strict: its lineage is longer than %d "
+		    "bytes", LINEAGE_MAX);
 	return !lower && !other ? 0 : refuse(r, 409, "strict: its serial '%s' "
 	    "and lineage '%s' do not follow the present '%s' and '%s'",
 	    new->serial, new->lineage, old->serial, old->lineage);
@@ -3603,7 +3600,7 @@ row_read(struct row *row, const char *name, const char *id)
 	}
 	if (fd == -1)
 		return -1;
-	meta_file(fd, &row->meta);
+	meta_file(fd, META_MAX, &row->meta);
 	(void)close(fd);
 	(void)snprintf(row->size, sizeof(row->size), "%lld",
 	    (long long)st.st_size);
@@ -3678,12 +3675,19 @@ row_put(struct request *r, const struct row *row)
 {
 	bool list = r->kind == K_ROOT, old = *row->id != '\0';
 	const char *first = list ? row->name : old ? row->id : "present";
+	const struct names *names = &r->change->ids;	/* of all rows */
+	char what[64], title[NAME_LEN_MAX + 1];
 	struct buf *b = &r->text;
-	char what[64];
+	size_t i;
 
 	r->heading = *row->name == '\0';
 	if (r->heading && r->form == JSON)
 		return;
+	for (i = 0; r->heading && r->form == TEXT && i < names->n; i++)
+		if ((int)strlen(names->list[i]) > r->width)
+			r->width = (int)strlen(names->list[i]);
+	(void)snprintf(title, sizeof(title), "%-*s", r->width,
+	    list ? "State" : "Version");
 	put(r, "", b->len == 0 ? "[\n{" : ",\n{", r->heading ?
 	    "<table><tr>" : "<tr>");
 	if (r->form == HTML && !r->heading) {
@@ -3693,10 +3697,9 @@ row_put(struct request *r, const struct row *row)
 		buf_fmt(b, "%s%s\">", old ? "/" : "", row->id);
 		buf_text(b, first, HTML);
 		buf_str(b, "</a>");
-	} else if (list)
-		cell(r, "name", "State                   ", first, NULL);
-	else
-		cell(r, "id", "Version                   ", row->id, first);
+	} else
+		cell(r, list ? "name" : "id", title, list ? first : row->id,
+		    first);
 	cell(r, "serial", " Serial", row->meta.serial, NULL);
 	cell(r, "size", "    Bytes", row->size, NULL);
 	cell(r, list ? "modified" : "written", "Written   ", row->when,
@@ -4063,7 +4066,7 @@ quick_state(struct request *r)
 	/* For openat2 (437): flags, mode, resolve: NO_XDEV (what is mounted
 	 * below may be a network's), NO_SYMLINKS, CACHED. */
 	static const uint64_t how[3] = { O_RDONLY | O_NOFOLLOW | O_NONBLOCK |
-	    O_NOCTTY | O_CLOEXEC, 0, 0x04 | 0x20 };
+	    O_NOCTTY | O_CLOEXEC, 0, 0x01 | 0x04 | 0x20 };
 	char file[sizeof(r->name) + sizeof(STATE)];
 	const char *p;
 	uint32_t hash = 0;
@@ -4123,8 +4126,9 @@ ready_look(void *unused)
 	struct tmp t = { .fd = -1 };
 
 	ready.error = !guard_in_place() ? EIDRM :
-	    store_fits(0) == 0 && tmp_create(&t, store.root) == 0 &&
-	    fsync(t.fd) == 0 ? 0 : errno;
+	    store_fits(store.root, 0) == 0 &&
+	    tmp_create(&t, store.root) == 0 && fsync(t.fd) == 0 &&
+	    dir_sync(store.root) == 0 ? 0 : errno;
 	tmp_remove(&t);
 	ready.at = (unsigned)clock_ms();
 	ready.looking = false;
@@ -4599,7 +4603,8 @@ reply_piece(struct request *r)
 	if (!conf.verbose) {
 		sent = sendfile(r->conn->fd, r->file, &r->off, n);
 		r->left -= sent > 0 ? sent : 0;
-		return sent;
+		if (sent != -1 || errno != EINVAL)
+			return sent;	/* else the file system has none */
 	}
 #endif
 	n = n < sizeof(piece) ? n : sizeof(piece);
@@ -4774,12 +4779,12 @@ pool_thread(void *unused)
 		thread_serve(c);
 		(void)pthread_mutex_lock(&list_mutex);
 	}
-#ifdef M_ARENA_MAX
-	if (stats.threads == 1)		/* what a flood needed is given back */
-		(void)malloc_trim(0);
-#endif
 	stats.threads--;
 	(void)pthread_mutex_unlock(&list_mutex);
+#ifdef M_ARENA_MAX
+	if (stats.threads == 0)		/* what a flood needed is given back */
+		(void)malloc_trim(0);
+#endif
 	return unused;
 }
 
@@ -4939,7 +4944,8 @@ conn_drive(struct conn *c)
 		request_free(r);
 	}
 	if (!stays || size != 0 || (c->ending && !conn_read(c)))
-		conn_close(c, "the client has left");
+		conn_close(c, size != 0 ? "out of memory" :
+		    "the client has left");
 	else if (c->used == 0) {
 		free(c->in);
 		c->in = NULL;
@@ -5029,7 +5035,7 @@ conn_accept(unsigned slot)
 /* The signals that we handle; each becomes a byte in the wake pipe. All are
  * set, for process 1 of a container has no defaults. */
 static const int signals[] = {
-	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE, 0
+	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE, SIGXFSZ, 0
 };
 
 /* What we change and the wrapper's command gets back as it was. */
@@ -5074,8 +5080,8 @@ loop_start(void)
 	polled.fd[0] = (struct pollfd){ .fd = loop.wake[0], .events = POLLIN };
 	polled.base = 1;
 	for (s = signals; *s != 0; s++)
-		inherited.action[*s] = signal(*s, *s == SIGPIPE ? SIG_IGN :
-		    on_signal);
+		inherited.action[*s] = signal(*s, *s == SIGPIPE ||
+		    *s == SIGXFSZ ? SIG_IGN : on_signal);
 	if (conf.users == NULL && inherited.action[SIGHUP] == SIG_IGN)
 		(void)signal(SIGHUP, SIG_IGN);	/* nohup */
 }
@@ -5088,21 +5094,23 @@ store_open(void)
 {
 	bool created = mkdir(conf.dir, 0700) == 0;
 	struct stat st, other;
-	int tmp, history, dir;
+	int tmp, history, dir, error;
 
 	if ((!created && errno != EEXIST) || (store.root = open(conf.dir,
-	    O_RDONLY | O_DIRECTORY | O_CLOEXEC)) == -1)
-		die(1, "cannot open %s: %s", conf.dir, strerror(errno));
-	if ((tmp = dir_open(".tmp/", D_MAKE)) == -1 ||
+	    O_RDONLY | O_DIRECTORY | O_CLOEXEC)) == -1 ||
+	    (tmp = dir_open(".tmp/", D_MAKE)) == -1 ||
 	    (history = dir_open(".history/", D_MAKE)) == -1 ||
 	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
 	    NULL)) == -1) {
-		if (errno == EACCES)
+		error = errno;
+		if (error == EACCES && stat(conf.dir, &st) == 0)
 			die(1, "cannot write to %s, or to .tmp, .history or "
-			    ".guard in it, as uid %u: chown -R %u it", conf.dir,
-			    (unsigned)geteuid(), (unsigned)geteuid());
-		die(1, "cannot open .tmp, .history or .guard in %s: %s",
-		    conf.dir, strerror(errno));
+			    ".guard in it: it belongs to uid %u, and this is "
+			    "uid %u: chown -R %u it", conf.dir,
+			    (unsigned)st.st_uid, (unsigned)geteuid(),
+			    (unsigned)geteuid());
+		die(1, "cannot open %s, or .tmp, .history or .guard in it: %s",
+		    conf.dir, strerror(error));
 	}
 	/* A mount point below, or a subvolume. */
 	store.apart = (renameat(store.root, ".tmp/-", store.root, ".tmp-") ==
@@ -5110,9 +5118,10 @@ store_open(void)
 	    fstat(tmp, &other) == 0 && st.st_dev != other.st_dev);
 	close_quietly(tmp);
 	close_quietly(history);
-	/* A new directory's own name must be on the disk as well. */
-	if ((dir = dir_open(created ? "../" : "", D_SYNC)) == -1 ||
-	    dir_sync(dir) == -1)
+	/* Its own name must be on the disk as well; a directory above that we
+	 * may not read is hardly the one in which we made it. */
+	if (((dir = dir_open("../", D_SYNC)) == -1 || dir_sync(dir) == -1) &&
+	    (created || errno != EACCES))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(dir);
 	if (getentropy(&store.token, sizeof(store.token)) == -1 ||
@@ -5130,6 +5139,7 @@ store_open(void)
 	switch ((unsigned)fs.f_type) {
 	case 0xff534d42: case 0xfe534d42: case 0x517b:	/* SMB */
 	case 0x6969: case 0x65735546: case 0x00c36400:	/* NFS, FUSE, CephFS */
+	case 0x01021997: case 0x5346414f:		/* 9P, AFS */
 		store.remote = true;
 		complain("%s is on a network file system: to share it see "
 		    "README, SHARING; never share SMB", conf.dir);
@@ -5187,6 +5197,8 @@ address_open(const char *text, bool listens)
 	if ((fd = socket(a.any.sa_family, SOCK_STREAM, 0)) == -1)
 		return -1;
 	(void)setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	(void)setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO,	/* for connect */
+	    &(struct timeval){ .tv_sec = 5 }, sizeof(struct timeval));
 	if ((listens ? bind(fd, &a.any, len) : connect(fd, &a.any, len)) == 0)
 		return fd;
 	close_quietly(fd);
@@ -5530,7 +5542,7 @@ static const char usage_text[] =
 "            secret: as it is, or sha256:HEX; permission: read, plan or write\n"
 "  -v        show heads and bodies on stderr, the states' secrets included\n"
 "  -V        show the version (--version too)\n"
-"  -x        believe X-Forwarded-For: only behind a front\n\n"
+"  -x        believe X-Forwarded-For: only behind a reverse proxy\n\n"
 "Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user who may do\n"
 "everything. Without users, a loopback address lets everyone in.\n";
 

@@ -1143,8 +1143,10 @@ test_when_all_slots_are_taken_the_idlest_makes_room() {
 test_running_out_of_descriptors_does_not_spin() {
 	need prlimit
 	grumbles
-	through "ulimit -n 64; exec '$STATESRV'"
+	through "ulimit -n 64; ulimit -f 64; exec '$STATESRV'"
 	served
+	pad 1 100000 >big
+	rows <<<'507 - PUT /big @big'	# past the limit of a file's size, no signal kills us
 	hold 200
 	every '200 - @@' 'PUT /x state:2' 'GET /x -' 'LOCK /x info:me' 'GET /x/lock -'
 	let_go
@@ -1989,8 +1991,8 @@ test_a_lock_file_made_by_hand_freezes_the_state() {
 		frozen|frozen\r\nsecond line\r\n
 		gel.* bis M.*|gel\xc3\xa9 bis M\xc3\xa4rz
 		made-by-hand|\nsecond line
-		say .*no.* <b>.+|say \\"no\\"\\\\ <b>&\tnow\nsecond line
-		.+|\xff\xfe\x01binary\x00x
+		say .*no.* <b>&[?]now|say \\"no\\"\\\\ <b>&\tnow\nsecond line
+		[?]+binary f[?]r|\xff\xfe\x01binary f\xfcr\x00x
 		.+|{"ID":"torn","Who":"a@b
 	EOF
 	# as the README says; and who may write may release it by its ID
@@ -2113,6 +2115,7 @@ test_content_md5_is_checked() {
 		400 - LOCK /demo @lock	MD5
 		404 - GET /demo/lock -
 	EOF
+	has states/demo.log "\"md5\":\"$(md5sum <s3 | cut -c 1-32)\""
 	rows -H "Content-MD5: $(body_md5 lock)" <<<'200 - LOCK /demo @lock'
 	rows -H "Content-MD5: $(body_md5 s3)" <<<'400 - UNLOCK /demo @lock'
 }
@@ -2276,10 +2279,7 @@ test_the_page_of_a_state() {
 	EOF
 	for kind in text/html text/plain; do
 		rows -H "Accept: $kind" <<-EOF
-			200 - GET $page -	ann@laptop
-			200 - GET $page -	[^a-zA-Z]apply[^a-zA-Z]
-			200 - GET $page -	why not
-			200 - GET $page -	terraform force-unlock .*it
+			200 - GET $page -	ann@laptop, apply .*why not.*terraform force-unlock .*it
 			200 - GET $page -	20[0-9]{6}T[0-9]{6}\.[0-9]{3}Z-1[^0-9]
 			200 - GET $page -	18446744073709551615
 			200 - GET $page -	^curl -f --data-binary @old.tfstate .*team/prod
@@ -2328,7 +2328,7 @@ test_the_listing() {
 		200 - POST /team/prod {"version":4,"serial":7,"lineage":"L","terraform_version":"1.11.4"}
 		200 - LOCK /team/prod {"ID":"run 1","Who":"ann@laptop","Operation":"OperationTypeApply","Info":"why not","Created":"2026-11-22T13:21:24Z"}
 		200 - LOCK /fresh info:run-2
-		200 - POST /sealed {"encrypted_data":"QUJD"}
+		200 - POST /sealed-and-longer-than-the-title {"encrypted_data":"QUJD"}
 		200 - POST /odd1 {"version":4,"serial":123456789012345678901234567890}
 		200 - POST /old {"version":3,"serial":5,"lineage":"M","modules":[]}
 		200 - POST /Been state:1
@@ -2337,8 +2337,8 @@ test_the_listing() {
 	echo 'by hand' | tee states/README >states/odd.tfstate
 	echo 'frozen "here"' >states/odd.lock
 	expect 200 GET / '' -H 'Accept: application/json'
-	json answer 'map(.name)|sort|join(" ")' 'fresh odd odd1 old sealed team/prod'
-	json answer 'map(select(.serial==null)|.name)|sort|join(" ")' 'fresh odd odd1 sealed'
+	json answer 'map(.name)|sort|join(" ")' 'fresh odd odd1 old sealed-and-longer-than-the-title team/prod'
+	json answer 'map(select(.serial==null)|.name)|sort|join(" ")' 'fresh odd odd1 sealed-and-longer-than-the-title'
 	one='.[]|select(.name=="team/prod")'
 	json answer "$one|[.serial,.lineage,.terraform_version,.size,.deleted,.modified[:2]]" \
 		"[7,\"L\",\"1.11.4\",67,false,\"20\"]"
@@ -2349,13 +2349,12 @@ test_the_listing() {
 ["team/prod",7,67,"run 1"]'
 	rows <<-'EOF'
 		200 - GET / -	^team/prod +7 .*ann@laptop.*apply
-		200 - GET / -	^fresh +- +-
-		200 - GET / -	^sealed +- +[1-9]
+		200 - GET / -	^fresh {35}- +-
+		200 - GET / -	^sealed-and-longer-than-the-title {8}- +[1-9]
 		200 - GET / -	^odd .*frozen "here"
 		200 - GET / -	!^(Been|README|\.)|OperationType
-		200 - GET /?q=PROD -	^team/prod
 		200 - GET /?q=PROD -	!odd
-		200 - GET /?q=m%2Fp -	^team/prod
+		200 - GET /?q=M%2Fp -	^team/prod
 		200 - GET /?q=bEEn -	^Been .*deleted
 		200 - GET /-/versions/Been -	Z-1
 	EOF
@@ -2386,7 +2385,7 @@ test_the_states_log_tells_the_story() {
 	json states/t/demo.log
 	hasnt <(grep -v -E '"client":"127.0.0.1:[0-9]+"' states/t/demo.log) .
 	lines_match states/t/demo.log '^\{"time":"20[-0-9T:.]*Z",.*' <<-EOF
-		"event":"write","method":"POST","status":200.*"serial":1,"lineage":"3f7d1c7e-.*"size":180,"md5":"$(printf %s "$(state 1)" | md5sum | cut -c 1-32)"
+		"event":"write","method":"POST","status":200.*"serial":1,"lineage":"3f7d1c7e-.*"size":180}
 		"event":"lock","method":"LOCK","status":200.*"id":"run-1","who":"ann@laptop","operation":"OperationTypeApply"
 		"event":"write",.*"id":"run-1".*"serial":2.*"old_serial":1,"old_lineage":"3f7d1c7e
 		"event":"refused","method":"POST","status":423.*"id":"run-2".*"why":"
@@ -2899,7 +2898,7 @@ test_mistakes_at_the_start_are_told() {
 	chmod 711 "$work" "$work/run" .
 	mkdir theirs
 	through "exec setpriv --reuid=65534 --regid=65534 --clear-groups '$STATESRV'"
-	refuses 1 'theirs.* as uid 65534: chown -R 65534' -d theirs
+	refuses 1 'theirs.*uid 0.* uid 65534: chown -R 65534' -d theirs
 }
 
 # -h fits a screen, on stdout; -V is one line; the long forms are the same.
@@ -2940,12 +2939,12 @@ test_health_can_be_asked() {
 	halt
 	refuses 1 "127.0.0.1:$PORT" -c -l "127.0.0.1:$PORT"
 	need "${CC:-cc}"
-	printf '#include <errno.h>\nint no_fsync(int f)\n{\n\terrno = EINVAL;\n\treturn -(f >= 0);\n}\n' >no.c
-	"${CC:-cc}" -std=c11 -Dfsync=no_fsync -Dfdatasync=no_fsync -c "$here/statesrv.c"
-	"${CC:-cc}" -std=c11 -pthread -o unsynced no.c statesrv.o
+	echo 'int no_fsync(int f) { return openat(f, ".", 0) >= 0 ? errno = EINVAL, -1 : fsync(f); }' >no.c
+	"${CC:-cc}" -std=c11 -Dfsync=no_fsync -c "$here/statesrv.c"	# of no directory
+	"${CC:-cc}" -include fcntl.h -include unistd.h -include errno.h -pthread -o unsynced no.c statesrv.o
 	STATESRV=./unsynced serve
 	until_true says 503 GET /-/ready
-	every '@@' '5.. - POST /demo state:1' '404 - GET /demo -'
+	every '@@' '5.. - POST /demo state:1' '5.. - POST /demo state:1' '5.. - LOCK /new info:me'
 }
 
 # A common bug: a series for each name, method or path that a client invents.
@@ -3007,8 +3006,7 @@ test_strict_refuses_what_goes_back() {
 		409 - POST /zero {"version":4,"x":1}
 		200 - POST /sealed {"encrypted_data":"QQ==","meta":{}}
 		200 - POST /sealed {"encrypted_data":"Qg==","meta":{}}
-		200|400 - POST /long {"version":4,"serial":1,"lineage":"${long}1"}
-		409|400 - POST /long {"version":4,"serial":2,"lineage":"${long}2"}
+		400 - POST /long {"version":4,"serial":1,"lineage":"$long"}	longer
 	EOF
 	halt
 	serve
@@ -4445,8 +4443,9 @@ test_names_may_lie_on_other_file_systems() {
 	local at how
 	apart --mount
 	pad 2 300000 >big
+	pad 9 6000000 >huge		# fits there, but leaves no room for locks
 	for at in team .history .tmp bind; do
-		how=(-t tmpfs tmpfs)
+		how=(-t tmpfs -o size=6m tmpfs)
 		[ $at != bind ] || at=.tmp how=(--bind other)
 		mkdir -p states/$at other
 		mount "${how[@]}" states/$at || skip "no tmpfs here"
@@ -4467,6 +4466,7 @@ test_names_may_lie_on_other_file_systems() {
 		200	-	LOCK	/s	info:L
 		200	-	POST	/s?ID=L	state:2
 		END
+		[ $at != team ] || rows <<<$'507\t-\tPOST\t/team/s\t@huge\tno room|No space'
 		spy -e trace=fsync -P "$PWD/states/.history/team/s"
 		expect 200 POST /team/s "$(state 5)"
 		unspy
