@@ -3394,15 +3394,19 @@ write_publish(struct request *r)
 }
 
 /* POST and PUT of a state. The lock is looked at first, so that a write that
- * will be refused is not uploaded in vain. */
+ * will be refused is not uploaded in vain. But if its client is gone, nobody is
+ * there to be refused, and the state is received all the same, as the copy that
+ * write_publish keeps. */
 static int
 do_write(struct request *r)
 {
 	r->change->writes = true;
 	if (lock_look(r->name, &r->change->lock) == -1)
 		return refuse_errno(r, "read the lock");
-	if (write_allowed(r) == 0 && state_receive(r) == 0 &&
-	    change_begin(r, true) == 0)
+	if (write_allowed(r) != 0 && client_there(r))
+		return r->status;
+	r->status = 0;
+	if (state_receive(r) == 0 && change_begin(r, true) == 0)
 		(void)write_publish(r);
 	return r->status;
 }
@@ -4936,7 +4940,8 @@ conn_drive(struct conn *c)
 		if (turns > TURN_MAX || r->status == 0 ||
 		    !reply_send(r, false)) {
 			if (stranger && r->status != 0)
-				conn_close(c, "a stranger gets no thread");
+				conn_close(c, "without credentials, no thread "
+				    "waits for its client");
 			else
 				pool_give(c);
 			return;

@@ -4598,7 +4598,7 @@ test_a_paused_server_does_no_harm_when_it_goes_on() {
 	200	-	DELETE	/s	-
 	200	-	POST	/s	state:5
 	END
-	paused POST /s "$(pad 6 90000)" <<<$'200 - GET /s -\t"serial": 5'
+	paused POST /s?ID=broken "$(pad 6 90000)" <<<$'200 - GET /s -\t"serial": 5'
 	rows <<<$'200 - GET /s -\t"serial": 5'
 	kept s '1 2 3 2 4 6' || fail "$(versions s)"
 }
