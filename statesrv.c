@@ -1033,7 +1033,7 @@ hex(const unsigned char *p, size_t n, char *out)
 struct json {
 	struct member *members;		/* that are asked for */
 	size_t n;			/* their number */
-	unsigned brief;			/* ends when that many are found; or 0 */
+	unsigned brief;			/* ends after finding that many; or 0 */
 	int fd;				/* the file, unless max is 0 */
 	off_t pos, max;			/* bytes had of it, and at most */
 	struct hash *md5;		/* takes what is read; or NULL */
@@ -1489,7 +1489,8 @@ http_request_line(struct head *h, char *line)
 	if (p - h->target > TARGET_MAX)
 		return "414 the target is too long";
 	if (m == M_COUNT)
-		return "501 the method is not known here";
+		return "501 no such method: see update_method, lock_method "
+		    "and unlock_method";
 	*p = '\0';
 	if (strcmp(h->target, "*") == 0)
 		return m == M_OPTIONS ? NULL : "400 only OPTIONS goes with *";
@@ -1633,8 +1634,8 @@ name_wrong(const char *name)
 		if (n == 0 || n > SEGMENT_MAX || ++segments > SEGMENTS_MAX ||
 		    strlen(name) > NAME_LEN_MAX)
 			return "a state name has 1 to 32 parts of 1 to 200 "
-			    "bytes between single slashes, and 1000 bytes in "
-			    "all";
+			    "bytes between single slashes, no slash at its "
+			    "end, and 1000 bytes in all";
 		*stpncpy(part, p, n) = '\0';
 		if (*p == '.' || *p == '-' || cut_suffix(part, ".lock") ||
 		    cut_suffix(part, ".log") || cut_suffix(part, ".tfstate"))
@@ -2550,7 +2551,7 @@ users_read(void)
 	} else if (at != NULL)
 		complain("%s, line %zu: %s: %s", conf.users, number, at, wrong);
 	else
-		complain("cannot use %s: %s", conf.users, wrong);
+		complain("cannot use the users file %s: %s", conf.users, wrong);
 	return wrong == NULL;
 }
 
@@ -3139,8 +3140,8 @@ lock_body(struct request *r, bool may_be_empty)
 	if (body_check(r, &j, &md5) != 0 || r->body.len == 0)
 		return r->status;
 	if (!ok)
-		return refuse(r, 400, "the lock info has no ID, just one, of "
-		    "1 to %d bytes", ID_MAX);
+		return refuse(r, 400, "lock info has one ID, of 1 to %d bytes",
+		    ID_MAX);
 	memcpy(r->id, asked->id, sizeof(r->id));
 	r->has_id = true;
 	return 0;
@@ -3237,8 +3238,9 @@ write_allowed(struct request *r)
 
 	if (l->held && !(r->has_id && lock_is(l, r->id)))
 		return lock_tell(r, 423);
-	return l->held || !r->has_id ? 0 : refuse(r, 409, "nothing is locked: "
-	    "the lock %s was broken or released", r->id);
+	return l->held || !r->has_id ? 0 : refuse(r, 409, "nothing is locked "
+	    "here: the lock %s was broken or released, or lock_address names "
+	    "another state", r->id);
 }
 
 /* Checks the body in one pass: that it is JSON, its MD5, and whether it can be
@@ -3261,8 +3263,9 @@ state_check(struct request *r)
 	if (m->type != 's')
 		return refuse(r, 400, "the body is no state: it has neither a "
 		    "\"version\" that is a number nor \"encrypted_data\"%s",
-		    m->type == 'l' ? ", but is lock info: lock_address has a "
-		    "lock_method that writes: use LOCK, or NAME/lock" : "");
+		    m->type == 'l' ? ", but looks like lock info: lock_address "
+		    "has a lock_method that writes: use LOCK, or NAME/lock" :
+		    "");
 	return fsync(ch->tmp.fd) == 0 ? 0 :
 	    refuse_errno(r, "sync the state");
 }
@@ -3332,9 +3335,9 @@ write_strict(struct request *r)
 	    strcmp(new->lineage, old->lineage) != 0);
 
 	if (new->lineage_len > LINEAGE_MAX)
-		return refuse(r, 400, "strict: its lineage is longer than %d "
+		return refuse(r, 400, "-s: the new lineage is longer than %d "
 		    "bytes", LINEAGE_MAX);
-	return !lower && !other ? 0 : refuse(r, 409, "strict: its serial '%s' "
+	return !lower && !other ? 0 : refuse(r, 409, "-s: the new serial '%s' "
 	    "and lineage '%s' do not follow the present '%s' and '%s'",
 	    new->serial, new->lineage, old->serial, old->lineage);
 }
@@ -3532,6 +3535,7 @@ static const char page_head[] = "<!DOCTYPE html>\n<html lang=en><meta "
     "td,th{text-align:left;padding:.4rem 1rem .4rem 0;min-width:4.5rem;"
     "vertical-align:top}td:first-child{min-width:11rem}"
     ":is(td,th):nth-child(2),:is(td,th):nth-child(3){text-align:right}"
+    "td:nth-child(n+2):nth-child(-n+4){white-space:nowrap}"
     "th{font-weight:500;color:GrayText;white-space:nowrap}"
     "pre{overflow-x:auto}.hot{color:light-dark(#b3261e,#ff8a80)}"
     "input{font:inherit;width:100%;box-sizing:border-box;padding:.4rem}"
@@ -3608,7 +3612,7 @@ row_read(struct row *row, const char *name, const char *id)
 	(void)close(fd);
 	(void)snprintf(row->size, sizeof(row->size), "%lld",
 	    (long long)st.st_size);
-	time_text(row->when, (int64_t)st.st_mtime * 1000, false);
+	time_text(row->when, time_us(st.st_mtim) / 1000, false);
 	age = time_ms() / 1000 - (int64_t)st.st_mtime;
 	for (i = 0; age >= per[i]; i++)
 		age /= per[i];
@@ -3617,13 +3621,16 @@ row_read(struct row *row, const char *name, const char *id)
 	return 0;
 }
 
-/* "apply" for OperationTypeApply; other words are terraform's own. */
+/* "apply" for OperationTypeApply; other words are terraform's own. Its import
+ * and console say OperationTypeInvalid. */
 static void
 operation_text(char out[64], const char *operation)
 {
 	bool type = strncmp(operation, "OperationType", 13) == 0;
 
 	(void)snprintf(out, 64, "%s", operation + (type ? 13 : 0));
+	if (strcmp(out, "Invalid") == 0)
+		(void)snprintf(out, 64, "import or console");
 	out[0] = (char)tolower((unsigned char)out[0]);
 }
 
@@ -3639,13 +3646,14 @@ row_lock(struct request *r, const struct row *row)
 
 	operation_text(what, l->operation);
 	if (*l->id != '\0') {		/* else nobody, or it cannot be read */
-		time_text(since, (int64_t)l->since.tv_sec * 1000, false);
+		time_text(since, time_us(l->since) / 1000, false);
 		if (r->form != JSON)
-			buf_fmt(&b, "%s%s%s since %s%s%s; if nothing runs any "
-			    "more, release it: ",
+			buf_fmt(&b, "%s%s%s since %s%s%s; %s: ",
 			    l->frozen ? "frozen" : *l->who != '\0' ? l->who :
 			    "locked", *what != '\0' ? ", " : "", what, since,
-			    *l->info != '\0' ? ": " : "", l->info);
+			    *l->info != '\0' ? ": " : "", l->info,
+			    *what == '\0' ? "to end it" :
+			    "if nothing runs any more, release it");
 		buf_str(&b, "terraform force-unlock ");
 		buf_text(&b, l->id, SHELL);
 	}
@@ -3664,8 +3672,9 @@ row_lock(struct request *r, const struct row *row)
 		cell(r, "lock", "Lock", words, NULL);
 	else {
 		put(r, "", "", l->held ? "<p class=hot>" : "<p>");
-		buf_text(&r->text, l->held ? words : row->deleted ?
-		    "There is no such state now." : "Not locked.", r->form);
+		if (*row->size == '\0')
+			buf_str(&r->text, "There is no such state now. ");
+		buf_text(&r->text, l->held ? words : "Not locked.", r->form);
 		buf_str(&r->text, "\n");
 	}
 	r->text.failed |= b.failed;
@@ -3920,6 +3929,7 @@ page_state(struct request *r)
 {
 	const char *scheme = r->fronted ? "https" : "http";
 	const char *host = *r->host != '\0' ? r->host : "HOST";
+	const char *user = *r->user != '\0' ? " -u NAME" : "";
 	struct buf *b = &r->text, url = { 0 };
 	struct names *ids = &r->change->ids;	/* freed with that */
 	int dir = r->change->history = dir_open(r->name, D_HISTORY);
@@ -3952,12 +3962,13 @@ page_state(struct request *r)
 	put(r, "", b->len == 0 ? "[]\n" : "\n]\n", "</table>\n<p>");
 	if (r->form != JSON && ids->n > 0)
 		buf_fmt(b, "To go back to a version, or bring a deleted state "
-		    "back, and then look at terraform plan%s:\n%scurl -f -o "
-		    "old.tfstate '%s://%s/-/versions/%s/%s'\ncurl -f "
+		    "back, and then look at terraform plan%s:\n%scurl -f%s -o "
+		    "old.tfstate '%s://%s/-/versions/%s/%s'\ncurl -f%s "
 		    "--data-binary @old.tfstate '%s://%s/%s'\n",
 		    conf.strict ? " (-s refuses a lower serial)" : "",
-		    r->form == HTML ? "<pre>" : "", scheme, host, url.data,
-		    ids->list[ids->n - 1], scheme, host, url.data);
+		    r->form == HTML ? "<pre>" : "", user, scheme, host,
+		    url.data, ids->list[ids->n - 1], user, scheme, host,
+		    url.data);
 	b->failed |= url.failed;
 	free(url.data);
 	return r->status;
@@ -4267,8 +4278,11 @@ admit_action(struct request *r, const struct head *h)
 		    refuse(r, 403, "%s may not %s %s: the permission is %s",
 		    r->user, method_names[r->method], r->name,
 		    right_names[r->right]);
-	if (wants == R_NONE && r->length != 0)	/* it would take a thread */
-		return refuse(r, 400, "no body goes with this request");
+	/* A stranger's body would take a thread; a Go client's was meant to be
+	 * written: terraform would take 200 for it as done. */
+	if (wants < R_PLAN && r->length != 0 && (wants == R_NONE || r->go))
+		return refuse(r, 400, "no body goes with this request: see "
+		    "update_method, lock_method and unlock_method");
 	r->expects = f[F_EXPECT] != NULL && h->minor == 1;
 	/* A state without a length may have a body all the same. */
 	r->length = h->length == -1 && !chunked && !state ? 0 : h->length;
@@ -5384,8 +5398,8 @@ command_farewell(void)
 		buf_text(&b, conf.command_name, SHELL);
 		buf_str(&b, " terraform force-unlock -force ");
 		buf_text(&b, l.id, SHELL);
-		complain("%s is still locked by '%s'. If nothing runs any "
-		    "more, release it with", conf.command_name, l.who);
+		complain("%s is still locked. If nothing runs any more, "
+		    "release it with", conf.command_name);
 		(void)fprintf(stderr, "\t%s\n", b.data);
 		free(b.data);
 	}

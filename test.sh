@@ -1956,7 +1956,7 @@ test_delete_by_a_client_is_an_unlock() {
 		200 - DELETE /demo -
 		404 - GET /demo/lock -
 		200 - DELETE /terraform_state/demo -
-		200 - GET /demo -	"serial": 1,
+		400 - GET /demo state:9	update_method
 	EOF
 	rows <<<$'200 - DELETE /demo -\n404 - GET /demo -'
 	events demo >told
@@ -2351,7 +2351,7 @@ test_the_listing() {
 		200 - GET / -	^team/prod +7 .*ann@laptop.*apply
 		200 - GET / -	^fresh {35}- +-
 		200 - GET / -	^sealed-and-longer-than-the-title {8}- +[1-9]
-		200 - GET / -	^odd .*frozen "here"
+		200 - GET / -	^odd .*frozen since .*: frozen "here"; to end it: terraform force-unlock
 		200 - GET / -	!^(Been|README|\.)|OperationType
 		200 - GET /?q=PROD -	!odd
 		200 - GET /?q=M%2Fp -	^team/prod
