@@ -1608,7 +1608,8 @@ is_version(const char *s, const char *end)
  * 3. no segment begins with '.' or '-': so there is no "..", nothing hidden,
  * nothing like an option; 4. none ends like our own files, so no state's file
  * is another's lock; 5. its URL means nothing else: /terraform_state/NAME and
- * /terraform_lock/NAME are other names of NAME, and NAME/lock is its lock;
+ * /terraform_lock/NAME are other names of NAME, NAME/lock is its lock, and
+ * /-/versions/NAME/ID a version;
  * 6. on a file system that ignores case, only one spelling is let in: Demo and
  * demo would be one file under two guards.
  */
@@ -1642,11 +1643,11 @@ name_wrong(const char *name)
 			return "no part of a state name begins with . or -, or "
 			    "ends in .lock, .log or .tfstate";
 	}
-	return strcmp(part, "lock") == 0 ||
+	return strcmp(part, "lock") == 0 || is_version(part, "") ||
 	    strncmp(name, "terraform_state/", 16) == 0 ||
 	    strncmp(name, "terraform_lock/", 15) == 0 ? "no state is called "
-	    "lock, terraform_state/... or terraform_lock/...: such URLs mean "
-	    "another" : NULL;
+	    "lock, terraform_state/..., terraform_lock/... or like a version: "
+	    "such URLs mean another" : NULL;
 }
 
 /* Undoes percent-encoding once; in a query '+' is a blank. False for a bad
@@ -1987,7 +1988,8 @@ store_fits(int dir, int64_t n)
 	/* Some network file systems do not tell. */
 	room = fs.f_blocks == 0 ? UINT64_MAX :
 	    (uint64_t)fs.f_bavail * fs.f_frsize;
-	low = room < reserve;
+	low = room < reserve || (fs.f_favail < 64 &&
+	    fs.f_favail < fs.f_files / 16);	/* the same for files */
 	if (dir == store.root && atomic_exchange(&store.low, low) != low)
 		complain("%s: %s", conf.dir, low ? "the disk is nearly full, "
 		    "only locks are written" : "there is room again");
@@ -2119,9 +2121,11 @@ static int64_t
 version_ms(const char *id)
 {
 	int date = atoi(id), hms = atoi(id + 9);
-	struct tm tm = {
-		.tm_year = date / 10000 - 1900, .tm_mon = date / 100 % 100 - 1,
-		.tm_mday = date % 100, .tm_hour = hms / 10000,
+	int month = date / 100 % 100, day = date % 100;
+	struct tm tm = {		/* by hand, even month 0 may be there */
+		.tm_year = date / 10000 - 1900,
+		.tm_mon = month > 0 ? month - 1 : 0,
+		.tm_mday = day > 0 ? day : 1, .tm_hour = hms / 10000,
 		.tm_min = hms / 100 % 100, .tm_sec = hms % 100
 	};
 
@@ -2960,13 +2964,18 @@ log_event(struct request *r, const char *event)
 {
 	bool refused = event == NULL;
 	struct buf b = { 0 };
+	struct stat st;
+	char last;
 	int fd;
 
 	if (refused && store_fits(store.root, 0) == -1)
 		return;
 	log_line(&b, r, refused ? "refused" : event);
-	fd = name_file(r->name, "", LOG, O_WRONLY | O_APPEND | (refused &&
-	    !r->change->lock.held ? 0 : O_CREAT), NULL);
+	fd = name_file(r->name, "", LOG, O_RDWR | O_APPEND | (refused &&
+	    !r->change->lock.held ? 0 : O_CREAT), &st);
+	if (fd != -1 && read_at(fd, &last, 1, st.st_size - 1) == 1 &&
+	    last != '\n')
+		(void)write_all(fd, "\n", 1);	/* it was cut short */
 	if (fd == -1 ? errno != ENOENT : b.failed ||
 	    write_all(fd, b.data, b.len) == -1)
 		complain("%s: cannot write its log: %s", r->name,
@@ -3297,7 +3306,7 @@ state_receive(struct request *r)
 static int
 history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 {
-	const int64_t end = 253402300799999;	/* of the year 9999 */
+	const int64_t end = 253370764800000;	/* of the year 9998 */
 	struct change *ch = r->change;
 	int64_t ms = time_ms(), newest = 0;
 	char when[32], id[VERSION_ID];
@@ -3306,7 +3315,7 @@ history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 
 	for (i = ch->ids.n; i > 0 && newest == 0; i--)
 		if ((newest = version_ms(ch->ids.list[i - 1])) >= end)
-			newest = 0;	/* nothing can be later than that */
+			newest = 0;	/* there must be room behind it */
 	time_text(when, ms > newest ? ms : newest + 1, true);
 	(void)snprintf(id, sizeof(id), "%.20s-%.20s", when,
 	    *serial != '\0' ? serial : "0");
@@ -3361,6 +3370,10 @@ write_publish(struct request *r)
 
 	if (ch->history != -1 && history_list(ch->history, &ch->ids) == -1)
 		return refuse_errno(r, "read the history");
+	/* A crash may have left it there, before the state was replaced. */
+	if (kept && !delete && ch->ids.n > 0 && file_is(ch->old, ch->history,
+	    leaf_name(ch->ids.list[ch->ids.n - 1], STATE), AT_SYMLINK_NOFOLLOW))
+		kept = false;
 	if (client_gone(r) != 0) {
 		if (ch->ids.n > 0)
 			newest = file_open(ch->history,
