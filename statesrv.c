@@ -3966,7 +3966,9 @@ page_state(struct request *r)
 	row_put(r, &(struct row){ .name = "", .id = "" });
 	for (i = ids->n; page_wanted(r); i--) {
 		row_find_writer(&row);
-		if (*row.size != '\0' || (r->form == JSON && row.lock.held))
+		/* A version that cannot be read is there all the same. */
+		if (*row.size != '\0' || (*row.id != '\0' && !row.deleted) ||
+		    (r->form == JSON && row.lock.held))
 			row_put(r, &row);
 		if (i == 0)
 			break;
@@ -4539,10 +4541,10 @@ log_flush(int64_t wait)
 			b->len -= n;
 			memmove(b->data, b->data + n, b->len);
 		}
-		b->failed = false;
 		/* If nobody reads, there is no hurry. */
 		next = loop.now + (b->len > 0 ? 10 * LOG_MS : LOG_MS);
 	}
+	b->failed = false;
 	wait = b->len > 0 && wait > next - loop.now ? next - loop.now : wait;
 	(void)pthread_mutex_unlock(&output);
 	return wait;
@@ -4853,6 +4855,8 @@ pool_relieve(void)
 
 	(void)pthread_mutex_lock(&list_mutex);
 	waiting = pool.queue.n > pool.idle;
+	if (waiting && stats.threads == 0)	/* none could be started */
+		stats.threads += thread_start(pool_thread);
 	for (c = conn_waiting.first; c != NULL; c = c->next) {
 		stalls = waiting && pool.full && c == conn_waiting.first &&
 		    c->active < loop.now - STALL_MS;
@@ -5295,9 +5299,9 @@ listeners_open(void)
 /*
  * From now on the process reaches its directory and nothing else: no other
  * file, no new TCP socket, no signal to strangers. The users file may be
- * replaced by an editor, so what is allowed is to read the directory it is
- * in: give it one of its own. Landlock's numbers (kernel 5.19) are the same
- * on all machines, and its header is not.
+ * replaced by an editor, so what is allowed is to read the directory it is in
+ * (and that of the file it links to): give it one of its own. Landlock's
+ * numbers (kernel 5.19) are the same on all machines, and its header is not.
  */
 static void
 sandbox(void)
@@ -5311,7 +5315,7 @@ sandbox(void)
 	struct { uint64_t allowed; int32_t fd; } __attribute__((packed)) rule;
 	long abi = syscall(444, NULL, (size_t)0, 1);
 	char dir[PATH_MAX];
-	int rules;
+	int rules, i;
 
 	(void)prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 	(void)prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -5325,8 +5329,9 @@ sandbox(void)
 	rule.allowed = all.fs & (WRITE | READ | READ_DIR | REMOVE | MAKE_DIR |
 	    MAKE_REG | REFER | TRUNCATE);
 	ok = syscall(445, rules, 1, &rule, 0) == 0;
-	if (conf.users != NULL && ok) {
-		(void)snprintf(dir, sizeof(dir), "%s", conf.users);
+	for (i = 0; conf.users != NULL && ok && i < 2; i++) {
+		if (i == 0 || realpath(conf.users, dir) == NULL)
+			(void)snprintf(dir, sizeof(dir), "%s", conf.users);
 		rule.fd = open(dirname(dir), O_PATH | O_CLOEXEC);
 		rule.allowed = READ;
 		ok = syscall(445, rules, 1, &rule, 0) == 0;
@@ -5369,11 +5374,13 @@ command_exec(void)
 static void
 command_start(void)
 {
+	int tty = open("/dev/tty", O_RDONLY | O_CLOEXEC);
 	struct buf url = { 0 };
 
 	buf_fmt(&url, "%s/", listeners[0].name);
 	buf_url(&url, conf.command_name);
-	loop.shares_terminal = tcgetpgrp(STDIN_FILENO) == getpgrp();
+	loop.shares_terminal = tcgetpgrp(tty) == getpgrp();
+	close_quietly(tty);
 	if (url.failed || setenv("TF_HTTP_ADDRESS", url.data, 1) == -1 ||
 	    setenv("TF_HTTP_LOCK_ADDRESS", url.data, 1) == -1 ||
 	    setenv("TF_HTTP_UNLOCK_ADDRESS", url.data, 1) == -1 ||
@@ -5436,6 +5443,7 @@ loop_signal(int sig)
 		    waitpid(loop.child, &status, WNOHANG) != loop.child)
 			return;
 		loop.child = 0;
+		(void)signal(SIGINT, on_signal);
 		loop.status = WIFEXITED(status) ? WEXITSTATUS(status) :
 		    128 + WTERMSIG(status);
 	} else if (loop.child > 0) {
@@ -5690,7 +5698,7 @@ main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
 	bool created;
-	int fd;
+	int fd, tty;
 
 	do				/* 0 to 2 may be closed: take them */
 		fd = open("/dev/null", O_RDWR);
@@ -5700,6 +5708,14 @@ main(int argc, char **argv)
 	options(argc, argv);
 	if (conf.check)
 		return check(conf.listen[0]);
+	/* A terminal polls writable when one byte has room: without a reader it
+	 * would stop us. Opened anew it does not block, for us alone. */
+	for (fd = 1; fd <= (conf.verbose ? 1 : 2) && conf.command == NULL; fd++)
+		if (isatty(fd) && (tty = open(ttyname(fd), O_WRONLY |
+		    O_NONBLOCK | O_NOCTTY)) != -1) {
+			(void)dup2(tty, fd);
+			close_quietly(tty);
+		}
 #ifdef M_ARENA_MAX
 	(void)mallopt(M_ARENA_MAX, 1);	/* an arena a thread is a waste */
 	(void)mallopt(M_TRIM_THRESHOLD, 4 << 20);
@@ -5716,6 +5732,7 @@ main(int argc, char **argv)
 	tidy_and_greet(created);
 	if (conf.command != NULL)
 		command_start();
+	(void)pthread_sigmask(SIG_SETMASK, &(sigset_t){ 0 }, NULL);
 	if (conf.verbose)
 		complain("-v shows heads and bodies, with their secrets");
 	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */

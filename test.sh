@@ -1215,7 +1215,7 @@ test_a_bad_name_is_refused_before_anything_is_opened() {
 /x.lock/y /x.log/y /x.tfstate/y /.tfstate /a/.tfstate
 // //a /a//b /a/ /%2f /%2fa /a%2f /lock /lock/lock /a/lock/lock /../lock
 /terraform_state/ /terraform_state/.. /terraform_state/%2e%2e%2foutside%2fx
-/terraform_lock/../outside/x /terraform_lock/ $deep
+/terraform_lock/../outside/x /terraform_lock/ $deep /a/20261122T132124.079Z-7
 /$long /a/$long /${long:1}/${long:1}/${long:1}/${long:1}/${long:4}
 END
 	for url in "${urls[@]}"; do
@@ -1760,10 +1760,7 @@ test_every_dialect_works() {
 	# and all of them mean one state, with one lock
 	rows <<<'200 - PUT /terraform_lock/g/h info:one'
 	for surl in /g/h /g%2Fh /g/h.tfstate /%67/h /terraform_state/g/h '/g/h?'; do
-		rows <<-EOF
-			200 - GET $surl -	"serial": $n,
-			423 - LOCK $surl info:two	"one"
-		EOF
+		rows <<<"200 - GET $surl -	\"serial\": $n,"$'\n'"423 - LOCK $surl info:two	\"one\""
 	done
 }
 
@@ -2230,13 +2227,13 @@ test_the_history_keeps_the_newest() {
 # comes the next millisecond. So nothing newer is pruned before the older.
 test_ids_of_versions_only_grow() {
 	mkdir -p states/.history/demo
-	state 0 >states/.history/demo/20991231T235959.998Z-0.tfstate
+	state 0 >states/.history/demo/20991200T235959.998Z-0.tfstate # by hand
 	serve -k 3
 	every '200 - POST /demo state:@@' 1 2 3 4 5
 	until_true kept demo '2 3 4'
 	rows <<<'200 - DELETE /demo -'
 	until_true kept demo '3 4 5'
-	want "the newest" 21000101T000000.003Z-5.tfstate "$(basename "$(versions demo | tail -1)")"
+	want "the newest" 20991202T000000.003Z-5.tfstate "$(basename "$(versions demo | tail -1)")"
 }
 
 # Terraform writes every 20 seconds of a long run, under one lock: those
@@ -2300,6 +2297,7 @@ test_the_page_of_a_state() {
 		'[180,"20","ann@laptop","it'"'"'s","why not"]'
 	id=$(versions team/prod | head -1 | xargs basename -s .tfstate)
 	# by what was logged before it was replaced, not by a later write that looks the same
+	printf '{"cut by a cra' >>states/team/prod.log
 	rows <<-'EOF'
 		200 - POST /team/prod?ID=it's state:4
 		200 - UNLOCK /team/prod {"ID":"it's"}
@@ -2569,10 +2567,7 @@ test_a_plan_user_locks_for_a_plan_only() {
 	touch -d '9 hours ago' states/solo.lock # nor does he break one under -b
 	rows <<<$'423 pia:pl4n LOCK /solo {"ID":"p"}\t"run"\n200 ann:s3cret LOCK /solo info:new'
 	echo frozen >states/solo.lock
-	rows <<-'EOF'
-		403|409 pia:pl4n UNLOCK /solo {"ID":"frozen"}
-		423 ann:s3cret POST /solo state:1	"frozen"
-	EOF
+	rows <<<$'403|409 pia:pl4n UNLOCK /solo {"ID":"frozen"}\n423 ann:s3cret POST /solo state:1\t"frozen"'
 }
 
 # Basic or Bearer, in any case and once; all else is 401 with the challenge.
@@ -2631,10 +2626,11 @@ test_existence_does_not_leak() {
 # place is not waited for, a link that the sandbox forbids not followed.
 test_sighup_reads_the_users_again() {
 	grumbles
-	mkdir conf
+	mkdir conf etc
 	team_users
 	mv users conf
-	serve -u conf/users
+	ln -s ../conf/users etc
+	serve -u etc/users
 	sed -i 's/s3cret/ch4nged/' conf/users
 	kill -HUP "$PID"
 	until_true says 200 GET / '' -u ann:ch4nged
@@ -3452,6 +3448,8 @@ test_a_state_of_another_owner_is_replaced_and_kept() {
 	info L >x.lock
 	install -m 644 x.lock states
 	rows <<<'200 - LOCK /x info:L'
+	install -m 600 demo.tfstate states/.history/demo/20200101T000000.000Z-7.tfstate
+	rows <<<$'200 - GET /-/versions/demo -\t^20200101T000000.000Z-7 +- '
 }
 
 # ---- one command: statesrv NAME COMMAND... --------------------------------
@@ -3495,7 +3493,7 @@ test_the_wrapper_exits_as_its_command_did() {
 	chmod +x bin/init
 	while IFS='|' read -r status said words; do
 		STATUS=0
-		eval "PATH=$T/bin:$PATH '$STATESRV' -d states $words" \
+		eval "PATH=$T/bin:$PATH env --block-signal=CHLD '$STATESRV' -d states $words" \
 			<<<'yes, really' >out 2>err || STATUS=$?
 		[[ $STATUS =~ ^($status)$ ]] || fail "$words: status $STATUS: $(cat err)"
 		[ -z "$said" ] && want "$words: stderr" '' "$(cat err)" || has err "$said"
@@ -3522,7 +3520,7 @@ test_a_signal_reaches_the_wrapped_command_once() {
 	# it gives a second signal time to come, and spins: two are not taken for one
 	cat >job <<-'EOF'
 	for s in TERM HUP INT; do trap "echo $s >>count" $s; done
-	[ ! -t 0 ] || touch terminal
+	! stty echo 2>/dev/null </dev/tty || touch terminal
 	touch ready
 	until [ -s count ] || [ $SECONDS -gt 20 ]; do :; done
 	for i in {1..10}; do sleep 0.02; done
@@ -3556,7 +3554,7 @@ test_a_signal_reaches_the_wrapped_command_once() {
 		printf '\003'
 		until_true test -e over
 	} | SHELL=/bin/sh script -qec "exec env --default-signal=INT \
-		'$STATESRV' -d states demo bash job" /dev/null >out 2>&1 || STATUS=$?
+		'$STATESRV' -d states demo bash job </dev/null" /dev/null >out 2>&1 || STATUS=$?
 	want 'Ctrl-C' '5 INT' "$STATUS $(cat count)"
 	[ -e terminal ] || fail 'the command has no terminal'
 }
@@ -4307,6 +4305,8 @@ test_a_full_disk_refuses_writes_and_keeps_the_locks() {
 	want "told once" '1 1' \
 		"$(grep -c 'nearly full' server.err) $(grep -c 'room again' server.err)"
 	expect 200 POST /s1 "$(state 2)"
+	mount -o "remount,nr_inodes=$(($(df --output=iused states | tail -n 1) + 2))" states
+	every '@@' '507 - POST /s1 state:3' '200 - LOCK /s1 info:L'
 }
 
 # fill_all_but KIB: of the file system under ./states.
