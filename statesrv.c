@@ -183,6 +183,7 @@
 #define JSON_DEPTH 1000		/* nested arrays and objects */
 #define META_MAX 65536		/* bytes searched for serial and lineage */
 #define TAIL_MAX 65536		/* bytes of a log that a page looks at */
+#define COLUMN_MAX 120		/* bytes: longer names overhang theirs */
 #ifndef SMALL
 #define SMALL 65536		/* bytes: the loop answers a state up to this */
 #endif
@@ -1608,8 +1609,7 @@ is_version(const char *s, const char *end)
  * 3. no segment begins with '.' or '-': so there is no "..", nothing hidden,
  * nothing like an option; 4. none ends like our own files, so no state's file
  * is another's lock; 5. its URL means nothing else: /terraform_state/NAME and
- * /terraform_lock/NAME are other names of NAME, NAME/lock is its lock, and
- * /-/versions/NAME/ID a version;
+ * /terraform_lock/NAME are other names of NAME, and NAME/lock is its lock;
  * 6. on a file system that ignores case, only one spelling is let in: Demo and
  * demo would be one file under two guards.
  */
@@ -1643,11 +1643,11 @@ name_wrong(const char *name)
 			return "no part of a state name begins with . or -, or "
 			    "ends in .lock, .log or .tfstate";
 	}
-	return strcmp(part, "lock") == 0 || is_version(part, "") ||
+	return strcmp(part, "lock") == 0 ||
 	    strncmp(name, "terraform_state/", 16) == 0 ||
 	    strncmp(name, "terraform_lock/", 15) == 0 ? "no state is called "
-	    "lock, terraform_state/..., terraform_lock/... or like a version: "
-	    "such URLs mean another" : NULL;
+	    "lock, terraform_state/... or terraform_lock/...: such URLs mean "
+	    "another" : NULL;
 }
 
 /* Undoes percent-encoding once; in a query '+' is a blank. False for a bad
@@ -2601,7 +2601,7 @@ struct conn {
 	int fd;
 	bool local;			/* it came to a loopback address */
 	struct request *r;		/* or NULL: between two; in the loop's
-					 * list: a 401 that is delayed */
+					 * list it waits for its deadline */
 	struct conn *next, *prev;	/* in the list that it is in, if any */
 	bool ending;			/* the last answer is sent, or cut */
 	bool lingers;			/* then wait for the client to close */
@@ -3419,7 +3419,7 @@ do_write(struct request *r)
 	r->change->writes = true;
 	if (lock_look(r->name, &r->change->lock) == -1)
 		return refuse_errno(r, "read the lock");
-	if (write_allowed(r) != 0 && client_there(r))
+	if (write_allowed(r) != 0 && (conf.keep == 0 || client_there(r)))
 		return r->status;
 	r->status = 0;
 	if (state_receive(r) == 0 && change_begin(r, true) == 0)
@@ -3665,7 +3665,7 @@ row_lock(struct request *r, const struct row *row)
 			    l->frozen ? "frozen" : *l->who != '\0' ? l->who :
 			    "locked", *what != '\0' ? ", " : "", what, since,
 			    *l->info != '\0' ? ": " : "", l->info,
-			    *what == '\0' ? "to end it" :
+			    l->frozen ? "to end it" :
 			    "if nothing runs any more, release it");
 		buf_str(&b, "terraform force-unlock ");
 		buf_text(&b, l->id, SHELL);
@@ -3702,16 +3702,18 @@ row_put(struct request *r, const struct row *row)
 	bool list = r->kind == K_ROOT, old = *row->id != '\0';
 	const char *first = list ? row->name : old ? row->id : "present";
 	const struct names *names = &r->change->ids;	/* of all rows */
-	char what[64], title[NAME_LEN_MAX + 1];
+	char what[64], title[COLUMN_MAX + 1];
 	struct buf *b = &r->text;
-	size_t i;
+	size_t i, n;
 
 	r->heading = *row->name == '\0';
 	if (r->heading && r->form == JSON)
 		return;
-	for (i = 0; r->heading && r->form == TEXT && i < names->n; i++)
-		if ((int)strlen(names->list[i]) > r->width)
-			r->width = (int)strlen(names->list[i]);
+	for (i = 0; r->heading && r->form == TEXT && i < names->n; i++) {
+		n = strlen(names->list[i]);
+		if (n <= COLUMN_MAX && (int)n > r->width)
+			r->width = (int)n;
+	}
 	(void)snprintf(title, sizeof(title), "%-*s", r->width,
 	    list ? "State" : "Version");
 	put(r, "", b->len == 0 ? "[\n{" : ",\n{", r->heading ?
@@ -4855,8 +4857,8 @@ pool_relieve(void)
 
 	(void)pthread_mutex_lock(&list_mutex);
 	waiting = pool.queue.n > pool.idle;
-	if (waiting && stats.threads == 0)	/* none could be started */
-		stats.threads += thread_start(pool_thread);
+	if (waiting && pool.full && stats.threads < pool.max)
+		stats.threads += thread_start(pool_thread);	/* again */
 	for (c = conn_waiting.first; c != NULL; c = c->next) {
 		stalls = waiting && pool.full && c == conn_waiting.first &&
 		    c->active < loop.now - STALL_MS;
@@ -4915,8 +4917,8 @@ conn_read(struct conn *c)
 	    (c->ending ? c->lingers : loop.end == 0 || c->used > 0));
 }
 
-/* The next head in the buffer: its length, 0 if it is not all there, or -1 if
- * it is refused. */
+/* The next head in the buffer: its length, -1 if it is refused, or 0 if it is
+ * not all there: then it gets a deadline. */
 static int
 head_next(struct conn *c, struct head *h)
 {
@@ -5068,8 +5070,8 @@ conn_accept(unsigned slot)
 
 /* ---- what we were started with ---- */
 
-/* The signals that we handle; each becomes a byte in the wake pipe. All are
- * set, for process 1 of a container has no defaults. */
+/* The signals that we handle; each becomes a byte in the wake pipe, but the
+ * last two are ignored. Process 1 of a container has no defaults. */
 static const int signals[] = {
 	SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGCHLD, SIGPIPE, SIGXFSZ, 0
 };
@@ -5141,8 +5143,8 @@ store_open(void)
 		error = errno;
 		if (error == EACCES && stat(conf.dir, &st) == 0)
 			die(1, "cannot write to %s, or to .tmp, .history or "
-			    ".guard in it: it belongs to uid %u, and this is "
-			    "uid %u: chown -R %u it", conf.dir,
+			    ".guard in it: %s belongs to uid %u, this is uid "
+			    "%u: chown -R %u it", conf.dir, conf.dir,
 			    (unsigned)st.st_uid, (unsigned)geteuid(),
 			    (unsigned)geteuid());
 		die(1, "cannot open %s, or .tmp, .history or .guard in it: %s",
@@ -5155,9 +5157,10 @@ store_open(void)
 	close_quietly(tmp);
 	close_quietly(history);
 	/* Its own name must be on the disk as well; a directory above that we
-	 * may not read is hardly the one in which we made it. */
-	if (((dir = dir_open("../", D_SYNC)) == -1 || dir_sync(dir) == -1) &&
-	    (created || errno != EACCES))
+	 * may not read, or that has no sync, is hardly where we made it. */
+	dir = dir_open("../", D_SYNC);
+	if (dir == -1 ? created || errno != EACCES :
+	    fsync(dir) == -1 && (created || errno != EINVAL))
 		complain("cannot sync %s: %s", conf.dir, strerror(errno));
 	close_quietly(dir);
 	if (getentropy(&store.token, sizeof(store.token)) == -1 ||
@@ -5698,6 +5701,7 @@ main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
 	bool created;
+	const char *name;
 	int fd, tty;
 
 	do				/* 0 to 2 may be closed: take them */
@@ -5709,9 +5713,10 @@ main(int argc, char **argv)
 	if (conf.check)
 		return check(conf.listen[0]);
 	/* A terminal polls writable when one byte has room: without a reader it
-	 * would stop us. Opened anew it does not block, for us alone. */
+	 * would stop us. Opened anew it does not block, for us alone. (-v may
+	 * wait, and the wrapper's output is its command's.) */
 	for (fd = 1; fd <= (conf.verbose ? 1 : 2) && conf.command == NULL; fd++)
-		if (isatty(fd) && (tty = open(ttyname(fd), O_WRONLY |
+		if ((name = ttyname(fd)) != NULL && (tty = open(name, O_WRONLY |
 		    O_NONBLOCK | O_NOCTTY)) != -1) {
 			(void)dup2(tty, fd);
 			close_quietly(tty);

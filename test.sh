@@ -1215,7 +1215,7 @@ test_a_bad_name_is_refused_before_anything_is_opened() {
 /x.lock/y /x.log/y /x.tfstate/y /.tfstate /a/.tfstate
 // //a /a//b /a/ /%2f /%2fa /a%2f /lock /lock/lock /a/lock/lock /../lock
 /terraform_state/ /terraform_state/.. /terraform_state/%2e%2e%2foutside%2fx
-/terraform_lock/../outside/x /terraform_lock/ $deep /a/20261122T132124.079Z-7
+/terraform_lock/../outside/x /terraform_lock/ $deep
 /$long /a/$long /${long:1}/${long:1}/${long:1}/${long:1}/${long:4}
 END
 	for url in "${urls[@]}"; do
