@@ -1932,7 +1932,8 @@ same_bytes(int a, int b)
 	return true;
 }
 
-/* Reads what a state says about itself; brief: no further than needed. */
+/* Reads what a state says about itself; with j->brief 4, no further than the
+ * first four keys need. A file that is not there (fd -1) says nothing. */
 static void
 meta_read(struct json *j, struct meta *m)
 {
@@ -1948,7 +1949,7 @@ meta_read(struct json *j, struct meta *m)
 	size_t i;
 
 	*m = (struct meta){ 0 };
-	(void)json_object(j, k, j->brief ? 4 : 6);	/* j tells */
+	(void)json_object(j, k, j->brief > 0 ? j->brief : 6);	/* j tells */
 	if (k[0].type != 'n' || k[0].len > SERIAL_MAX ||
 	    strspn(m->serial, "0123456789") != k[0].len)
 		m->serial[0] = '\0';
@@ -1958,16 +1959,6 @@ meta_read(struct json *j, struct meta *m)
 	for (i = 0; i < 5; i++)
 		if (k[i].n > 1 && i != 3)
 			m->doubled = k[i].key;
-}
-
-/* The same for a file, of which no more is read than is needed, and at most max
- * bytes. fd may be -1: nothing is known. */
-static void
-meta_file(int fd, off_t max, struct meta *m)
-{
-	struct json j = { .brief = 4, .fd = fd, .max = max };
-
-	meta_read(&j, m);
 }
 
 /* 0 if a directory's disk has room for n more bytes and for the reserve, so
@@ -3007,7 +2998,8 @@ change_prepare(struct request *r)
 	close_quietly(ch->old);
 	tmp_remove(&ch->kept);
 	ch->old = fd;
-	meta_file(fd, conf.strict ? conf.body_max : META_MAX, &ch->old_meta);
+	meta_read(&(struct json){ .brief = 4, .fd = fd, .max = conf.strict ?
+	    conf.body_max : META_MAX }, &ch->old_meta);
 	ch->equal = st.st_size == ch->size && same_bytes(fd, ch->tmp.fd);
 	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
@@ -3621,7 +3613,8 @@ row_read(struct row *row, const char *name, const char *id)
 	}
 	if (fd == -1)
 		return -1;
-	meta_file(fd, META_MAX, &row->meta);
+	meta_read(&(struct json){ .brief = 4, .fd = fd, .max = META_MAX },
+	    &row->meta);
 	(void)close(fd);
 	(void)snprintf(row->size, sizeof(row->size), "%lld",
 	    (long long)st.st_size);
