@@ -348,8 +348,7 @@ struct meta {
 	char type;			/* 's'tate, 'l'ock info, 0: neither */
 	const char *doubled;		/* a key that is there twice, or NULL */
 	char serial[24];		/* a whole number; "": not known */
-	size_t lineage_len;
-	char lineage[LINEAGE_MAX + 1];
+	char lineage[LINEAGE_MAX + 2];	/* full: it is longer, and cut */
 	char version[32];		/* terraform_version */
 };
 
@@ -1953,7 +1952,6 @@ meta_read(struct json *j, struct meta *m)
 	if (k[0].type != 'n' || k[0].len > SERIAL_MAX ||
 	    strspn(m->serial, "0123456789") != k[0].len)
 		m->serial[0] = '\0';
-	m->lineage_len = k[1].len;
 	m->type = k[2].type == 'n' || k[4].type == 's' ? 's' :
 	    k[2].type == 's' || k[5].type == 's' ? 'l' : 0;
 	for (i = 0; i < 5; i++)
@@ -3331,11 +3329,10 @@ write_strict(struct request *r)
 	/* JSON numbers have no zeros in front: the longer one is larger. */
 	bool lower = n < digits || (n == digits && strcmp(new->serial,
 	    old->serial) < 0);
-	bool other = old->lineage_len > 0 &&
-	    (new->lineage_len != old->lineage_len ||
-	    strcmp(new->lineage, old->lineage) != 0);
+	bool other = *old->lineage != '\0' &&
+	    strcmp(new->lineage, old->lineage) != 0;
 
-	if (new->lineage_len > LINEAGE_MAX)
+	if (strlen(new->lineage) > LINEAGE_MAX)
 		return refuse(r, 400, "-s: the new lineage is longer than %d "
 		    "bytes", LINEAGE_MAX);
 	return !lower && !other ? 0 : refuse(r, 409, "-s: the new serial '%s' "
