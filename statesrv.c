@@ -4934,7 +4934,7 @@ head_next(struct conn *c, struct head *h)
 static void
 conn_drive(struct conn *c)
 {
-	bool stays = c->r != NULL || conn_read(c), stranger;
+	bool stays = c->r != NULL || conn_read(c), shows, stranger;
 	unsigned turns = 0;
 	struct request *r;
 	struct head h;
@@ -4946,10 +4946,9 @@ conn_drive(struct conn *c)
 	while (c->r != NULL || ((size = head_next(c, &h)) != 0 &&
 	    (c->r = request_new(c, &h, size)) != NULL)) {
 		r = c->r;
-		stranger = users->n > 0 && (r->status == 401 ||
-		    (*r->user == '\0' && !r->bearer));
-		if (r->status == 401 && (*r->user != '\0' || r->bearer) &&
-		    c->deadline > loop.now) {
+		shows = *r->user != '\0' || r->bearer;
+		stranger = users->n > 0 && (r->status == 401 || !shows);
+		if (r->status == 401 && shows && c->deadline > loop.now) {
 			conn_within(c, DENY_MS);
 			return;
 		}
