@@ -2581,10 +2581,9 @@ users_environment(void)
 
 /* ==== wire ===============================================================
  *
- * One connection, as the thread that serves its request sees it: it waits in
- * wait_until, up to a deadline, and nowhere else.
- * Functions, here and for commits, return the request's status: 0 is none yet,
- * and -1 means that the request was cut.
+ * One connection, as the thread that serves its request sees it. Functions,
+ * here and for commits, return the request's status: 0 is none yet, and -1
+ * means that the request was cut.
  */
 struct conn {
 	int fd;
@@ -3473,9 +3472,8 @@ static struct {
 	char locked[ID_MAX + 1];	/* the ID of the last LOCK */
 } stats;
 
-/* Is the page still wanted? Not, if its client has closed the connection and
- * others wait for pages. (While nobody else does, it is made all the same: a
- * client that has only finished sending looks as if it had closed.) */
+/* Is the page still wanted? Not, if its client has closed the connection (or
+ * looks like that: see client_there), and others wait for pages. */
 static bool
 page_wanted(struct request *r)
 {
@@ -3624,8 +3622,7 @@ row_read(struct row *row, const char *name, const char *id)
 	return 0;
 }
 
-/* "apply" for OperationTypeApply; other words are terraform's own. Its import
- * and console say OperationTypeInvalid. */
+/* "apply" for OperationTypeApply; other words are terraform's own. */
 static void
 operation_text(char out[64], const char *operation)
 {
@@ -4352,11 +4349,8 @@ admit(struct request *r, const struct head *h)
  * thread that has it.
  */
 
-/*
- * The connections that the loop has, the one with the latest news last. On most
- * turns only those at the end are polled, so that thousands of idle ones cost
- * next to nothing. An idle one has no buffer and no request.
- */
+/* The connections that the loop has, the one with the latest news last: see
+ * loop_turn. An idle one has no buffer and no request. */
 static struct {
 	struct list list;
 	unsigned base;			/* wake pipe and listeners */
@@ -5484,7 +5478,7 @@ loop_woken(void)
 /*
  * One turn: waits for news, then serves each connection that has some, once.
  * All are polled if they are few, or none is busy. Else only the busy ones are,
- * and all of them so seldom that it costs a few percent.
+ * at the list's end, and all so seldom that it costs a few percent.
  */
 static void
 loop_turn(void)
