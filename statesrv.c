@@ -2010,8 +2010,8 @@ tmp_remove(struct tmp *t)
 	errno = saved;
 }
 
-/* Makes one and opens it; ended by tmp_remove, after a rename too. -1 with
- * errno: nothing is left of it. */
+/* Makes one and opens it; -1 with errno. Ended by tmp_remove, whatever has
+ * become of it: it may be there after an error, too. */
 static int
 tmp_create(struct tmp *t, int dir)
 {
@@ -2022,27 +2022,23 @@ tmp_create(struct tmp *t, int dir)
 		t->fd = file_open(dir, t->name, O_RDWR | O_CREAT | O_EXCL,
 		    NULL);
 	}
-	if (t->fd != -1)
-		return 0;
-	tmp_remove(t);			/* it may have been made */
-	return -1;
+	return t->fd != -1 ? 0 : -1;
 }
 
-/* Makes one a copy of a file, synced, with its mtime; returns as tmp_create. */
+/* Makes one a copy of a file, synced, with its mtime; -1: nothing is left. */
 static int
 tmp_copy(struct tmp *t, int dir, int fd)
 {
 	char piece[8192];
 	struct stat st;
 	off_t at = 0;
-	ssize_t n;
+	ssize_t n = -1;
 
-	if (fstat(fd, &st) == -1 || store_fits(dir, st.st_size) == -1 ||
-	    tmp_create(t, dir) == -1)
-		return -1;
-	while ((n = read_at(fd, piece, sizeof(piece), at)) > 0 &&
-	    write_all(t->fd, piece, (size_t)n) == 0)
-		at += n;
+	if (fstat(fd, &st) == 0 && store_fits(dir, st.st_size) == 0 &&
+	    tmp_create(t, dir) == 0)
+		while ((n = read_at(fd, piece, sizeof(piece), at)) > 0 &&
+		    write_all(t->fd, piece, (size_t)n) == 0)
+			at += n;
 	if (n == 0 && futimens(t->fd, (const struct timespec[]){ st.st_mtim,
 	    st.st_mtim }) == 0 && fsync(t->fd) == 0)
 		return 0;
@@ -2060,12 +2056,12 @@ tmp_move(struct tmp *t, int dir)
 	if (t->dir == dir)
 		return 0;
 	tmp_name(&to, dir);
-	to.fd = t->fd;
-	if (renameat(t->dir, t->name, dir, to.name) == -1) {
-		if (errno != EXDEV || tmp_copy(&to, dir, t->fd) == -1)
-			return -1;
+	if (renameat(t->dir, t->name, dir, to.name) == 0)
+		to.fd = t->fd;
+	else if (errno == EXDEV && tmp_copy(&to, dir, t->fd) == 0)
 		tmp_remove(t);
-	}
+	else
+		return -1;
 	*t = to;
 	return 0;
 }
