@@ -377,10 +377,8 @@ struct tmp {
 	char name[48];			/* "": it was renamed */
 };
 
-/*
- * A change of a state or a lock, with what is left to be freed and pruned
- * after the answer. It belongs to the thread that makes the change.
- */
+/* A change of a state or a lock, with what is left to be freed and pruned after
+ * the answer. It belongs to the thread that makes the change. */
 struct change {
 	int dir;			/* where the name's files lie, or -1 */
 	struct lock lock;		/* the lock that was found */
@@ -876,11 +874,9 @@ load32(const unsigned char *p)
 
 #define rotl(x, n) ((x) << (n) | (x) >> (32 - (n)))
 
-/*
- * Each step waits for the one before. So what does not need it is added first,
+/* Each step waits for the one before. So what does not need it is added first,
  * and F2 is a sum of two disjoint halves rather than an "or": its first half
- * is ready earlier. Step i of a round takes word m * i + n.
- */
+ * is ready earlier. Step i of a round takes word m * i + n. */
 #define F1(x, y, z) ((z) ^ ((x) & ((y) ^ (z))))
 #define F2(x, y, z) (((x) & (z)) + ((y) & ~(z)))
 #define F3(x, y, z) ((x) ^ ((y) ^ (z)))
@@ -3488,12 +3484,10 @@ put(struct request *r, const char *text, const char *json, const char *html)
 	    html);
 }
 
-/*
- * Appends a cell. In JSON: key and raw; null, if raw is "". In text and HTML:
+/* Appends a cell. In JSON: key and raw; null, if raw is "". In text and HTML:
  * shown, or raw if that is NULL; in the heading row, title. The title is padded
  * to the width of its column; a blank at its beginning means a number, or true
- * or false: no quotes in JSON. A title of "" or " ": the cell is in JSON only.
- */
+ * or false: no quotes in JSON. A title of "" or " ": it is in JSON only. */
 static void
 cell(struct request *r, const char *key, const char *title, const char *raw,
     const char *shown)
@@ -4304,12 +4298,9 @@ admit_action(struct request *r, const struct head *h)
 	return 0;
 }
 
-/*
- * Everything that a request's head can be refused for, in the order that
- * tells the least to those who do not belong: pages of other sites, then
- * strangers, then bad names, wrong methods, missing permissions, wrong
- * lengths.
- */
+/* Everything that a request's head can be refused for, in the order that tells
+ * the least to those who do not belong: pages of other sites, then strangers,
+ * then bad names, wrong methods, missing permissions, wrong lengths. */
 static int
 admit(struct request *r, const struct head *h)
 {
@@ -5471,11 +5462,9 @@ loop_woken(void)
 	}
 }
 
-/*
- * One turn: waits for news, then serves each connection that has some, once.
+/* One turn: waits for news, then serves each connection that has some, once.
  * All are polled if they are few, or none is busy. Else only the busy ones are,
- * at the list's end, and all so seldom that it costs a few percent.
- */
+ * at the list's end, and all so seldom that it costs a few percent. */
 static void
 loop_turn(void)
 {
