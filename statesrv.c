@@ -140,6 +140,7 @@
 #include <malloc.h>
 #else		/* what a BSD accepts inherits the listener's O_NONBLOCK */
 #define accept4(fd, peer, len, how) accept(fd, peer, len)
+#define prctl(...) 0
 #endif
 #ifdef __APPLE__
 #include <sys/random.h>
@@ -5331,9 +5332,7 @@ command_exec(void)
 	const int *s;
 	int status;
 
-#ifdef __linux__
 	(void)prctl(PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0);
-#endif
 	(void)umask(inherited.mask);
 	for (s = signals; *s != 0; s++)
 		(void)signal(*s, inherited.action[*s]);
