@@ -270,9 +270,8 @@ static struct config {
 
 /* ==== types ==============================================================
  *
- * Bytes, what is known about a state or a lock, and the request. A request
- * belongs to the loop, or, from pool_give on, to one thread. Whoever answers
- * it frees it.
+ * Bytes, what is known about a state or a lock, and the request: whoever
+ * answers it, the loop or, from pool_give on, a thread, frees it.
  */
 struct buf {				/* bytes that grow; zero is empty */
 	char *data;
