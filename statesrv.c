@@ -2579,7 +2579,6 @@ users_environment(void)
  */
 struct conn {
 	int fd;
-	bool local;			/* it came to a loopback address */
 	struct request *r;		/* or NULL: between two; in the loop's
 					 * list it waits for its deadline */
 	struct conn *next, *prev;	/* in the list that it is in, if any */
@@ -4307,7 +4306,8 @@ admit(struct request *r, const struct head *h)
 	char *const *f = h->field, *query = h->target;
 	const char *wrong = name_route(strsep(&query, "?"), r);
 
-	if (r->conn->local && users->n == 0 && !conf.open &&
+	/* Then, as listener_add sees to it, TCP comes by loopback only. */
+	if (users->n == 0 && !conf.open && *r->conn->peer != '\0' &&
 	    !host_is_local(h->host))
 		return refuse(r, 403, "the Host %s is not this machine: set "
 		    "users (-u, or TF_HTTP_USERNAME and TF_HTTP_PASSWORD), or "
@@ -4353,10 +4353,8 @@ static struct {
 	bool full;			/* no more could be started */
 } pool = { .work = PTHREAD_COND_INITIALIZER };
 
-static struct listener {
-	bool local;			/* loopback */
-	char name[128];			/* http://127.0.0.1:8080, unix:PATH */
-} listeners[LISTENERS_MAX];
+/* Where we listen: http://127.0.0.1:8080, unix:PATH. */
+static char listeners[LISTENERS_MAX][128];
 
 union address {
 	struct sockaddr any;
@@ -5018,7 +5016,6 @@ conn_accept(unsigned slot)
 			break;
 		}
 		c->fd = fd;
-		c->local = listeners[slot - 1].local;
 		address_text(&peer, c->peer, sizeof(c->peer));
 		stats.connections++;
 		conn_within(c, IDLE_MS);
@@ -5218,7 +5215,7 @@ address_open(const char *text, bool listens)
 static void
 listener_add(int fd, const char *text)
 {
-	struct listener *l = &listeners[polled.base - 1];
+	char *name = listeners[polled.base - 1];
 	union address a = { .any = { 0 } };
 
 	if (fd == -1 || listen(fd, SOMAXCONN) == -1 ||
@@ -5227,11 +5224,9 @@ listener_add(int fd, const char *text)
 	    fcntl(fd, F_SETFD, FD_CLOEXEC) == -1)
 		die(1, "cannot listen on %s: %s%s", text, strerror(errno),
 		    errno == EADDRINUSE ? "; choose another with -l" : "");
-	(void)snprintf(l->name, sizeof(l->name), a.any.sa_family == AF_UNIX ?
+	(void)snprintf(name, sizeof(*listeners), a.any.sa_family == AF_UNIX ?
 	    "unix:%.107s" : "http://", a.path.sun_path);
-	address_text(&a, l->name + 7, sizeof(l->name) - 7);
-	l->local = glob("http://127.*", l->name) ||
-	    glob("http://[::1]:*", l->name);
+	address_text(&a, name + 7, sizeof(*listeners) - 7);
 	/* What it accepts inherits these (Linux). The second one keeps slow
 	 * readers from filling the kernel's memory, which all share. */
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){ 1 },
@@ -5240,10 +5235,11 @@ listener_add(int fd, const char *text)
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NOTSENT_LOWAT,
 	    &(int){ UNSENT_MAX }, sizeof(int));
 #endif
-	if (glob("http:*", l->name) && !l->local && users->n == 0 && !conf.open)
+	if (users->n == 0 && !conf.open && glob("http:*", name) &&
+	    !glob("http://127.*", name) && !glob("http://[::1]:*", name))
 		die(2, "%s is open to other machines. Set TF_HTTP_USERNAME and "
 		    "TF_HTTP_PASSWORD, or name users with -u FILE, or let "
-		    "everybody read and write with -n", l->name);
+		    "everybody read and write with -n", name);
 	polled.fd[polled.base++].fd = fd;	/* loop_turn sets events */
 }
 
@@ -5348,7 +5344,7 @@ command_start(void)
 	int tty = open("/dev/tty", O_RDONLY | O_CLOEXEC);
 	struct buf url = { 0 };
 
-	buf_fmt(&url, "%s/", listeners[0].name);
+	buf_fmt(&url, "%s/", listeners[0]);
 	buf_url(&url, conf.command_name);
 	loop.shares_terminal = tcgetpgrp(tty) == getpgrp();
 	close_quietly(tty);
@@ -5658,7 +5654,7 @@ tidy_and_greet(bool created)
 	    w.states, w.states == 1 ? "" : "s");
 	for (i = 1; i < polled.base && conf.command == NULL; i++)
 		(void)printf("statesrv: %s (%s) on %s\n", dir, how,
-		    listeners[i - 1].name);
+		    listeners[i - 1]);
 	(void)fflush(stdout);
 }
 
