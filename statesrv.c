@@ -4999,7 +4999,7 @@ address_text(const union address *a, char *out, size_t size)
  * for what cannot be accepted.
  */
 static void
-conn_accept(unsigned slot)
+conn_accept(int listener)
 {
 	bool full = stats.connections >= polled.max;
 	union address peer = { .any = { 0 } };
@@ -5007,7 +5007,7 @@ conn_accept(unsigned slot)
 	int fd, n;
 
 	for (n = 0; n < 64 && stats.connections < polled.max; n++) {
-		fd = accept4(polled.fd[slot].fd, &peer.any,
+		fd = accept4(listener, &peer.any,
 		    &(socklen_t){ sizeof(peer) }, SOCK_NONBLOCK);
 		full = fd == -1 && (errno == EMFILE || errno == ENFILE ||
 		    errno == ENOBUFS || errno == ENOMEM);
@@ -5502,7 +5502,7 @@ loop_turn(void)
 			conn_drive(at[i]);
 	for (i = polled.base - 1; i > 0 && n > 0; i--)
 		if (polled.fd[i].revents != 0)
-			conn_accept(i);
+			conn_accept(polled.fd[i].fd);
 	if (n > 0 && polled.fd[0].revents != 0)
 		loop_woken();
 }
