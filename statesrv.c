@@ -320,8 +320,8 @@ struct head {
 	const char *why;		/* it is refused, with its status */
 	int64_t length;			/* Content-Length, or -1 */
 	unsigned fields;		/* their number */
-	unsigned connection;		/* 1: close, 2: keep-alive */
-	unsigned accept;		/* 1: HTML, 2: JSON */
+	const char *connection[2];	/* close, keep-alive: see http_lists */
+	const char *accept[2];		/* HTML, JSON */
 };
 
 struct hash {				/* MD5 or SHA-256 */
@@ -650,8 +650,7 @@ buf_add(struct buf *b, const void *data, size_t n)
 	b->data[b->len] = '\0';
 }
 
-/* inline: most lengths are then known to the compiler. */
-static inline void
+static void
 buf_str(struct buf *b, const char *s)
 {
 	buf_add(b, s, strlen(s));
@@ -1379,27 +1378,29 @@ http_host_ok(const char *h)
 	    h[n + 1 + strspn(h + n + 1, "0123456789")] == '\0'));
 }
 
-/* Cuts up a comma-separated list: 1 if the first word is in it, 2 if the other
- * is, 3 if both are, else 0. A word with a quality of 0 is not wanted, and does
- * not count (RFC 9110, 12.4.2); other parameters mean nothing. */
-static unsigned
-http_lists(char *list, const char *one, const char *other)
+/* Cuts up a comma-separated list, and notes the quality that each of two words
+ * has in it: "1" if none is given; it stays NULL if the word is not there, or
+ * not wanted, with 0.000 at most (RFC 9110, 12.4.2). Other parameters mean
+ * nothing. */
+static void
+http_lists(char *list, const char *const words[2], const char *quality[2])
 {
-	unsigned found = 0;
-	char *item, *word, *q;
+	char *item, *word, *parameter;
+	const char *q;
+	int i;
 
 	while ((item = strsep(&list, ",")) != NULL) {
 		word = trim(strsep(&item, ";"));
-		while (item != NULL) {
-			q = trim(strsep(&item, ";"));
-			if ((*q | 32) == 'q' && strlen(q) > 2 &&
-			    q[2 + strspn(q + 2, "0.")] == '\0')
-				*word = '\0';
+		for (q = "1"; item != NULL;) {
+			parameter = trim(strsep(&item, ";"));
+			if (strncasecmp(parameter, "q=", 2) == 0)
+				q = parameter + 2;
 		}
-		found |= strcasecmp(word, one) == 0 ? 1 : 0;
-		found |= strcasecmp(word, other) == 0 ? 2 : 0;
+		for (i = 0; i < 2; i++)
+			if (strcasecmp(word, words[i]) == 0 &&
+			    q[strspn(q, "0.")] != '\0')
+				quality[i] = q;
 	}
-	return found;
 }
 
 /* Cuts off a line's end; false if that is not CR LF, or a NUL comes first. */
@@ -1416,6 +1417,8 @@ http_line(char *line, char *lf)
 static const char *
 http_field(struct head *h, char *line)
 {
+	static const char *const connections[] = { "close", "keep-alive" };
+	static const char *const types[] = { "text/html", "application/json" };
 	size_t n = http_token(line), f = 0;
 
 	/* obs-fold and "Name :" end here. */
@@ -1435,10 +1438,9 @@ http_field(struct head *h, char *line)
 		return "400 a field that may stand once stands twice";
 	h->field[f] = trim(line + n + 1);
 	if (f == F_CONNECTION)		/* in whichever line it stands */
-		h->connection |= http_lists(h->field[f], "close", "keep-alive");
+		http_lists(h->field[f], connections, h->connection);
 	if (f == F_ACCEPT)
-		h->accept |= http_lists(h->field[f], "text/html",
-		    "application/json");
+		http_lists(h->field[f], types, h->accept);
 	return NULL;
 }
 
@@ -2644,7 +2646,8 @@ refuse(struct request *r, int status, const char *fmt, ...)
 /* The one place where an errno becomes a status: what stands here, or 503,
  * which invites the client to try again. */
 static const struct { int error, status; const char *why; } errnos[] = {
-	{ EIDRM, 500, "its directory, or .guard, was removed or replaced" },
+	{ EIDRM, 500, "its directory, or .guard, was removed or replaced: "
+	    "start statesrv again" },
 	{ ELOOP, 500, "it is a symbolic link" },
 	{ ENOTDIR, 500, "a part of its path is a link, or no directory" },
 	{ EISDIR, 500, "it is not an ordinary file" },
@@ -3921,12 +3924,14 @@ page_state(struct request *r)
 	const char *scheme = r->fronted ? "https" : "http";
 	const char *host = *r->host != '\0' ? r->host : "HOST";
 	const char *user = *r->user != '\0' ? " -u NAME" : "";
+	int log = name_file(r->name, "", LOG, O_RDONLY, NULL);
 	struct buf *b = &r->text, url = { 0 };
 	struct names *ids = &r->change->ids;	/* freed with that */
 	int dir = r->change->history = dir_open(r->name, D_HISTORY);
 	struct row row;
 	size_t i;
 
+	close_quietly(log);
 	if (dir == -1 ? errno != ENOENT : history_list(dir, ids) == -1)
 		return refuse_errno(r, "read the history");
 	if (row_read(&row, r->name, "") == -1)
@@ -3938,9 +3943,11 @@ page_state(struct request *r)
 	if (r->form != JSON)
 		row_lock(r, &row);
 	if (r->form == HTML)
-		buf_fmt(b, "<p>Each version is a link to the raw state, with "
-		    "its secrets; see also <a href=\"%s-/log/%s\">its log</a>"
-		    ".\n", r->root, url.data);
+		buf_str(b, "<p>Each version is a link to the raw state, with "
+		    "its secrets.\n");
+	if (r->form == HTML && log != -1)
+		buf_fmt(b, "See also <a href=\"%s-/log/%s\">its log</a>.\n",
+		    r->root, url.data);
 	row_put(r, &(struct row){ .name = "", .id = "" });
 	for (i = ids->n; page_wanted(r); i--) {
 		row_find_writer(&row);
@@ -4167,7 +4174,8 @@ quick_ready(struct request *r)
 		return refuse(r, 200, "ready");
 	return refuse(r, 503, "not ready: %s", error == ETIMEDOUT ?
 	    "the disk does not answer in time" : error == EIDRM ?
-	    "the states' directory, or .guard in it, was removed or replaced" :
+	    "the states' directory, or .guard in it, was removed or replaced: "
+	    "start statesrv again" :
 	    strerror(error));
 }
 
@@ -4175,10 +4183,11 @@ quick_ready(struct request *r)
 static int
 do_ready(struct request *r)
 {
-	while (quick_ready(r) == 0)
+	do				/* it waits first: it began the look */
 		while (ready.looking &&
 		    (unsigned)clock_ms() - ready.at < LOOK_MS)
 			(void)wait_until(-1, 0, clock_ms() + 1);
+	while (quick_ready(r) == 0);
 	return r->status;
 }
 
@@ -4689,9 +4698,11 @@ request_new(struct conn *c, const struct head *h, int n)
 	trace(">", c->in + c->at, (size_t)n);
 	c->at += (size_t)n;
 	r->got = n;
-	r->keep = loop.end == 0 && (h->connection == 2 ||
-	    (h->connection == 0 && h->minor == 1));
-	r->form = (h->accept & 1) != 0 ? HTML : h->accept != 0 ? JSON : TEXT;
+	r->keep = loop.end == 0 && h->connection[0] == NULL &&
+	    (h->connection[1] != NULL || h->minor == 1);
+	r->form = h->accept[0] != NULL && (h->accept[1] == NULL ||
+	    strcmp(h->accept[0], h->accept[1]) >= 0) ? HTML :
+	    h->accept[1] != NULL ? JSON : TEXT;
 	r->has_md5 = h->field[F_MD5] != NULL;
 	r->go = agent != NULL && strncmp(agent, "Go-http-client", 14) == 0;
 	(void)strncat(r->host, h->host, sizeof(r->host) - 1);
@@ -4967,7 +4978,9 @@ conn_late(struct conn *c)
 	struct request *r = c->r;
 
 	if (r != NULL && r->status == 0)
-		(void)refuse(r, 503, "all threads are busy");
+		(void)refuse(r, 503, stats.threads > 0 ?
+		    "all threads are busy" : "no thread can be started: see "
+		    "ulimit -u, or a limit of pids");
 	if (r == NULL || r->out.len > 0)
 		conn_close(c, r != NULL ? "no thread had time for the rest" :
 		    "the head came too slowly");
@@ -5110,8 +5123,8 @@ store_open(void)
 		error = errno;
 		if (error == EACCES && stat(conf.dir, &st) == 0)
 			die(1, "cannot write to %s, or to .tmp, .history or "
-			    ".guard in it: %s belongs to uid %u, this is uid "
-			    "%u: chown -R %u it", conf.dir, conf.dir,
+			    ".guard in it: %s belongs to uid %u and this is "
+			    "uid %u: chown %u it, with -R", conf.dir, conf.dir,
 			    (unsigned)st.st_uid, (unsigned)geteuid(),
 			    (unsigned)geteuid());
 		die(1, "cannot open %s, or .tmp, .history or .guard in it: %s",
@@ -5348,12 +5361,12 @@ command_start(void)
 	buf_url(&url, conf.command_name);
 	loop.shares_terminal = tcgetpgrp(tty) == getpgrp();
 	close_quietly(tty);
+	(void)unsetenv("TF_HTTP_UPDATE_METHOD");
+	(void)unsetenv("TF_HTTP_LOCK_METHOD");
+	(void)unsetenv("TF_HTTP_UNLOCK_METHOD");
 	if (url.failed || setenv("TF_HTTP_ADDRESS", url.data, 1) == -1 ||
 	    setenv("TF_HTTP_LOCK_ADDRESS", url.data, 1) == -1 ||
 	    setenv("TF_HTTP_UNLOCK_ADDRESS", url.data, 1) == -1 ||
-	    unsetenv("TF_HTTP_UPDATE_METHOD") == -1 ||
-	    unsetenv("TF_HTTP_LOCK_METHOD") == -1 ||
-	    unsetenv("TF_HTTP_UNLOCK_METHOD") == -1 ||
 	    (loop.child = fork()) == -1)
 		die(1, "cannot fork: %s", strerror(errno));
 	free(url.data);
@@ -5425,6 +5438,8 @@ loop_signal(int sig)
 			complain("the users stay as they were");
 		return;
 	}
+	if (sig == SIGHUP && loop.end == 0)
+		complain("SIGHUP ends a server without -u");
 	if (loop.end != 0) {
 		(void)log_flush(-1);
 		_exit(conf.command != NULL ? loop.status : 1);

@@ -543,9 +543,9 @@ text/plain	*/*
 text/plain	application/json;q=0, image/png
 text/plain	application/json ; Q=0.000, */*
 text/plain	text/html;q=0.0
+application/json	text/html;q=0.5, application/json;q=0.9
 text/plain	xapplication/json, text/htmlx
-application/json	image/png , Application/JSON;q=0.5
-application/json	application/json; charset=utf-8
+application/json	image/png , Application/JSON; charset=utf-8 ;q=0.5
 text/html	text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8
 text/html	text/html, application/json;q=0
 END
@@ -2285,11 +2285,7 @@ test_the_page_of_a_state() {
 		has head "^[Cc]ontent-[Tt]ype: $kind"
 		rows -H "Accept: $kind" <<<'404 - GET /-/versions/team -'
 	done
-	rows -H 'Accept: application/json' <<-EOF
-		404 - GET /-/versions/nope -
-		404 - GET $page/nope -
-		200 - GET $page -
-	EOF
+	rows -H 'Accept: application/json' <<<"404 - GET $page/nope -"$'\n'"200 - GET $page -"
 	has answer '"serial": *18446744073709551615,' # which jq would round
 	json answer 'map([.serial<9,.id==null,.replaced==null,.operation])' \
 		'[[true,true,true,"OperationTypeApply"],[false,false,false,null],[true,false,false,null]]'
@@ -2894,7 +2890,7 @@ test_mistakes_at_the_start_are_told() {
 	chmod 711 "$work" "$work/run" .
 	mkdir theirs
 	through "exec setpriv --reuid=65534 --regid=65534 --clear-groups '$STATESRV'"
-	refuses 1 'theirs.*uid 0.* uid 65534: chown -R 65534' -d theirs
+	refuses 1 'theirs belongs to uid 0 and this is uid 65534: chown 65534' -d theirs
 }
 
 # -h fits a screen, on stdout; -V is one line; the long forms are the same.
@@ -4724,6 +4720,10 @@ test_ready_is_one_look_a_second_for_everybody() {
 	expect 200 GET /-/healthy
 	unspy
 	until_true says 200 GET /-/ready
+	spy -e trace=fsync -e inject=fsync:error=EIO:delay_enter=30000
+	sleep 1.1			# an older verdict serves nobody
+	expect 503 GET /-/ready
+	unspy
 }
 
 # kib WHAT: VmRSS, or VmHWM, which is its peak.
