@@ -184,7 +184,7 @@
 #define JSON_DEPTH 1000		/* nested arrays and objects */
 #define META_MAX 65536		/* bytes searched for serial and lineage */
 #define TAIL_MAX 65536		/* bytes of a log that a page looks at */
-#define COLUMN_MAX 120		/* bytes: longer names overhang theirs */
+#define COLUMN_MAX 120		/* bytes: a text table's first column */
 #ifndef SMALL
 #define SMALL 65536		/* bytes: the loop answers a state up to this */
 #endif
@@ -209,7 +209,7 @@
 #define WAITERS_MAX 16		/* threads that wait for one name */
 #define UNSENT_MAX 131072	/* bytes of an answer that wait in the kernel */
 #define SEND_MAX 1048576	/* bytes in one sendfile */
-#define FLAT 64			/* up to that number, all are polled */
+#define FLAT 64			/* with no more, all are always polled */
 #define TURN_MAX 32		/* answers to one client in one turn */
 #define HOT_MS 5		/* between polls of the idle ones, at least */
 #define LOG_MS 10		/* log lines are collected for so long */
@@ -3931,7 +3931,7 @@ page_state(struct request *r)
 	struct row row;
 	size_t i;
 
-	close_quietly(log);
+	close_quietly(log);		/* it was only looked for */
 	if (dir == -1 ? errno != ENOENT : history_list(dir, ids) == -1)
 		return refuse_errno(r, "read the history");
 	if (row_read(&row, r->name, "") == -1)
@@ -4838,7 +4838,7 @@ pool_relieve(void)
 	(void)pthread_mutex_lock(&list_mutex);
 	waiting = pool.queue.n > pool.idle;
 	if (waiting && pool.full && stats.threads < pool.max)
-		stats.threads += thread_start(pool_thread);	/* again */
+		stats.threads += thread_start(pool_thread);	/* try again */
 	for (c = conn_waiting.first; c != NULL; c = c->next) {
 		stalls = waiting && pool.full && c == conn_waiting.first &&
 		    c->active < loop.now - STALL_MS;
