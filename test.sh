@@ -4694,9 +4694,7 @@ test_reading_from_a_slow_disk_holds_nobody_up() {
 			-e inject=pread64,read,sendfile,splice:delay_enter=15s
 		later get$size GET /s
 		until_true grep -q -E ' (pread64|read|sendfile|splice)\(' trace
-		for _ in {1..20}; do
-			expect 200 GET /-/healthy
-		done
+		every '200 - GET /-/healthy -' {1..20}
 		[ ! -e get$size ] || fail "it held up the others"
 		unspy
 		until_true [ -s get$size ]
