@@ -1061,7 +1061,7 @@ test_strangers_hold_no_thread() {
 # the others their turn, and do not fill the memory.
 test_a_flood_of_requests_leaves_the_others_their_turn() {
 	served
-	local kib i path
+	local kib path
 	kib=$(kib VmRSS)
 	for path in /x /x /-/none /-/none /y; do
 		exec 8<>"/dev/tcp/127.0.0.1/$PORT"
@@ -1071,9 +1071,7 @@ test_a_flood_of_requests_leaves_the_others_their_turn() {
 		echo $! >>"$T/pids"
 		exec 8>&-
 	done
-	for i in {1..20}; do
-		rows <<<$'200 - PUT /x state:'"$i"$'\n200 - GET /x -'
-	done
+	every $'200 - PUT /x state:@@\n200 - GET /x -' {1..20}
 	grew 4096 "$kib"
 }
 
