@@ -4399,7 +4399,7 @@ test_a_sync_that_is_only_pretended_is_not_believed() {
 # nobody notices; it is removed, and no state becomes "no state yet"; also on
 # overlayfs, in a container, where link counts tell nothing.
 test_a_directory_removed_under_the_server_is_no_404() {
-	local dir
+	local dir change
 	grumbles
 	apart --mount
 	mkdir -p layers plain all
@@ -4419,19 +4419,15 @@ test_a_directory_removed_under_the_server_is_no_404() {
 			mv elsewhere plain/states
 			every '200 - @@' 'UNLOCK /s info:L' 'POST /s state:2'
 		fi
-		rm -rf $dir/states
-		nothing_is_there
-		mkdir $dir/states
-		nothing_is_there
+		for change in 'rm -rf' mkdir; do
+			$change $dir/states
+			every $'5.. - GET @@ -\t^cannot' /s /team/s /other /-/log/s /-/versions/s /
+			every $'5.. - @@\t^cannot' 'POST /s state:2' 'POST /new/s state:2' \
+				'LOCK /s info:L' 'DELETE /s -'
+			expect 200 GET /-/healthy
+			until_true says 503 GET /-/ready
+		done
 	done
-}
-
-nothing_is_there() {
-	every $'5.. - GET @@ -\t^cannot' /s /team/s /other /-/log/s /-/versions/s /
-	every $'5.. - @@\t^cannot' 'POST /s state:2' 'POST /new/s state:2' 'LOCK /s info:L' \
-		'DELETE /s -'
-	expect 200 GET /-/healthy
-	until_true says 503 GET /-/ready
 }
 
 # A file system may begin below the directory: rename and link say EXDEV.
