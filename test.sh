@@ -4849,14 +4849,30 @@ use_all() {
 # two servers under load, one replica is killed meanwhile. One of three is not
 # enough: all is refused, and nothing is 404. Then they are back.
 test_two_servers_share_a_replicated_file_system() {
-	local dir i urls=() fresh=attribute-timeout=0,entry-timeout=0,negative-timeout=0
+	local dir i bricks=() urls=() fresh=attribute-timeout=0,entry-timeout=0,negative-timeout=0
 	need glusterd gluster mount.glusterfs ip
 	[ "$(id -u)" = 0 ] || skip "needs root"
 	[ -c /dev/fuse ] || skip "no /dev/fuse"
 	grumbles
 	apart --net
 	load_tools
-	replicated_volume
+	ip addr add 192.0.2.1/32 dev lo		# RFC 5737: of no network
+	for dir in /run /var/lib/glusterd /var/log/glusterfs; do
+		mkdir -p $dir
+		mount -t tmpfs tmpfs $dir
+	done
+	mkdir /run/gluster
+	glusterd
+	until_true gluster --mode=script volume list >/dev/null 2>&1
+	for dir in 1 2 3; do
+		bricks+=("192.0.2.1:$PWD/brick$dir")
+	done
+	gluster --mode=script volume create shared replica 3 "${bricks[@]}" force
+	# Caches above the replicas: of names, of contents, of writes.
+	for i in stat-prefetch quick-read open-behind write-behind; do
+		until_true gluster --mode=script volume set shared performance.$i off
+	done
+	until_true gluster --mode=script volume start shared force
 	for dir in a b; do
 		mkdir $dir
 		mount -t glusterfs -o direct-io-mode=enable,$fresh 192.0.2.1:/shared $dir
@@ -4889,27 +4905,6 @@ test_two_servers_share_a_replicated_file_system() {
 	200	-	GET	/s	-	"serial": 9,
 	200	-	LOCK	/s	info:M
 	END
-}
-
-replicated_volume() {
-	local dir bricks=() set
-	ip addr add 192.0.2.1/32 dev lo		# RFC 5737: of no network
-	for dir in /run /var/lib/glusterd /var/log/glusterfs; do
-		mkdir -p $dir
-		mount -t tmpfs tmpfs $dir
-	done
-	mkdir /run/gluster
-	glusterd
-	until_true gluster --mode=script volume list >/dev/null 2>&1
-	for dir in 1 2 3; do
-		bricks+=("192.0.2.1:$PWD/brick$dir")
-	done
-	gluster --mode=script volume create shared replica 3 "${bricks[@]}" force
-	# Caches above the replicas: of names, of contents, of writes.
-	for set in stat-prefetch quick-read open-behind write-behind; do
-		until_true gluster --mode=script volume set shared performance.$set off
-	done
-	until_true gluster --mode=script volume start shared force
 }
 
 deaf() {
