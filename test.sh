@@ -6408,15 +6408,6 @@ chosen() {
 	done
 }
 
-# known WORD...: each word is a part of some test's name.
-known() {
-	local word
-	for word; do
-		[ -n "$(chosen "$word")" ] ||
-			{ echo "no test has a name with $word in it" >&2 && return 1; }
-	done
-}
-
 # skipped: how many tests were skipped, and for what.
 skipped() {
 	local why
@@ -6449,14 +6440,19 @@ count() {
 }
 
 main() {
-	local failed
+	local failed word
 	work=$(mktemp -d "${TMPDIR:-/tmp}/statesrv-test.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
 	mkdir "$work/run"
 	case ${1-} in
 	list) all_tests | sed 's/^test_//' && return ;;
 	crash | fuzz | bench) ;;
-	*) known "$@" || exit 2 ;;
+	*)
+		for word; do
+			[ -n "$(chosen "$word")" ] ||
+				{ echo "no test has a name with $word in it" >&2 && exit 2; }
+		done
+		;;
 	esac
 	[ -n "${STATESRV-}" ] || build_both || exit 1
 	case ${1-} in
