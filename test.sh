@@ -6408,14 +6408,6 @@ chosen() {
 	done
 }
 
-# skipped: how many tests were skipped, and for what.
-skipped() {
-	local why
-	why=$(cat "$work"/run/*.skip 2>/dev/null | sort | uniq -c | sort -rn |
-		sed 's/^ *\([0-9]*\) \(.*\)/\2 \1/' | paste -s -d , | sed 's/,/, /g')
-	[ -z "$why" ] || echo "$(count skip) skipped: $why"
-}
-
 # run_all WORD...: on each build, JOBS tests at a time. What tests the source runs once.
 run_all() {
 	local t given=${STATESRV-} running=0
@@ -6440,7 +6432,7 @@ count() {
 }
 
 main() {
-	local failed word
+	local failed why word
 	work=$(mktemp -d "${TMPDIR:-/tmp}/statesrv-test.XXXXXX")
 	trap 'rm -rf "$work"' EXIT
 	mkdir "$work/run"
@@ -6470,7 +6462,9 @@ main() {
 		echo "failed:"
 		grep -l '^fail$' "$work"/run/*.result | sed 's|.*/run/\(.*\).result|	\1|'
 	}
-	skipped
+	why=$(cat "$work"/run/*.skip 2>/dev/null | sort | uniq -c | sort -rn |
+		sed 's/^ *\([0-9]*\) \(.*\)/\2 \1/' | paste -s -d , | sed 's/,/, /g')
+	[ -z "$why" ] || echo "$(count skip) skipped: $why"
 	echo "$(count ok) passed, $failed failed, $(count skip) skipped"
 	[ "$failed" = 0 ]
 }
