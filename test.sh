@@ -1540,13 +1540,17 @@ test_source_the_pure_parts_pass_their_tables() {
 # that they are reached. PURE asks one of the pure parts, by the first byte.
 # WIRE sends its input, in pieces as long as the first byte says, to a whole
 # server in a thread: what comes back must be whole answers, and an end.
-fuzz_source() {
+
+# fuzz [SECONDS]: builds each harness, runs it that long, and says how often
+# it was called. 1 if one found something; what crashed it is then kept.
+fuzz() {
+	local name rest status=0
 	sed 's/^\(#define HEAD_MAX\) .*/\1 1024/; s/^\(#define TARGET_MAX\) .*/\1 256/
 		s/^\(#define FIELDS_MAX\) .*/\1 8/; s/^\(#define CHUNK_LINE_MAX\) .*/\1 64/
 		s/^\(#define LOCK_INFO_MAX\) .*/\1 256/; s/^\(#define JSON_DEPTH\) .*/\1 12/' \
 		"$here/statesrv.c" >near.c
-	pure_source near.c
-	cat <<'END'
+	pure_source near.c >fuzz.c
+	cat >>fuzz.c <<'END'
 #ifdef PURE
 int
 LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
@@ -1620,13 +1624,6 @@ LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 }
 #endif
 END
-}
-
-# fuzz [SECONDS]: builds each harness, runs it that long, and says how often
-# it was called. 1 if one found something; what crashed it is then kept.
-fuzz() {
-	local name rest status=0
-	fuzz_source >fuzz.c
 	mkdir seeds
 	requests | while read -r name rest; do
 		{ printf '\1' && cat "requests/$name"; } >"seeds/$name"
