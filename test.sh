@@ -4100,7 +4100,7 @@ is_done() {
 # the status; the world then: before (the history, too), after, either, honest: after if 200, else
 # before, or late: after if 200, else either. Then the same request must get 200, nothing left.
 faults() {
-	local call error when status world what how versions
+	local call error when status world what how versions first
 	while read -r call error when deed status world; do
 		SITE="$call $error $when $deed"
 		deed "$deed"
@@ -4114,7 +4114,13 @@ faults() {
 		do_deed
 		if [ "$error" = KILL ]; then start_again; else unspy; fi
 		judge "$status"
-		repeat_deed "$STATUS"
+		first=$STATUS
+		do_deed				# the trouble is over
+		case $DEED$STATUS in
+		delete404) ;;
+		*200) is_done || blame "$first, then 200, but not done" ;;
+		*) blame "$first, then $STATUS: $(head -c 300 answer) $(cat curl.err)" ;;
+		esac
 		[ "$what" = unlinkat ] || no_uploads_left || blame "$(ls states/.tmp)"
 		rm -f states/.tmp/*
 		until_true says 200 GET /-/ready
@@ -4142,16 +4148,6 @@ judge() {
 	*) is "$state0" "$lock0" || is "$state1" "$lock1" || blame "$STATUS, half done" ;;
 	esac
 	[ "$world" != before ] || [ "$versions" = "$(ls -R states/.history)" ] || blame "a version"
-}
-
-# What the same request must get once the trouble is over. $1: the first time.
-repeat_deed() {
-	do_deed
-	case $DEED$STATUS in
-	delete404) ;;
-	*200) is_done || blame "$1, then 200, but not done" ;;
-	*) blame "$1, then $STATUS: $(head -c 300 answer) $(cat curl.err)" ;;
-	esac
 }
 
 blame() {
