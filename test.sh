@@ -5216,17 +5216,6 @@ clock_gettime(clockid_t id, struct timespec *t)
 C
 }
 
-# on_disk DIR: the record's lines of what is on disk, in its order.
-on_disk() {
-	find "states/.history/$1" "states/$1" -name '*.tfstate' | LC_ALL=C sort |
-		xargs -s 999999 awk -F '[":,{}]+' '
-		FNR == 1 {
-			match(FILENAME, "/n[0-9][/.]")
-			print "H", substr(FILENAME, RSTART + 2, 1), ++place,
-				($7 + 0 == $5 && $9 == $5 ? $5 : -1), 200, 9e15, 9e15
-		}'
-}
-
 # check_record: says what breaks a rule in the record on stdin. A write that
 # nobody answered may have landed, but not behind one that was sent after it
 # was given up: the guard, and the look for its client, would not let it.
@@ -5384,7 +5373,14 @@ crash_rounds() {
 			trouble
 		done
 		wait $clients || fail "round $round"
-		on_disk "r$round" >>record
+		# the record's lines of what is on disk, in its order
+		find "states/.history/r$round" "states/r$round" -name '*.tfstate' | LC_ALL=C sort |
+			xargs -s 999999 awk -F '[":,{}]+' '
+			FNR == 1 {
+				match(FILENAME, "/n[0-9][/.]")
+				print "H", substr(FILENAME, RSTART + 2, 1), ++place,
+					($7 + 0 == $5 && $9 == $5 ? $5 : -1), 200, 9e15, 9e15
+			}' >>record
 		check_record <record || fail "round $round"
 	done
 	halt TERM "${pids[0]}"
