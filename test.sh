@@ -4780,7 +4780,7 @@ test_threads_leave_after_a_flood() {
 # Promise 8: stdout and stderr go into one pipe that nobody reads. What there
 # is to say waits or is dropped; no request does.
 test_a_full_pipe_for_the_logs_stops_nobody() {
-	local i line
+	local line
 	mkdir -p states/s.log		# its log cannot be written: a complaint
 	touch states/empty.tfstate
 	mkfifo logs
@@ -4791,13 +4791,7 @@ test_a_full_pipe_for_the_logs_stops_nobody() {
 	read -r -t "$PATIENCE" line <&8
 	URL=${line##* on }
 	dd if=/dev/zero of=logs oflag=nonblock bs=1 count=100000 2>/dev/null || :
-	for i in {1..40}; do
-		rows <<-END
-		200	-	POST	/s	state:$i
-		5..	-	GET	/empty	-
-		200	-	GET	/-/healthy	-
-		END
-	done
+	every $'200 - POST /s state:@@\n5.. - GET /empty -\n200 - GET /-/healthy -' {1..40}
 	halt
 	want "exit status" 0 "$STATUS"
 }
