@@ -5339,23 +5339,10 @@ come() {
 	echo "$PORT" >"port.$1"
 }
 
-# trouble: a server is stopped, and then goes on, ends as it should, or is killed.
-trouble() {
-	local s=$((RANDOM % 2)) how=$((RANDOM % 4))
-	sleep "0.$((RANDOM % 6))"
-	kill -STOP "${pids[s]}"
-	sleep "$((RANDOM % 2)).$((RANDOM % 10))"
-	[ $how = 0 ] || kill -CONT "${pids[s]}"
-	[ $how -lt 2 ] || return 0
-	[ $how = 0 ] && halt KILL "${pids[s]}" || halt TERM "${pids[s]}"
-	[ $how = 0 ] || want "exit status" 0 "$STATUS"
-	come $s
-}
-
 # crash_rounds N: N times clients in troubled times, and the record of it is
 # checked. In the end nothing is left over.
 crash_rounds() {
-	local round come=0 pids=() clients skews=(0 0 600 -600 86400 -31536000)
+	local round s how come=0 pids=() clients skews=(0 0 600 -600 86400 -31536000)
 	load_tools
 	come 0
 	come 1
@@ -5363,8 +5350,17 @@ crash_rounds() {
 		printf 'D %s 0 0 200 -1 -1\n' 0 1 2 3 >record
 		./load run "r$round" 4000 >>record &
 		clients=$!
+		# a server is stopped, and then goes on, ends as it should, or is killed
 		while kill -0 $clients 2>/dev/null; do
-			trouble
+			s=$((RANDOM % 2)) how=$((RANDOM % 4))
+			sleep "0.$((RANDOM % 6))"
+			kill -STOP "${pids[s]}"
+			sleep "$((RANDOM % 2)).$((RANDOM % 10))"
+			[ $how = 0 ] || kill -CONT "${pids[s]}"
+			[ $how -lt 2 ] || continue
+			[ $how = 0 ] && halt KILL "${pids[s]}" || halt TERM "${pids[s]}"
+			[ $how = 0 ] || want "exit status" 0 "$STATUS"
+			come $s
 		done
 		wait $clients || fail "round $round"
 		# the record's lines of what is on disk, in its order
