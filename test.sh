@@ -5764,21 +5764,6 @@ test_the_units_of_the_readme_serve_under_systemd() {
 	has told/journal 'method=POST name=team/prod status=200'
 }
 
-# engine: docker's, in the test's own name spaces, until the test ends.
-engine() {
-	mount -t tmpfs none /run
-	mount -t tmpfs none /opt
-	unset "${!DOCKER_@}"
-	dockerd --data-root "$PWD/docker" --cgroup-parent "/${T##*/}" >dockerd.log 2>&1 &
-	ENGINE=$!
-	trap 'docker rm -f -v states; find /sys/fs/cgroup -depth -path "*/${T##*/}*" -type d \
-		-exec rmdir {} +' EXIT
-	until_true engine_is_up
-	mkdir source states
-	chown 12345:12345 states
-	cp "$here/statesrv.c" "$here/Makefile" source
-}
-
 engine_is_up() {
 	docker info >/dev/null 2>&1 && return
 	kill -0 "$ENGINE" 2>/dev/null || skip "no dockerd starts here: $(tail -n 1 dockerd.log)"
@@ -5794,7 +5779,18 @@ test_source_makes_images_that_serve_and_stop_with_nothing_lost() {
 	need docker dockerd ip musl-gcc aarch64-linux-gnu-gcc qemu-aarch64-static
 	terraform_here
 	apart --net
-	engine
+	# docker's engine, in the test's own name spaces, until the test ends
+	mount -t tmpfs none /run
+	mount -t tmpfs none /opt
+	unset "${!DOCKER_@}"
+	dockerd --data-root "$PWD/docker" --cgroup-parent "/${T##*/}" >dockerd.log 2>&1 &
+	ENGINE=$!
+	trap 'docker rm -f -v states; find /sys/fs/cgroup -depth -path "*/${T##*/}*" -type d \
+		-exec rmdir {} +' EXIT
+	until_true engine_is_up
+	mkdir source states
+	chown 12345:12345 states
+	cp "$here/statesrv.c" "$here/Makefile" source
 	make -C source image >make.out
 	[ "$(docker image inspect -f '{{.Size}}' statesrv)" -lt 200000 ] || fail "$(docker images)"
 	! docker run --rm --pull never statesrv >out.txt 2>&1 || fail 'it let anyone in'
