@@ -117,6 +117,7 @@
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -332,16 +333,16 @@ struct hash {				/* MD5 or SHA-256 */
 	unsigned char block[64];
 };
 
-/* A member of a JSON object that is asked for. If it stands there more than
- * once, its last value counts. */
+/* A member of a JSON object that is asked for. Its text is copied to a field of
+ * a struct, cut to fit, or nowhere (0, 0). If it stands there more than once,
+ * its last value counts. */
 struct member {
 	const char *key;		/* in any case, as Go's clients read */
-	char *to;			/* its text is copied there, */
-	size_t size;			/* cut to this; or NULL, 0 */
-	size_t len;			/* of its text, before the cut */
-	unsigned n;			/* how often it stands there */
-	char type;			/* 's', 'n', or another */
+	size_t at, size;		/* of the field: see FIELD */
 };
+
+#define FIELD(type, field) offsetof(type, field), sizeof(((type *)0)->field)
+#define MEMBERS_MAX 7
 
 /* What a state's JSON says about itself. */
 struct meta {
@@ -1026,8 +1027,14 @@ hex(const unsigned char *p, size_t n, char *out)
  * json_value calling itself: JSON_DEPTH bounds that.
  */
 struct json {
-	struct member *members;		/* that are asked for */
+	const struct member *members;	/* that are asked for */
 	size_t n;			/* their number */
+	char *to;			/* the struct that takes their texts */
+	struct {			/* what was found of each */
+		size_t len;		/* of its text, before the cut */
+		unsigned n;		/* how often it stands there */
+		char type;		/* 's', 'n', or another */
+	} found[MEMBERS_MAX];
 	unsigned brief;			/* ends after finding that many; or 0 */
 	int fd;				/* the file, unless max is 0 */
 	off_t pos, max;			/* bytes had of it, and at most */
@@ -1244,8 +1251,7 @@ static int json_value(struct json *, unsigned);
 static bool
 json_member(struct json *j, unsigned depth)
 {
-	struct member *m = NULL;
-	size_t i, last = sizeof(j->text) - 1;
+	size_t i, m = j->n, len, last = sizeof(j->text) - 1;
 	char *s;
 	int type;
 
@@ -1260,18 +1266,20 @@ json_member(struct json *j, unsigned depth)
 	}
 	for (i = 0; depth == 1 && i < j->n; i++)
 		if (strcasecmp(j->text, j->members[i].key) == 0)
-			m = &j->members[i];
+			m = i;
 	if (json_skip(j) != ':')
 		return json_wrong(j, "has no colon after a key");
 	j->p++;
 	type = json_value(j, depth + 1);
-	if (type == 0 || m == NULL)
+	if (type == 0 || m == j->n)
 		return type != 0;
-	m->type = (char)type;
-	m->len = type == 's' || type == 'n' ? j->len : 0;
-	j->text[m->len < last ? m->len : last] = '\0';
-	(void)snprintf(m->to, m->size, "%s", j->text);
-	return m->n++ > 0 || --j->brief > 0;	/* 0 wraps: reads all */
+	len = type == 's' || type == 'n' ? j->len : 0;
+	j->text[len < last ? len : last] = '\0';
+	(void)snprintf(j->to + j->members[m].at, j->members[m].size, "%s",
+	    j->text);
+	j->found[m].type = (char)type;
+	j->found[m].len = len;
+	return j->found[m].n++ > 0 || --j->brief > 0;	/* 0 wraps: reads all */
 }
 
 /* A value that stands at this depth. Returns what it was: 's' a string, 'n' a
@@ -1309,12 +1317,14 @@ json_value(struct json *j, unsigned depth)
 	return open;
 }
 
-/* Is it one whole object, and nothing else? Finds n members of it. */
+/* Is it one whole object, and nothing else? Finds n members of it, whose texts
+ * go to fields of a struct. */
 static bool
-json_object(struct json *j, struct member *members, size_t n)
+json_object(struct json *j, const struct member *members, size_t n, void *to)
 {
 	j->members = members;
 	j->n = n;
+	j->to = to;
 	if (json_skip(j) != '{')
 		return json_wrong(j, "does not begin with {");
 	return json_value(j, 1) != 0 && (json_skip(j) == -1 ||
@@ -1934,26 +1944,26 @@ same_bytes(int a, int b)
 static void
 meta_read(struct json *j, struct meta *m)
 {
-	struct member k[] = {
-		{ "serial", m->serial, sizeof(m->serial), 0, 0, 0 },
-		{ "lineage", m->lineage, sizeof(m->lineage), 0, 0, 0 },
-		{ "version", NULL, 0, 0, 0, 0 },
-		{ "terraform_version", m->version, sizeof(m->version),
-		    0, 0, 0 },
-		{ "encrypted_data", NULL, 0, 0, 0, 0 },
-		{ "id", NULL, 0, 0, 0, 0 },
+	static const struct member k[] = {
+		{ "serial", FIELD(struct meta, serial) },
+		{ "lineage", FIELD(struct meta, lineage) },
+		{ "version", 0, 0 },
+		{ "terraform_version", FIELD(struct meta, version) },
+		{ "encrypted_data", 0, 0 },
+		{ "id", 0, 0 },
 	};
 	size_t i;
 
 	*m = (struct meta){ 0 };
-	(void)json_object(j, k, j->brief > 0 ? j->brief : 6);	/* j tells */
-	if (k[0].type != 'n' || k[0].len > SERIAL_MAX ||
-	    strspn(m->serial, "0123456789") != k[0].len)
+	/* What is wrong with it, j tells. */
+	(void)json_object(j, k, j->brief > 0 ? j->brief : 6, m);
+	if (j->found[0].type != 'n' || j->found[0].len > SERIAL_MAX ||
+	    strspn(m->serial, "0123456789") != j->found[0].len)
 		m->serial[0] = '\0';
-	m->type = k[2].type == 'n' || k[4].type == 's' ? 's' :
-	    k[2].type == 's' || k[5].type == 's' ? 'l' : 0;
+	m->type = j->found[2].type == 'n' || j->found[4].type == 's' ? 's' :
+	    j->found[2].type == 's' || j->found[5].type == 's' ? 'l' : 0;
 	for (i = 0; i < 5; i++)
-		if (k[i].n > 1 && i != 3)
+		if (j->found[i].n > 1 && i != 3)
 			m->doubled = k[i].key;
 }
 
@@ -2171,16 +2181,17 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 static bool
 lock_info(struct json *j, struct lock *l)
 {
-	struct member k[] = {
-		{ "ID", l->id, sizeof(l->id), 0, 0, 0 },
-		{ "Operation", l->operation, sizeof(l->operation), 0, 0, 0 },
-		{ "Info", l->info, sizeof(l->info), 0, 0, 0 },
-		{ "Who", l->who, sizeof(l->who), 0, 0, 0 },
-		{ "Created", l->created, sizeof(l->created), 0, 0, 0 },
+	static const struct member k[] = {
+		{ "ID", FIELD(struct lock, id) },
+		{ "Operation", FIELD(struct lock, operation) },
+		{ "Info", FIELD(struct lock, info) },
+		{ "Who", FIELD(struct lock, who) },
+		{ "Created", FIELD(struct lock, created) },
 	};
 
-	return json_object(j, k, 5) && k[0].n == 1 && k[0].type == 's' &&
-	    k[0].len > 0 && k[0].len <= ID_MAX && strchr(l->id, 0xff) == NULL;
+	return json_object(j, k, 5, l) && j->found[0].n == 1 &&
+	    j->found[0].type == 's' && j->found[0].len > 0 &&
+	    j->found[0].len <= ID_MAX && strchr(l->id, 0xff) == NULL;
 }
 
 /* Reads who holds the lock from a file that was just opened (-1: errno is why),
@@ -3880,17 +3891,17 @@ page_root(struct request *r)
 static void
 row_find_writer(struct row *row)
 {
-	struct {
+	struct writer {
 		char time[32], event[8], serial[24], size[24], who[128], op[64];
 	} w;
-	struct member k[] = {
-		{ "time", w.time, sizeof(w.time), 0, 0, 0 },
-		{ "event", w.event, sizeof(w.event), 0, 0, 0 },
-		{ "serial", w.serial, sizeof(w.serial), 0, 0, 0 },
-		{ "size", w.size, sizeof(w.size), 0, 0, 0 },
-		{ "user", w.who, sizeof(w.who), 0, 0, 0 },	/* or, later: */
-		{ "who", w.who, sizeof(w.who), 0, 0, 0 },
-		{ "operation", w.op, sizeof(w.op), 0, 0, 0 },
+	static const struct member k[] = {
+		{ "time", FIELD(struct writer, time) },
+		{ "event", FIELD(struct writer, event) },
+		{ "serial", FIELD(struct writer, serial) },
+		{ "size", FIELD(struct writer, size) },
+		{ "user", FIELD(struct writer, who) },	/* or, later: */
+		{ "who", FIELD(struct writer, who) },
+		{ "operation", FIELD(struct writer, op) },
 	};
 	char *tail = malloc(TAIL_MAX), *line = tail, *lf;
 	struct stat st;
@@ -3903,7 +3914,8 @@ row_find_writer(struct row *row)
 	    NULL; line = lf + 1) {
 		memset(&w, 0, sizeof(w));
 		j = json_text(line, (size_t)(lf - line));
-		if (json_object(&j, k, 7) && strcmp(w.event, "write") == 0 &&
+		if (json_object(&j, k, 7, &w) &&
+		    strcmp(w.event, "write") == 0 &&
 		    (*row->until == '\0' || strcmp(w.time, row->until) < 0) &&
 		    *w.serial != '\0' && strcmp(w.size, row->size) == 0 &&
 		    strcmp(w.serial, row->meta.serial) == 0) {
