@@ -1814,14 +1814,19 @@ unchanged(const struct stat *a, const struct stat *b)
 	    time_us(a->st_ctim) == time_us(b->st_ctim);
 }
 
-/* Is an open file still the one that a path leads to? */
+/* Is an open file still the one that a path leads to? If not, errno is EIDRM;
+ * if that could not be looked up, it tells why. */
 static bool
 file_is(int fd, int dir, const char *path, int flag)
 {
 	struct stat mine, named;
 
-	return fstat(fd, &mine) == 0 && fstatat(dir, path, &named, flag) == 0 &&
-	    mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
+	if (fstat(fd, &mine) == -1 || fstatat(dir, path, &named, flag) == -1) {
+		errno = errno == ENOENT ? EIDRM : errno;
+		return false;
+	}
+	errno = EIDRM;
+	return mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
 }
 
 /* Is our directory still the one at -d? (On overlayfs the link count of a
@@ -1844,8 +1849,8 @@ file_open(int dir, const char *name, int how, struct stat *st)
 		if ((how & O_DIRECTORY) != 0 || S_ISREG(st->st_mode))
 			return fd;
 		errno = EISDIR;
-	} else if (fd == -1 && (errno == ENOENT || dir == -1))
-		errno = store_there() ? ENOENT : EIDRM;
+	} else if (fd == -1 && (errno == ENOENT || dir == -1) && store_there())
+		errno = ENOENT;
 	close_quietly(fd);
 	return -1;
 }
@@ -2262,6 +2267,8 @@ guard_set(short type, off_t byte)
 
 	while ((n = fcntl(store.guard, how, &l)) == -1 && errno == EINTR)
 		continue;
+	if (n == -1 && errno == EACCES)	/* some say so; POSIX lets them */
+		errno = EAGAIN;
 	return n;
 }
 
@@ -2320,18 +2327,18 @@ guard_take(const char *name, int64_t ms)
 	for (;; step += step < 16 ? step : 0) {
 		before = guard_queue(false);
 		first = first && before == 0;
-		if (before == 0 && guard_set(F_WRLCK, guard.byte) == 0) {
-			if ((guard.taken = guard_in_place()))
-				return 0;
-			(void)guard_set(F_UNLCK, guard.byte);
-			errno = EIDRM;
-		}
-		error = before > 0 || errno == EACCES ? EAGAIN : errno;
-		if (error != EAGAIN || before > WAITERS_MAX ||
-		    clock_ms() + step > end)
+		guard.taken = before == 0 &&
+		    guard_set(F_WRLCK, guard.byte) == 0 && guard_in_place();
+		if (guard.taken)
+			return 0;
+		error = before > 0 ? EAGAIN : errno;
+		if (error != EAGAIN || (before > WAITERS_MAX &&
+		    ms <= GUARD_MS) || clock_ms() + step > end)
 			break;
 		(void)wait_until(-1, 0, clock_ms() + step);
 	}
+	if (error != EAGAIN)		/* NFS may have it all the same */
+		(void)guard_set(F_UNLCK, guard.byte);
 	(void)guard_queue(true);
 	if (error == EAGAIN && ms == GUARD_MS && first)	/* not each waiter */
 		complain("%s: its guard cannot be had: another server on %s, "
@@ -3840,7 +3847,7 @@ walk_names(struct walk *w, const char *top)
 	w->history = strcmp(top, ".history") == 0;
 	w->uploads = strcmp(top, ".tmp") == 0;
 	walk_dir(w, store.root, top, 0, 0);
-	errno = !store_there() ? EIDRM : w->error;
+	errno = store_there() ? w->error : errno;
 	return errno == 0 ? 0 : -1;
 }
 
@@ -4152,8 +4159,7 @@ ready_look(void *unused)
 {
 	struct tmp t = { .fd = -1 };
 
-	ready.error = !guard_in_place() ? EIDRM :
-	    store_fits(store.root, 0) == 0 &&
+	ready.error = guard_in_place() && store_fits(store.root, 0) == 0 &&
 	    tmp_create(&t, store.root) == 0 && fsync(t.fd) == 0 &&
 	    dir_sync(store.root) == 0 ? 0 : errno;
 	tmp_remove(&t);
@@ -4180,11 +4186,10 @@ quick_ready(struct request *r)
 		}
 		return 0;
 	}
-	if (error == -1)
-		return 0;
 	if (error == 0)
 		return refuse(r, 200, "ready");
-	return refuse(r, 503, "not ready: %s", error == ETIMEDOUT ?
+	return refuse(r, 503, "not ready: %s", error == -1 ?
+	    "the first look has not ended" : error == ETIMEDOUT ?
 	    "the disk does not answer in time" : error == EIDRM ?
 	    "the states' directory, or .guard in it, was removed or replaced: "
 	    "start statesrv again" :

@@ -4693,9 +4693,17 @@ test_reading_from_a_slow_disk_holds_nobody_up() {
 # Strangers may ask as often as they like whether the server is ready: it
 # looks once a second at most. A look that does not come to its end is a no.
 test_ready_is_one_look_a_second_for_everybody() {
-	local begun=$SECONDS
+	local i begun=$SECONDS
 	grumbles
 	serve
+	slow fsync 15			# no verdict yet
+	for i in {1..30}; do
+		later "first$i" GET /-/ready
+	done
+	until_true eval '[ "$(cat first? first?? | wc -l)" = 29 ]'
+	[ "$(find "/proc/$PID/task" | grep -c 'status$')" -lt 9 ] || fail "each has a thread"
+	unspy
+	until_true says 200 GET /-/ready
 	spy -e trace=fsync
 	curl -sS -o /dev/null -w '%{http_code}\n' "$URL/-/ready?[1-600]" >statuses
 	want "answers" "600 200" "$(uniq -c statuses | sed 's/^ *//')"
