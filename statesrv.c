@@ -2996,6 +2996,8 @@ change_prepare(struct request *r)
 	struct change *ch = r->change;
 	struct stat st = { 0 };
 	int fd = file_open(ch->dir, leaf_name(r->name, STATE), O_RDONLY, &st);
+	struct json j = { .brief = 4, .fd = fd, .max = conf.strict ?
+	    conf.body_max : META_MAX };
 	bool keep;
 
 	if (fd == -1 && errno != ENOENT)
@@ -3007,8 +3009,10 @@ change_prepare(struct request *r)
 	close_quietly(ch->old);
 	tmp_remove(&ch->kept);
 	ch->old = fd;
-	meta_read(&(struct json){ .brief = 4, .fd = fd, .max = conf.strict ?
-	    conf.body_max : META_MAX }, &ch->old_meta);
+	meta_read(&j, &ch->old_meta);
+	errno = fd != -1 ? j.error : 0;
+	if (errno != 0 && conf.strict)	/* or any serial would follow */
+		return refuse_errno(r, "read the state that is there");
 	ch->equal = st.st_size == ch->size && same_bytes(fd, ch->tmp.fd);
 	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
@@ -3019,9 +3023,12 @@ change_prepare(struct request *r)
 	if (keep) {
 		tmp_name(&ch->kept, ch->history);
 		if (linkat(ch->dir, leaf_name(r->name, STATE),
-		    ch->history, ch->kept.name, 0) == -1 &&
-		    tmp_copy(&ch->kept, ch->history, fd) == -1)
-			return refuse_errno(r, "keep the earlier version");
+		    ch->history, ch->kept.name, 0) == -1) {
+			tmp_remove(&ch->kept);	/* NFS may have made it */
+			if (tmp_copy(&ch->kept, ch->history, fd) == -1)
+				return refuse_errno(r, "keep the earlier "
+				    "version");
+		}
 	}
 	if ((fd != -1 && fstat(fd, &ch->old_st) == -1) ||
 	    (ch->tmp.fd != -1 && tmp_move(&ch->tmp, ch->dir) == -1))
@@ -3061,7 +3068,10 @@ change_begin(struct request *r, bool make)
 	    store.unsynced) && (dir = dir_open(r->name, D_SYNC)) == -1)
 		return refuse_errno(r, "sync the directories above");
 	close_quietly(dir);
-	if (guard_take(r->name, GUARD_MS) == -1) {
+	/* A state whose client is gone may be the only copy: it waits on. */
+	if (guard_take(r->name, GUARD_MS) == -1 && (errno != EAGAIN ||
+	    ch->tmp.fd == -1 || client_there(r) ||
+	    guard_take(r->name, 4 * GUARD_MS) == -1)) {
 		if (errno != EAGAIN)
 			return refuse_errno(r, "guard the name");
 		(void)refuse(r, 503, "cannot guard the name: too many requests "
@@ -3394,6 +3404,10 @@ write_publish(struct request *r)
 	if (kept)
 		(void)history_keep(r, &ch->kept, ch->old_meta.serial, delete ||
 		    ch->kept.fd != -1);		/* a copy */
+	if (r->status == 0 && ch->old != -1 && !file_is(ch->old, ch->dir,
+	    leaf_name(r->name, STATE), AT_SYMLINK_NOFOLLOW))
+		(void)refuse(r, 503, "cannot find the state that was there a "
+		    "moment ago: nothing was changed");	/* but by hand */
 	if (r->status == 0 && (delete ?
 	    unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
 	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == -1)
@@ -4665,7 +4679,7 @@ reply_send(struct request *r, bool may_wait)
 			conn_moved(c, (size_t)sent);
 		else if (sent == -1 && errno == EAGAIN && !may_wait)
 			return false;
-		else if (sent == 0 || errno == EIO)
+		else if (sent == 0 || errno == EIO || errno == ESTALE)
 			(void)cut(r, "the file cannot be read to its end");
 		else if (!conn_wait(c, POLLOUT))
 			(void)cut(r, c->why != NULL ? c->why :
@@ -4772,8 +4786,7 @@ thread_serve(struct conn *c)
 	(void)reply_send(r, true);
 	(void)pthread_mutex_lock(&list_mutex);
 	list_add(&pool.back, c);
-	if (pool.back.n == 1)
-		(void)!write(loop.wake[1], "", 1);
+	(void)!write(loop.wake[1], "", 1);
 	(void)pthread_mutex_unlock(&list_mutex);
 	if (ch.event != NULL)
 		history_prune(ch.history, &ch.ids, &ch.lock);

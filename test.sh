@@ -2979,6 +2979,7 @@ test_bad_input_never_ends_the_process() {
 test_strict_refuses_what_goes_back() {
 	local long
 	long=$(printf 'L%.0s' {1..300})
+	grumbles
 	serve -s
 	rows <<-EOF
 		200 - POST /demo {"version":4,"serial":5,"lineage":"L"}
@@ -2997,6 +2998,9 @@ test_strict_refuses_what_goes_back() {
 		200 - POST /sealed {"encrypted_data":"Qg==","meta":{}}
 		400 - POST /long {"version":4,"serial":1,"lineage":"$long"}	longer
 	EOF
+	spy -e trace=pread64 -e inject=pread64:error=EIO -P "$PWD/states/zero.tfstate"
+	rows <<<$'503 - POST /zero {"version":4}\t^cannot read'
+	unspy
 	halt
 	serve
 	rows <<<'200 - POST /demo?ID=mine {"version":4,"serial":1,"lineage":"M"}'
@@ -4366,6 +4370,21 @@ C
 	kept s '1 2' || fail "$(versions s)"
 }
 
+# Promise 7: a state that a hand puts in the place of one that is being deleted stays.
+test_a_state_put_there_meanwhile_is_not_deleted() {
+	serve
+	rows <<<'200 - POST /s state:1'
+	slow fsync 2 -P "$PWD/states/.history/s"
+	later gone DELETE /s
+	until_true grep -q fsync trace
+	state 2 >new
+	mv new states/s.tfstate
+	until_true [ -s gone ]
+	unspy
+	want "the DELETE" 503 "$(cat gone)"
+	holds states/s.tfstate "$(state 2)"
+}
+
 # Promise 1: XFS shuts itself down when it cannot write its metadata. The fsync of a directory
 # says 0 then, and the rename before it is lost. So the server asks the directory once more.
 test_a_sync_that_is_only_pretended_is_not_believed() {
@@ -4514,6 +4533,7 @@ test_a_guard_that_is_held_for_ever_holds_up_one_name() {
 	for ((i = 1; i <= waiting; i++)); do
 		later held$i LOCK /held "$(info M)"
 	done
+	left "$PORT" POST /held "$(state 7)"
 	rows <<<$'200 - GET /held -\t"serial": 1\n200 - GET / -\t^held '
 	every '200 - @@' 'GET /-/versions/held -' 'POST /free state:2' 'LOCK /free info:M' \
 		'GET /-/ready -'
@@ -4527,7 +4547,17 @@ test_a_guard_that_is_held_for_ever_holds_up_one_name() {
 	want "complaints: $(cat server.err)" 1 "$(grep -c ': held: ' server.err)"
 	kill -9 $frozen
 	unspy KILL
+	until_true grep -q abandoned states/held.log
 	every '200 - @@' 'POST /held state:2' 'UNLOCK /locked info:L'
+	kept held '7 1' || fail "$(versions held)"
+}
+
+# left PORT METHOD PATH BODY: a client sends this, and gives up.
+left() {
+	exec 9<>"/dev/tcp/127.0.0.1/$1"
+	printf '%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s' \
+		"$2" "$3" ${#4} "$4" >&9
+	exec 9>&-
 }
 
 # paused METHOD PATH BODY: server A is stopped, a client sends it this, gives
@@ -4536,10 +4566,7 @@ paused() {
 	local before
 	before=$(grep -c ' method=' a.log) || :
 	kill -STOP "$a"
-	exec 9<>"/dev/tcp/127.0.0.1/$port_a"
-	printf '%s %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s' \
-		"$1" "$2" ${#3} "$3" >&9
-	exec 9>&-
+	left "$port_a" "$@"
 	rows
 	kill -CONT "$a"
 	until_true logged $((before + 1)) ' method=' a.log
