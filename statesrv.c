@@ -2606,6 +2606,7 @@ struct conn {
 	bool lingers;			/* then wait for the client to close */
 	char *in;			/* HEAD_MAX bytes, or NULL */
 	size_t at, used;		/* of in */
+	size_t fresh;			/* bytes of the last recv */
 	bool begun;			/* a head: its deadline is set */
 	int64_t since, active, deadline;	/* ms: see conn_moved */
 	const char *why;		/* the loop ended its thread's wait */
@@ -2783,7 +2784,8 @@ conn_recv(struct conn *c)
 	c->used -= c->at;
 	c->at = 0;
 	n = recv(c->fd, c->in + c->used, HEAD_MAX - c->used, 0);
-	c->used += n > 0 ? (size_t)n : 0;
+	c->fresh = n > 0 ? (size_t)n : 0;
+	c->used += c->fresh;
 	return n;
 }
 
@@ -4613,6 +4615,8 @@ reply_ready(struct request *r)
 		r->cached.iov_len = 0;
 	} else
 		buf_add(b, r->text.data, r->text.len);
+	free(r->text.data);		/* a page may be large */
+	r->text = (struct buf){ 0 };
 	if (b->failed)
 		(void)cut(r, "out of memory");
 	trace("<", b->data, b->len);
@@ -4852,8 +4856,9 @@ pool_give(struct conn *c)
 
 /*
  * If a request waits and all threads are taken, the client that its thread has
- * waited for longest loses its connection, after STALL_MS of silence. (A thread
- * that waits for a disk or a guard is left alone.) A request that has waited
+ * waited for longest loses its connection, after STALL_MS of silence, or if it
+ * is that far behind the least rate: see conn_moved. (A thread that waits for a
+ * disk or a guard is left alone.) A request that has waited
  * QUEUE_MS for a thread comes back to the loop: see conn_late. Shortly before
  * the server ends all lose it, and all come back. Returns whether a request
  * waits.
@@ -4871,7 +4876,7 @@ pool_relieve(void)
 		stats.threads += thread_start(pool_thread);	/* try again */
 	for (c = conn_waiting.first; c != NULL; c = c->next) {
 		stalls = waiting && pool.full && c == conn_waiting.first &&
-		    c->active < loop.now - STALL_MS;
+		    c->deadline - BODY_MS < loop.now - STALL_MS;
 		if (!ends && !stalls)
 			break;
 		c->why = ends ? "the server stops" : "others need its thread";
@@ -4928,7 +4933,8 @@ conn_read(struct conn *c)
 }
 
 /* The next head in the buffer: its length, -1 if it is refused, or 0 if it is
- * not all there: then it gets a deadline. */
+ * not all there: then it gets a deadline, and is looked at again when a line's
+ * end has come: for a trickle of bytes that would be too much work. */
 static int
 head_next(struct conn *c, struct head *h)
 {
@@ -4939,7 +4945,8 @@ head_next(struct conn *c, struct head *h)
 		c->at += 2;
 	if (c->used == c->at || c->ending)
 		c->at = c->used = 0;
-	else
+	else if (!c->begun || c->used == HEAD_MAX ||
+	    memchr(c->in + c->used - c->fresh, '\n', c->fresh) != NULL)
 		size = http_parse(c->in + c->at, c->used - c->at, h);
 	if (size == 0 && c->used > 0 && !c->begun)
 		conn_within(c, HEAD_MS);
