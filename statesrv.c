@@ -2461,12 +2461,15 @@ pattern_wrong(const char *pattern)
 {
 	char name[NAME_LEN_MAX + 2], *p;
 
-	if (strpbrk(pattern, ",\"'") != NULL)
-		return "a pattern has no commas or quotes: ? stands for one in "
-		    "a name";
+	if (strpbrk(pattern, ",\"'!") != NULL)
+		return "a pattern has no commas, quotes or ! (nothing can be "
+		    "excluded): ? stands for one in a name";
 	(void)snprintf(name, sizeof(name), "%s", pattern);
-	while ((p = strpbrk(name, "*?")) != NULL)
-		*p = 'x';
+	for (p = name; *p != '\0'; p++)
+		if (*p == '*' || *p == '?')
+			*p = 'x';
+		else if (conf.fold)	/* capitals match nothing then */
+			*p = (char)tolower((unsigned char)*p);
 	return name_wrong(name);
 }
 
@@ -2505,6 +2508,10 @@ user_line(struct users *u, char *line, const char **at)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
 	all = field[3] == NULL || *field[3] == '#';
+	if (all && field[3] != NULL && strpbrk(field[3], "*?/") != NULL) {
+		*at = field[3];		/* else it would mean: all names */
+		return "a comment has a blank behind its #, a pattern no #";
+	}
 	new.pattern = all ? "*" : field[3];
 	for (; new.pattern != NULL && *new.pattern != '#';
 	    new.pattern = all ? NULL : strtok_r(NULL, " \t\r", &save)) {
@@ -5742,11 +5749,14 @@ main(int argc, char **argv)
 #endif
 	inherited.mask = umask(077);
 	loop_start();
+	created = store_open();		/* sets fold, for the names' rules */
+	if (conf.command != NULL && name_wrong(conf.command_name) != NULL)
+		die(2, "%s: %s", conf.command_name,
+		    name_wrong(conf.command_name));
 	if (conf.users == NULL)
 		users_environment();
 	else if (!users_read())
 		exit(1);
-	created = store_open();
 	listeners_open();
 	tidy_and_greet(created);
 	if (conf.command != NULL)

@@ -2675,6 +2675,8 @@ test_a_broken_users_file_is_told_with_its_line() {
 		hunter2 read|team/
 		hunter2 read|team//x
 		hunter2 read|team/*,prod
+		hunter2 read|!team/*
+		hunter2 read|#team/*
 		hunter2 read|prod.tfstate
 		hunter2 read|team/*.lock
 		hunter2 read|.hidden
@@ -6144,6 +6146,7 @@ small_letters() {
 	every '200 ann:s3cret @@' 'POST /demo state:1' 'LOCK /demo info:a' 'POST /demo?ID=a state:2'
 	rows <<<'403 dan:s3cret GET /demo'
 	want 'the version' "$(state 1)" "$(cat states/.history/demo/*-1.tfstate)"
+	refuses 2 'Demo: .*case' -d states Demo true
 }
 
 # ---- ./test.sh bench ------------------------------------------------------
