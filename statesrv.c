@@ -272,7 +272,7 @@ static struct config {
 /* ==== types ==============================================================
  *
  * Bytes, what is known about a state or a lock, and the request: whoever
- * answers it, the loop or, from pool_give on, a thread, frees it.
+ * has it, the loop or a thread, answers and frees it.
  */
 struct buf {				/* bytes that grow; zero is empty */
 	char *data;
@@ -419,7 +419,7 @@ struct request {
 	bool locked;			/* ?locked of the listing */
 	char root[128];			/* from the URL to /: "../../" */
 	char name[NAME_LEN_MAX + 64];	/* of the state, or the path */
-	char version[VERSION_ID];	/* the ID of an earlier one */
+	char version[VERSION_ID];	/* an earlier one's ID: K_VERSION */
 	char query[256];		/* ?q= of the listing */
 	char id[ID_MAX + 1];		/* lock ID: from ?ID= or the body */
 	char host[256];			/* as the client calls us */
@@ -2677,6 +2677,7 @@ static const struct { int error, status; const char *why; } errnos[] = {
 	{ ELOOP, 500, "it is a symbolic link" },
 	{ ENOTDIR, 500, "a part of its path is a link, or no directory" },
 	{ EISDIR, 500, "it is not an ordinary file" },
+	{ ENXIO, 500, "it is a socket, not a file" },
 	{ ENOSPC, 507, NULL }, { EDQUOT, 507, NULL }, { EFBIG, 507, NULL },
 	{ EACCES, 500, NULL }, { EROFS, 500, NULL }, { 0, 503, NULL }
 };
@@ -3688,6 +3689,7 @@ row_lock(struct request *r, const struct row *row)
 			    l->frozen ? "to end it" :
 			    "if nothing runs any more, release it");
 		buf_str(&b, "terraform force-unlock ");
+		buf_str(&b, *l->id == '-' ? "-- " : "");
 		buf_text(&b, l->id, SHELL);
 	}
 	words = b.len > 0 ? b.data : r->form == JSON ? "" : l->info;
@@ -5165,7 +5167,8 @@ store_open(void)
 	    (store.guard = file_open(store.root, ".guard", O_RDWR | O_CREAT,
 	    NULL)) == -1) {
 		error = errno;
-		if (error == EACCES && stat(conf.dir, &st) == 0)
+		if (error == EACCES && stat(conf.dir, &st) == 0 &&
+		    st.st_uid != geteuid())
 			die(1, "cannot write to %s, or to .tmp, .history or "
 			    ".guard in it: %s belongs to uid %u and this is "
 			    "uid %u: chown %u it, with -R", conf.dir, conf.dir,
@@ -5377,7 +5380,8 @@ sandbox(void)
 
 /* ---- the wrapper ---- */
 
-/* The command's side of the fork: it finds everything as we found it. */
+/* The command's side of the fork: it finds everything as we found it, but for
+ * 0 to 2, if they were closed. */
 static void
 command_exec(void)
 {
@@ -5443,7 +5447,8 @@ command_farewell(void)
 		buf_str(&b, " terraform force-unlock -force ");
 		buf_text(&b, l.id, SHELL);
 		complain("%s is still locked. If nothing runs any more, "
-		    "release it with", conf.command_name);
+		    "release it, in the directory of its .tf, with",
+		    conf.command_name);
 		(void)fprintf(stderr, "\t%s\n", b.data);
 		free(b.data);
 	}
@@ -5460,6 +5465,7 @@ static void
 loop_signal(int sig)
 {
 	static int64_t passed[NSIG];	/* ms */
+	pid_t pid;
 	int status;
 
 	if (sig == SIGCHLD) {
@@ -5474,8 +5480,9 @@ loop_signal(int sig)
 		if (loop.now - passed[sig] < 1000)
 			return;
 		passed[sig] = loop.now;
-		(void)kill(loop.shares_terminal ? loop.child : -loop.child,
-		    sig);
+		pid = loop.shares_terminal ? loop.child : -loop.child;
+		(void)kill(pid, sig);
+		(void)kill(pid, SIGCONT);	/* the terminal may stop it */
 		return;
 	} else if (sig == SIGHUP && conf.users != NULL) {
 		if (!users_read())
@@ -5573,16 +5580,20 @@ static int
 check(const char *text)
 {
 	int fd = address_open(text, false);
-	char answer[13] = "";
+	char answer[1024] = "";
+	const char *reason;
 
 	(void)signal(SIGPIPE, SIG_IGN);
 	if (fd == -1 || dprintf(fd, "GET /-/ready HTTP/1.0\r\n\r\n") < 0)
 		die(1, "%s does not answer: %s", text, strerror(errno));
 	if (wait_until(fd, POLLIN, clock_ms() + 5000) != 0)
-		(void)recv(fd, answer, 12, 0);
-	if (strcmp(answer, "HTTP/1.1 200") != 0)
-		die(1, "%s is not ready: '%s'", text, answer);
-	return 0;
+		(void)recv(fd, answer, sizeof(answer) - 1, 0);
+	if (strncmp(answer, "HTTP/1.1 200", 12) == 0)
+		return 0;
+	reason = strstr(answer, "\r\n\r\n");
+	reason = reason != NULL ? reason + 4 : "no statesrv, or too slow\n";
+	complain("%s is %.*s", text, (int)strcspn(reason, "\n"), reason);
+	return 1;
 }
 
 /* ==== main =============================================================== */
@@ -5706,7 +5717,8 @@ tidy_and_greet(bool created)
 		complain("cannot list the states: %s", strerror(errno));
 	else if (w.files == 0 && (fd = file_open(store.root, ".gitignore",
 	    O_WRONLY | O_CREAT | O_EXCL, NULL)) != -1) {
-		(void)write_all(fd, "*\n", 2);
+		if (write_all(fd, "*\n", 2) == -1)
+			(void)unlinkat(store.root, ".gitignore", 0);
 		close_quietly(fd);
 	}
 	(void)snprintf(how, sizeof(how), created ? "created" : "%u state%s",
@@ -5717,13 +5729,34 @@ tidy_and_greet(bool created)
 	(void)fflush(stdout);
 }
 
+/* A terminal polls writable when one byte has room: without a reader it would
+ * stop us. Opened anew it does not block, for us alone; another user's (su)
+ * cannot be opened, and does not block for all. (-v may wait, and the wrapper's
+ * output is its command's.) */
+static void
+terminal_open(void)
+{
+	const char *name;
+	int fd, tty;
+
+	for (fd = 1; fd <= (conf.verbose ? 1 : 2); fd++) {
+		if (conf.command != NULL || (name = ttyname(fd)) == NULL)
+			continue;
+		tty = open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY);
+		if (tty != -1)
+			(void)dup2(tty, fd);
+		else
+			(void)fcntl(fd, F_SETFL, O_NONBLOCK);
+		close_quietly(tty);
+	}
+}
+
 int
 main(int argc, char **argv)
 {
 	const struct rlimit none = { 0, 0 };
 	bool created;
-	const char *name;
-	int fd, tty;
+	int fd;
 
 	do				/* 0 to 2 may be closed: take them */
 		fd = open("/dev/null", O_RDWR);
@@ -5733,15 +5766,7 @@ main(int argc, char **argv)
 	options(argc, argv);
 	if (conf.check)
 		return check(conf.listen[0]);
-	/* A terminal polls writable when one byte has room: without a reader it
-	 * would stop us. Opened anew it does not block, for us alone. (-v may
-	 * wait, and the wrapper's output is its command's.) */
-	for (fd = 1; fd <= (conf.verbose ? 1 : 2) && conf.command == NULL; fd++)
-		if ((name = ttyname(fd)) != NULL && (tty = open(name, O_WRONLY |
-		    O_NONBLOCK | O_NOCTTY)) != -1) {
-			(void)dup2(tty, fd);
-			close_quietly(tty);
-		}
+	terminal_open();
 #ifdef M_ARENA_MAX
 	(void)mallopt(M_ARENA_MAX, 1);	/* an arena a thread is a waste */
 	(void)mallopt(M_TRIM_THRESHOLD, 4 << 20);

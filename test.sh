@@ -2885,6 +2885,9 @@ test_mistakes_at_the_start_are_told() {
 	mkdir theirs
 	through "exec setpriv --reuid=65534 --regid=65534 --clear-groups '$STATESRV'"
 	refuses 1 'theirs belongs to uid 0 and this is uid 65534: chown 65534' -d theirs
+	chown 65534 theirs
+	chmod 500 theirs
+	refuses 1 'theirs.*: Permission denied' -d theirs
 }
 
 # -h fits a screen, on stdout; -V is one line; the long forms are the same.
@@ -2921,7 +2924,7 @@ test_health_can_be_asked() {
 	until_true says 503 GET /-/ready
 	until_true grep -q 'path=/-/ready status=503 .*why=' server.log
 	rows <<<'200 - GET /-/healthy -'
-	refuses 1 "127.0.0.1:$PORT" -c -l "127.0.0.1:$PORT"
+	refuses 1 "127.0.0.1:$PORT is not ready: .*removed" -c -l "127.0.0.1:$PORT"
 	halt
 	refuses 1 "127.0.0.1:$PORT" -c -l "127.0.0.1:$PORT"
 	need "${CC:-cc}"
@@ -3556,6 +3559,11 @@ test_a_signal_reaches_the_wrapped_command_once() {
 		'$STATESRV' -d states demo bash job </dev/null" /dev/null >out 2>&1 || STATUS=$?
 	want 'Ctrl-C' '5 INT' "$STATUS $(cat count)"
 	[ -e terminal ] || fail 'the command has no terminal'
+	setsid "$STATESRV" -d states demo sh -c 'kill -STOP $$' >out 2>err.txt &
+	PID=$!
+	until_true eval 'grep -q "^State:.T" /proc/$(pgrep -P $PID)/status'	# as by SIGTTIN
+	halt TERM
+	want 'stopped, and TERM' 143 "$STATUS"
 }
 
 # What is set for the server's sake is not the command's: umask, ignored
@@ -4264,6 +4272,11 @@ test_a_full_disk_refuses_writes_and_keeps_the_locks() {
 	apart --mount
 	mkdir states
 	mount -t tmpfs -o size=2m tmpfs states || skip "no tmpfs here"
+	mkdir full
+	mount -t tmpfs -o size=4k tmpfs full
+	echo full >full/.full
+	serve_as full -d full
+	[ ! -e full/.gitignore ] || fail "an empty .gitignore"
 	serve
 	pad 1 100000 >big
 	pad 2 100000 >big2
