@@ -3693,7 +3693,7 @@ test_recipes_go_back_purge_and_rename() {
 	has states/.history/demo/*-1.tfstate '"one"'
 
 	follow rename
-	meets 'ID=renamed-to-shop' . apply -auto-approve
+	meets 'ID=moved-to-shop' . apply -auto-approve
 	aim . shop
 	works . init -reconfigure
 	works . plan -detailed-exitcode
