@@ -123,6 +123,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -391,6 +392,7 @@ struct change {
 	int old;			/* the state that is there, or -1 */
 	struct stat old_st;
 	struct meta old_meta;
+	int old_error;			/* why it could not be read, or 0 */
 	bool equal;			/* the two have the same bytes */
 	int history;			/* the history's directory, or -1 */
 	struct tmp kept;		/* old's second name, or copy, there */
@@ -1820,13 +1822,13 @@ static bool
 file_is(int fd, int dir, const char *path, int flag)
 {
 	struct stat mine, named;
+	bool found = fstat(fd, &mine) == 0 &&
+	    fstatat(dir, path, &named, flag) == 0;
 
-	if (fstat(fd, &mine) == -1 || fstatat(dir, path, &named, flag) == -1) {
-		errno = errno == ENOENT ? EIDRM : errno;
-		return false;
-	}
-	errno = EIDRM;
-	return mine.st_ino == named.st_ino && mine.st_dev == named.st_dev;
+	if (found || errno == ENOENT)
+		errno = EIDRM;
+	return found && mine.st_ino == named.st_ino &&
+	    mine.st_dev == named.st_dev;
 }
 
 /* Is our directory still the one at -d? (On overlayfs the link count of a
@@ -1836,7 +1838,8 @@ file_is(int fd, int dir, const char *path, int flag)
 /* Opens an ordinary file, or, with O_DIRECTORY, a directory, and nothing else:
  * a FIFO would block, a link lead elsewhere. dir -1: it does not exist (openat
  * says EBADF); st may be NULL. -1 with errno: ENOENT only if there is none, for
- * only a missing state may be a 404; EIDRM if our whole directory is gone. */
+ * only a missing state may be a 404; EIDRM if our whole directory is gone, or
+ * why that could not be seen. */
 static int
 file_open(int dir, const char *name, int how, struct stat *st)
 {
@@ -2038,7 +2041,8 @@ tmp_create(struct tmp *t, int dir)
 	return t->fd != -1 ? 0 : -1;
 }
 
-/* Makes one a copy of a file, synced, with its mtime; -1: nothing is left. */
+/* Makes one a copy of a file, synced, with its mtime; -1: nothing is left. A
+ * link or a rename has failed before (but NFS may have done it). */
 static int
 tmp_copy(struct tmp *t, int dir, int fd)
 {
@@ -2047,6 +2051,7 @@ tmp_copy(struct tmp *t, int dir, int fd)
 	off_t at = 0;
 	ssize_t n = -1;
 
+	tmp_remove(t);
 	if (fstat(fd, &st) == 0 && store_fits(dir, st.st_size) == 0 &&
 	    tmp_create(t, dir) == 0)
 		while ((n = read_at(fd, piece, sizeof(piece), at)) > 0 &&
@@ -2307,10 +2312,11 @@ guard_drop(void)
 
 /*
  * Takes a name's guard, or gives up after ms milliseconds.
- * -1 with errno: EAGAIN, at once if too many wait for it; EIDRM: .guard was
- * removed or replaced. The byte is 62 bits of a hash, so that no two names
- * meet. It never changes, or an old and a new server would exclude nobody.
- * Ended by guard_drop, which after -1 does nothing.
+ * -1 with errno: EAGAIN, at once if too many wait for it and ms is no more than
+ * GUARD_MS; EIDRM: .guard was removed or replaced; or another. The byte is 62
+ * bits of a hash, so that no two names meet. It never changes, or an old and a
+ * new server would exclude nobody. Ended by guard_drop, which after -1 does
+ * nothing.
  */
 static int
 guard_take(const char *name, int64_t ms)
@@ -2461,15 +2467,14 @@ pattern_wrong(const char *pattern)
 {
 	char name[NAME_LEN_MAX + 2], *p;
 
-	if (strpbrk(pattern, ",\"'!") != NULL)
-		return "a pattern has no commas, quotes or ! (nothing can be "
-		    "excluded): ? stands for one in a name";
+	if (*pattern == '!' || strpbrk(pattern, ",\"'") != NULL)
+		return "a pattern has no commas or quotes, nor excludes by !: "
+		    "? stands for one in a name";
 	(void)snprintf(name, sizeof(name), "%s", pattern);
 	for (p = name; *p != '\0'; p++)
-		if (*p == '*' || *p == '?')
-			*p = 'x';
-		else if (conf.fold)	/* capitals match nothing then */
-			*p = (char)tolower((unsigned char)*p);
+		if (*p == '*' || *p == '?' || (conf.fold &&
+		    (isupper((unsigned char)*p) || (*p & 0x80) != 0)))
+			*p = 'x';	/* if we fold, it matches nothing */
 	return name_wrong(name);
 }
 
@@ -2508,8 +2513,8 @@ user_line(struct users *u, char *line, const char **at)
 		if (--new.right == R_NONE)
 			return "a permission is read, plan or write";
 	all = field[3] == NULL || *field[3] == '#';
-	if (all && field[3] != NULL && strpbrk(field[3], "*?/") != NULL) {
-		*at = field[3];		/* else it would mean: all names */
+	if (all && field[3] != NULL && strchr(field[3], '*') != NULL) {
+		*at = field[3];		/* else it would give all names */
 		return "a comment has a blank behind its #, a pattern no #";
 	}
 	new.pattern = all ? "*" : field[3];
@@ -3020,9 +3025,7 @@ change_prepare(struct request *r)
 	tmp_remove(&ch->kept);
 	ch->old = fd;
 	meta_read(&j, &ch->old_meta);
-	errno = fd != -1 ? j.error : 0;
-	if (errno != 0 && conf.strict)	/* or any serial would follow */
-		return refuse_errno(r, "read the state that is there");
+	ch->old_error = fd != -1 ? j.error : 0;
 	ch->equal = st.st_size == ch->size && same_bytes(fd, ch->tmp.fd);
 	keep = conf.keep > 0 && fd != -1 && !ch->equal;
 	if (ch->history == -1)
@@ -3033,12 +3036,9 @@ change_prepare(struct request *r)
 	if (keep) {
 		tmp_name(&ch->kept, ch->history);
 		if (linkat(ch->dir, leaf_name(r->name, STATE),
-		    ch->history, ch->kept.name, 0) == -1) {
-			tmp_remove(&ch->kept);	/* NFS may have made it */
-			if (tmp_copy(&ch->kept, ch->history, fd) == -1)
-				return refuse_errno(r, "keep the earlier "
-				    "version");
-		}
+		    ch->history, ch->kept.name, 0) == -1 &&
+		    tmp_copy(&ch->kept, ch->history, fd) == -1)
+			return refuse_errno(r, "keep the earlier version");
 	}
 	if ((fd != -1 && fstat(fd, &ch->old_st) == -1) ||
 	    (ch->tmp.fd != -1 && tmp_move(&ch->tmp, ch->dir) == -1))
@@ -3080,7 +3080,7 @@ change_begin(struct request *r, bool make)
 	close_quietly(dir);
 	/* A state whose client is gone may be the only copy: it waits on. */
 	if (guard_take(r->name, GUARD_MS) == -1 && (errno != EAGAIN ||
-	    ch->tmp.fd == -1 || client_there(r) ||
+	    ch->tmp.fd == -1 || conf.keep == 0 || client_there(r) ||
 	    guard_take(r->name, 4 * GUARD_MS) == -1)) {
 		if (errno != EAGAIN)
 			return refuse_errno(r, "guard the name");
@@ -3363,6 +3363,9 @@ write_strict(struct request *r)
 	bool other = *old->lineage != '\0' &&
 	    strcmp(new->lineage, old->lineage) != 0;
 
+	errno = r->change->old_error;
+	if (errno != 0)			/* or any serial would follow */
+		return refuse_errno(r, "read the state that is there");
 	if (strlen(new->lineage) > LINEAGE_MAX)
 		return refuse(r, 400, "-s: the new lineage is longer than %d "
 		    "bytes", LINEAGE_MAX);
@@ -3386,6 +3389,7 @@ write_publish(struct request *r)
 {
 	struct change *ch = r->change;
 	bool delete = ch->tmp.fd == -1, kept = ch->kept.name[0] != '\0', same;
+	struct stat st;
 	int newest = -1;
 
 	if (ch->history != -1 && history_list(ch->history, &ch->ids) == -1)
@@ -3414,10 +3418,11 @@ write_publish(struct request *r)
 	if (kept)
 		(void)history_keep(r, &ch->kept, ch->old_meta.serial, delete ||
 		    ch->kept.fd != -1);		/* a copy */
-	if (r->status == 0 && ch->old != -1 && !file_is(ch->old, ch->dir,
-	    leaf_name(r->name, STATE), AT_SYMLINK_NOFOLLOW))
-		(void)refuse(r, 503, "cannot find the state that was there a "
-		    "moment ago: nothing was changed");	/* but by hand */
+	if (r->status == 0 && (ch->old != -1 ? !file_is(ch->old, ch->dir,
+	    leaf_name(r->name, STATE), AT_SYMLINK_NOFOLLOW) : fstatat(ch->dir,
+	    leaf_name(r->name, STATE), &st, AT_SYMLINK_NOFOLLOW) == 0))
+		(void)refuse(r, 503, "cannot find what was there a moment ago: "
+		    "nothing was changed, except by hand");
 	if (r->status == 0 && (delete ?
 	    unlinkat(ch->dir, leaf_name(r->name, STATE), 0) :
 	    tmp_rename(&ch->tmp, ch->dir, r->name, STATE)) == -1)
@@ -4170,12 +4175,12 @@ quick_ok(struct request *r)
 	return r->status = 204;
 }
 
-/* What /-/ready last found. */
+/* What /-/ready last found; main has the first look. */
 static struct {
 	_Atomic bool looking;		/* somebody is */
 	_Atomic unsigned at;		/* ms: when that began, or ended */
-	_Atomic int error;		/* errno; 0: it is ready; -1: unknown */
-} ready = { .error = -1 };
+	_Atomic int error;		/* errno; 0: it is ready */
+} ready;
 
 /* Looks whether states can be written. A thread of its own does, for a dying
  * disk may never answer it. */
@@ -4202,7 +4207,7 @@ quick_ready(struct request *r)
 	unsigned now = (unsigned)clock_ms(), age = now - ready.at;
 	int error = looking && age >= LOOK_MS ? ETIMEDOUT : ready.error;
 
-	if (!looking && (error == -1 || age >= FRESH_MS)) {
+	if (!looking && age >= FRESH_MS) {
 		ready.at = now;
 		if (!atomic_exchange(&ready.looking, true) &&
 		    !thread_start(ready_look)) {
@@ -4213,8 +4218,7 @@ quick_ready(struct request *r)
 	}
 	if (error == 0)
 		return refuse(r, 200, "ready");
-	return refuse(r, 503, "not ready: %s", error == -1 ?
-	    "the first look has not ended" : error == ETIMEDOUT ?
+	return refuse(r, 503, "not ready: %s", error == ETIMEDOUT ?
 	    "the disk does not answer in time" : error == EIDRM ?
 	    "the states' directory, or .guard in it, was removed or replaced: "
 	    "start statesrv again" :
@@ -4799,7 +4803,8 @@ thread_serve(struct conn *c)
 	(void)reply_send(r, true);
 	(void)pthread_mutex_lock(&list_mutex);
 	list_add(&pool.back, c);
-	(void)!write(loop.wake[1], "", 1);
+	if (pool.back.n == 1)
+		(void)!write(loop.wake[1], "", 1);
 	(void)pthread_mutex_unlock(&list_mutex);
 	if (ch.event != NULL)
 		history_prune(ch.history, &ch.ids, &ch.lock);
@@ -4867,10 +4872,9 @@ pool_give(struct conn *c)
  * If a request waits and all threads are taken, the client that its thread has
  * waited for longest loses its connection, after STALL_MS of silence, or if it
  * is that far behind the least rate: see conn_moved. (A thread that waits for a
- * disk or a guard is left alone.) A request that has waited
- * QUEUE_MS for a thread comes back to the loop: see conn_late. Shortly before
- * the server ends all lose it, and all come back. Returns whether a request
- * waits.
+ * disk or a guard is left alone.) A request that has waited QUEUE_MS for a
+ * thread comes back to the loop: see conn_late. Shortly before the server ends
+ * all lose it, and all come back. Returns whether a request waits.
  */
 static bool
 pool_relieve(void)
@@ -5590,8 +5594,8 @@ check(const char *text)
 		(void)recv(fd, answer, sizeof(answer) - 1, 0);
 	if (strncmp(answer, "HTTP/1.1 200", 12) == 0)
 		return 0;
-	reason = strstr(answer, "\r\n\r\n");
-	reason = reason != NULL ? reason + 4 : "no statesrv, or too slow\n";
+	reason = strstr(answer, "not ready: ");
+	reason = reason != NULL ? reason : "no statesrv, or too slow\n";
 	complain("%s is %.*s", text, (int)strcspn(reason, "\n"), reason);
 	return 1;
 }
@@ -5730,23 +5734,24 @@ tidy_and_greet(bool created)
 }
 
 /* A terminal polls writable when one byte has room: without a reader it would
- * stop us. Opened anew it does not block, for us alone; another user's (su)
- * cannot be opened, and does not block for all. (-v may wait, and the wrapper's
- * output is its command's.) */
+ * stop us. Opened anew it does not block, for us alone; another user's can be
+ * opened as /dev/tty only (and not behind su -c, which has none). -v may wait,
+ * and the wrapper's output is its command's. */
 static void
 terminal_open(void)
 {
+	const int how = O_WRONLY | O_NONBLOCK | O_NOCTTY;
 	const char *name;
 	int fd, tty;
 
 	for (fd = 1; fd <= (conf.verbose ? 1 : 2); fd++) {
 		if (conf.command != NULL || (name = ttyname(fd)) == NULL)
 			continue;
-		tty = open(name, O_WRONLY | O_NONBLOCK | O_NOCTTY);
+		tty = open(name, how);
+		if (tty == -1 && tcgetsid(fd) == getsid(0))
+			tty = open("/dev/tty", how);
 		if (tty != -1)
 			(void)dup2(tty, fd);
-		else
-			(void)fcntl(fd, F_SETFL, O_NONBLOCK);
 		close_quietly(tty);
 	}
 }
@@ -5774,14 +5779,14 @@ main(int argc, char **argv)
 #endif
 	inherited.mask = umask(077);
 	loop_start();
-	created = store_open();		/* sets fold, for the names' rules */
-	if (conf.command != NULL && name_wrong(conf.command_name) != NULL)
-		die(2, "%s: %s", conf.command_name,
-		    name_wrong(conf.command_name));
 	if (conf.users == NULL)
 		users_environment();
 	else if (!users_read())
 		exit(1);
+	created = store_open();		/* sets fold, for the names' rules */
+	if (conf.command != NULL && name_wrong(conf.command_name) != NULL)
+		die(2, "%s: %s", conf.command_name,
+		    name_wrong(conf.command_name));
 	listeners_open();
 	tidy_and_greet(created);
 	if (conf.command != NULL)
@@ -5791,6 +5796,7 @@ main(int argc, char **argv)
 		complain("-v shows heads and bodies, with their secrets");
 	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */
 	sandbox();
+	(void)ready_look(NULL);
 	loop.now = clock_ms();
 	/* A thread that still frees or prunes is not waited for. */
 	while (loop.end == 0 || (stats.connections > 0 && loop.now < loop.end))
