@@ -8,7 +8,7 @@
  * On disk:
  *
  *	states/demo.tfstate	the state, byte for byte as the client sent it
- *	states/demo.lock	present = locked; the lock info, byte for byte
+ *	states/demo.lock	not empty = locked; the lock info, byte for byte
  *	states/demo.log		what happened to it, one JSON line per event
  *	states/team/prod.tfstate	a name with slashes is a path
  *	states/.history/demo/	earlier versions
@@ -720,7 +720,7 @@ buf_text(struct buf *b, const char *s, enum form form)
 }
 
 /* Appends a member to a JSON object that is open; bare: its value is JSON
- * already. Nothing, if the value is "", or memory ran out before the "{". */
+ * already. Nothing, if the value is "" or b is empty: memory ran out before. */
 static void
 buf_pair(struct buf *b, const char *key, const char *value, bool bare)
 {
@@ -2041,8 +2041,8 @@ tmp_create(struct tmp *t, int dir)
 	return t->fd != -1 ? 0 : -1;
 }
 
-/* Makes one a copy of a file, synced, with its mtime; -1: nothing is left. A
- * link or a rename has failed before (but NFS may have done it). */
+/* Makes one a copy of a file, synced, with its mtime; -1: nothing is left. The
+ * name goes first: NFS may have made it, though a link or a rename failed. */
 static int
 tmp_copy(struct tmp *t, int dir, int fd)
 {
@@ -2175,7 +2175,7 @@ history_prune(int dir, const struct names *ids, const struct lock *lock)
 
 /* ==== locks and guard ====================================================
  *
- * NAME.lock present = locked. Its bytes are the lock info of the holder. A
+ * NAME.lock not empty = locked. Its bytes are the lock info of the holder. A
  * file that is not lock info was made by hand: a freeze, held by nobody whose
  * ID could match, until force-unlock or rm ends it. One that is empty, or
  * begins with a NUL byte, is a LOCK that a crash cut short: nobody was told of
@@ -2248,8 +2248,8 @@ lock_is(const struct lock *l, const char *id)
 
 /* ---- the guard ---- */
 
-/* The guards that threads have, or wait for, as they came: each thread one at
- * a time. The first of those with the same byte has it. */
+/* The guards that threads have or wait for, in the order of arrival. A thread
+ * has one at most. The first of those with the same byte has it. */
 static struct guard {
 	bool taken;
 	off_t byte;			/* of .guard */
@@ -2783,8 +2783,8 @@ client_gone(struct request *r)
 	if (client_there(r))
 		return 0;
 	r->keep = false;
-	return refuse(r, 400, "the client has closed the connection: nothing "
-	    "was changed");
+	return refuse(r, 400, "the client has closed the connection: neither "
+	    "state nor lock was changed");
 }
 
 /* Reads what has come, behind what is left in the buffer; as recv(2). */
@@ -3002,7 +3002,7 @@ log_event(struct request *r, const char *event)
 /* ---- how every change is made ---- */
 
 /* Called before the guard is taken, and again under it, where it does nothing
- * if the state has not changed since. Opens the present state, reads what it
+ * if that same state is still there. Opens the present state, reads what it
  * says, and gives it a second, hidden name in the history (or copies it there,
  * if link(2) fails). */
 static int
@@ -3061,7 +3061,7 @@ lock_remove(struct request *r)
  * not on the disk. A write needs that only if there is no state yet, or if an
  * earlier try may have ended between its rename and its sync: the state has the
  * same bytes, or a sync has failed. thread_serve calls change_end, also after
- * an error.
+ * an error: until then the guard is ours.
  */
 static int
 change_begin(struct request *r, bool make)
@@ -3101,9 +3101,9 @@ change_begin(struct request *r, bool make)
 	return r->status == 0 && ch->writes ? change_prepare(r) : r->status;
 }
 
-/* Ends a change; does nothing for other requests. Drops the guard, and syncs
- * what was published; also what is gone already, for an earlier try may have
- * deleted it, and failed here. */
+/* Ends a change; does nothing for other requests. Drops the guard, syncs the
+ * directory (after a 404, too: an earlier try may have deleted the state, and
+ * failed here), and makes the status 0 a 200. */
 static void
 change_end(struct request *r)
 {
@@ -3320,14 +3320,14 @@ state_receive(struct request *r)
 }
 
 /* Under the guard: moves a file into the history, as the newest version. Its ID
- * is the time at which it was replaced, or a millisecond after the newest ID
+ * is the time at which it comes there, or a millisecond after the newest ID
  * there is, if that is later: IDs sort in the order of events whatever the
  * clocks say. sync: the history must be on the disk before the answer, for the
  * bytes are nowhere else. */
 static int
 history_keep(struct request *r, struct tmp *t, const char *serial, bool sync)
 {
-	const int64_t end = 253370764800000;	/* of the year 9998 */
+	const int64_t end = 253370764800000;	/* ms: the year 9999 */
 	struct change *ch = r->change;
 	int64_t ms = time_ms(), newest = 0;
 	char when[32], id[VERSION_ID];
@@ -3498,7 +3498,7 @@ do_unlock(struct request *r)
  * What is asked for with GET: tables of the states and of a state's versions,
  * metrics, files as they are, and whether the server is well. A table is
  * written once, cell by cell, and comes out as text, JSON or HTML; it shows no
- * value out of a state. Threads make pages; the loop does what is quick_.
+ * value out of a state. Threads make pages; the loop calls what is quick_...
  */
 #define STATUSES 600		/* below it are all that we answer */
 #define DURATIONS 6		/* of the histogram: 0.1 ms, 1 ms, ... 10 s */
@@ -3612,7 +3612,7 @@ page_begin(struct request *r)
 struct row {
 	const char *name, *id;		/* id: "" of the present version */
 	char size[24], when[32], age[32];	/* "": there is no file */
-	char until[32];			/* it was replaced */
+	char until[32];			/* it came into the history */
 	struct meta meta;
 	bool deleted;			/* only the history has it */
 	struct lock lock;		/* of the present version */
@@ -4111,7 +4111,7 @@ page_file(struct request *r)
 }
 
 /*
- * A small state that can be had without waiting for a disk, else 0: from memory
+ * A small state that can be had without reading a disk, else 0: from memory
  * that the kernel says it has, or from an entry of ours, which serves as long
  * as the name leads to that same, unchanged file. A file changed less than a
  * second ago could change again within one tick, and look as before: it is
@@ -4945,9 +4945,9 @@ conn_read(struct conn *c)
 	    (c->ending ? c->lingers : loop.end == 0 || c->used > 0));
 }
 
-/* The next head in the buffer: its length, -1 if it is refused, or 0 if it is
- * not all there: then it gets a deadline, and is looked at again when a line's
- * end has come: for a trickle of bytes that would be too much work. */
+/* Parses the next head in the buffer: its length, -1 if it is refused, or 0 if
+ * it is not all there: then it gets a deadline, and is parsed again when a
+ * line's end has come; at each byte of a trickle would be too much work. */
 static int
 head_next(struct conn *c, struct head *h)
 {
@@ -4967,10 +4967,10 @@ head_next(struct conn *c, struct head *h)
 	return size;
 }
 
-/* There is news of a connection, or its request must be answered now: does for
- * it what can be done without waiting. The rest is a thread's, perhaps only
- * what the socket did not take; but strangers get no thread. A wrong secret's
- * answer waits for a deadline. */
+/* Serves a connection that has news, or whose request is due, as far as it can
+ * without waiting. The rest is a thread's, perhaps only what the socket did not
+ * take; but strangers get one for /-/ready only. A wrong secret's answer waits
+ * for a deadline. */
 static void
 conn_drive(struct conn *c)
 {
@@ -5621,7 +5621,7 @@ static const char usage_text[] =
 "            secret: as it is, or sha256:HEX; permission: read, plan or write\n"
 "  -v        show heads and bodies on stderr, the states' secrets included\n"
 "  -V        show the version (--version too)\n"
-"  -x        believe X-Forwarded-For: only behind a reverse proxy\n\n"
+"  -x        believe X-Forwarded-For on TCP, too: only behind a proxy\n\n"
 "Without -u, TF_HTTP_USERNAME and TF_HTTP_PASSWORD make one user who may do\n"
 "everything. Without users, a loopback address lets everyone in.\n";
 
