@@ -343,7 +343,7 @@ struct member {
 };
 
 #define FIELD(type, field) offsetof(type, field), sizeof(((type *)0)->field)
-#define MEMBERS_MAX 7
+#define MEMBERS_MAX 7		/* asked for at once */
 
 /* What a state's JSON says about itself. */
 struct meta {
@@ -4175,15 +4175,15 @@ quick_ok(struct request *r)
 	return r->status = 204;
 }
 
-/* What /-/ready last found; main has the first look. */
+/* What /-/ready last found; main has the first look, before it listens. */
 static struct {
 	_Atomic bool looking;		/* somebody is */
 	_Atomic unsigned at;		/* ms: when that began, or ended */
 	_Atomic int error;		/* errno; 0: it is ready */
 } ready;
 
-/* Looks whether states can be written. A thread of its own does, for a dying
- * disk may never answer it. */
+/* Looks whether states can be written. After the start a thread of its own
+ * does, for a dying disk may never answer it. */
 static void *
 ready_look(void *unused)
 {
@@ -5787,6 +5787,7 @@ main(int argc, char **argv)
 	if (conf.command != NULL && name_wrong(conf.command_name) != NULL)
 		die(2, "%s: %s", conf.command_name,
 		    name_wrong(conf.command_name));
+	(void)ready_look(NULL);
 	listeners_open();
 	tidy_and_greet(created);
 	if (conf.command != NULL)
@@ -5796,7 +5797,6 @@ main(int argc, char **argv)
 		complain("-v shows heads and bodies, with their secrets");
 	(void)setrlimit(RLIMIT_CORE, &none);	/* it would hold secrets */
 	sandbox();
-	(void)ready_look(NULL);
 	loop.now = clock_ms();
 	/* A thread that still frees or prunes is not waited for. */
 	while (loop.end == 0 || (stats.connections > 0 && loop.now < loop.end))
